@@ -1,0 +1,221 @@
+"""What all tests share: image files, loop devices, a plain user, and a seed that can be repeated.
+
+In CI (`CI=true`) a test that is skipped has failed: there, everything that can be tested is.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hypothesis
+import pytest
+
+MIB = 1 << 20
+IN_CI = os.environ.get("CI", "").lower() == "true"
+LOOP_FIXTURES = {"loop_device", "make_loop"}
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
+
+# Examples share two cores with servers and flushes, so how long one takes says nothing.
+hypothesis.settings.register_profile(
+    "rustord", deadline=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("rustord")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests that take minutes, too")
+    parser.addoption("--seed", type=int, help="the seed of a run to repeat (default: a new one)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    worker = getattr(config, "workerinput", None)  # under pytest-xdist, all processes share one seed
+    if worker is not None:
+        config.option.seed = worker["seed"]
+    elif config.option.seed is None:
+        config.option.seed = random.SystemRandom().randrange(1 << 32)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["seed"] = node.config.option.seed
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"seed: {config.option.seed} (repeat with --seed {config.option.seed})"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if LOOP_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("root")
+    if not config.option.long:
+        later = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=later)
+        items[:] = [item for item in items if item not in later]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("root") and (lacking := _lacking_for_root()):
+        pytest.skip(f"this test needs root and loop devices: {lacking}")
+
+
+def _lacking_for_root() -> str:
+    if os.geteuid() != 0:
+        return f"we run as uid {os.geteuid()}; `sudo ./dev test` runs it"
+    if not os.path.exists("/dev/loop-control"):
+        return "/dev/loop-control is absent; `modprobe loop` brings it, or give it to this container"
+    if shutil.which("losetup") is None:
+        return "there is no losetup; `apt-get install mount` brings it"
+    return ""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return _skipped_is_failed(item.nodeid, (yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return _skipped_is_failed(collector.nodeid, (yield))
+
+
+def _skipped_is_failed(nodeid: str, report: Report) -> Report:
+    if IN_CI and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"{nodeid} was skipped, and in CI nothing may be: {reason}"
+    return report
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed for `random.Random`; the report of a failing test tells it."""
+    chosen: int = request.config.getoption("seed")
+    request.node.add_report_section("setup", "seed", f"repeat with --seed {chosen}")
+    return chosen
+
+
+@pytest.fixture
+def disk_path(tmp_path: Path) -> Iterator[Path]:
+    """An empty directory on a disk: tmp_path, unless that is in memory."""
+    if _filesystem_of(tmp_path) not in ("tmpfs", "ramfs"):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="rustord-test-") as directory:
+        yield Path(directory)
+
+
+def _filesystem_of(path: Path) -> str:
+    stat = ["stat", "--file-system", "--format=%T", os.fspath(path)]
+    return subprocess.run(stat, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def make_image(disk_path: Path) -> Callable[[int], Path]:
+    """Makes image files: `make_image(64 << 20)` is the path of a new, sparse one of that many bytes."""
+    made = 0
+
+    def make(size: int = 64 * MIB) -> Path:
+        nonlocal made
+        path = disk_path / f"image{made}.img"
+        made += 1
+        with path.open("xb") as file:
+            file.truncate(size)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def image(make_image: Callable[[int], Path]) -> Path:
+    """A sparse image file of 64 MiB."""
+    return make_image(64 * MIB)
+
+
+class LoopDevices:
+    """Attaches image files as loop devices.
+
+    Each is held by an open descriptor and marked to go away with the last one (that is what detaching a device
+    that is in use does), so that even a test run that is killed leaves none behind.
+    """
+
+    def __init__(self, make_image: Callable[[int], Path]) -> None:
+        self._make_image = make_image
+        self._held: dict[Path, tuple[Path, int]] = {}
+
+    def __call__(self, size: int = 64 * MIB, sector_size: int = 512) -> Path:
+        """The path of a new loop device of `size` bytes with logical blocks of `sector_size` bytes."""
+        return self.attach(self._make_image(size), sector_size)
+
+    def attach(self, image: Path, sector_size: int = 512) -> Path:
+        """The path of a new loop device over an image file."""
+        attach = ["losetup", "--find", "--show", "--sector-size", str(sector_size), os.fspath(image)]
+        device = Path(subprocess.run(attach, check=True, capture_output=True, text=True).stdout.strip())
+        descriptor = os.open(device, os.O_RDONLY)
+        subprocess.run(["losetup", "--detach", device], check=True)
+        self._held[device] = (image, descriptor)
+        return device
+
+    def image(self, device: Path) -> Path:
+        """The image file behind a device."""
+        return self._held[device][0]
+
+    def detach(self, device: Path) -> None:
+        """Lets a device go. It is gone when nobody else has it open."""
+        os.close(self._held.pop(device)[1])
+
+    def detach_all(self) -> None:
+        for device in list(self._held):
+            self.detach(device)
+
+
+@pytest.fixture
+def make_loop(make_image: Callable[[int], Path]) -> Iterator[LoopDevices]:
+    """Makes loop devices: `make_loop(64 << 20, sector_size=4096)` is the path of a new one."""
+    devices = LoopDevices(make_image)
+    yield devices
+    devices.detach_all()
+
+
+@pytest.fixture
+def loop_device(make_loop: LoopDevices) -> Path:
+    """A loop device of 64 MiB."""
+    return make_loop(64 * MIB)
+
+
+class PlainUser:
+    """Somebody without rights: `nobody` when we are root, else ourselves."""
+
+    def __init__(self, directory: Path) -> None:
+        self.uid, self.gid = (65534, 65534) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+        self.directory = directory
+        os.chown(directory, self.uid, self.gid)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The keywords that make `subprocess.run` and `subprocess.Popen` start a process as this user."""
+        return {"user": self.uid, "group": self.gid, "extra_groups": []} if os.geteuid() == 0 else {}
+
+    def run(self, *command: str | os.PathLike[str], **keywords: Any) -> subprocess.CompletedProcess[str]:
+        """Runs a command as this user, in his directory unless said otherwise."""
+        settings: dict[str, Any] = {"cwd": self.directory, "capture_output": True, "text": True}
+        return subprocess.run(command, **(settings | self.identity | keywords))
+
+
+@pytest.fixture
+def plain_user() -> Iterator[PlainUser]:
+    """A user without rights, with a directory of his own on a disk."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="rustord-test-") as directory:
+        yield PlainUser(Path(directory))
