@@ -1,0 +1,113 @@
+"""Allocator: the FreeLists of all devices, and the Placer that chooses from them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from rustord.errors import NoSpace, PluginError
+from rustord.extent import Extent, block_count
+from rustord.freelist import FreeList
+from rustord.placer import Placer
+
+
+class Allocator:
+    """Gives out blocks and takes them back; the only one that changes a FreeList.
+
+    It is the `FreeView` that a Placer asks, and validates each choice before anything is written: a block that is not
+    free is never given out, whatever a Placer says. Any thread may call it.
+    """
+
+    def __init__(self, placer: Placer, writable: Callable[[], Sequence[int]]) -> None:
+        self.placer = placer
+        self._writable = writable
+        self._free: dict[int, FreeList] = {}
+        self._sizes: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def add(self, device: int, free: FreeList, size: int) -> None:
+        """Offer a device of ``size`` data blocks."""
+        with self._lock:
+            self._free[device] = free
+            self._sizes[device] = size
+
+    def remove(self, device: int) -> None:
+        """Offer the device no more."""
+        with self._lock:
+            del self._free[device]
+            del self._sizes[device]
+
+    def place(self, count: int) -> list[list[Extent]]:
+        """Blocks for ``count`` blocks of content, once for each copy. Raises NoSpace, or PluginError for a bad choice.
+
+        Nothing has changed when it raises.
+        """
+        with self._lock:
+            try:
+                chosen = self.placer.place(count, self)
+            except NoSpace:
+                raise
+            except Exception as error:
+                raise self._blame(f"failed: {error!r}") from error
+            return self._take(chosen, count)
+
+    def _take(self, chosen: Sequence[Sequence[Extent]], count: int) -> list[list[Extent]]:
+        taken: list[Extent] = []
+        try:
+            if len(chosen) != self.placer.copies:
+                raise ValueError(f"{len(chosen)} copies instead of {self.placer.copies}")
+            for copy in chosen:
+                for extent in copy:
+                    self._free[extent.device].take(extent.block, extent.count)
+                    taken.append(extent)
+                if block_count(copy) != count:
+                    raise ValueError(f"{block_count(copy)} blocks instead of {count}")
+        except Exception as error:
+            self._give_back(taken)
+            raise self._blame(f"chose blocks that it may not: {error!r}") from error
+        return [list(copy) for copy in chosen]
+
+    def _blame(self, what: str) -> PluginError:
+        return PluginError(
+            f"the placer {self.placer.name!r} {what}",
+            hint="nothing was written; choose another placer in rustord.toml, or mend the plugin",
+        )
+
+    def release(self, extents: Iterable[Extent]) -> None:
+        """Take blocks back; they must have been erased, or never written."""
+        with self._lock:
+            self._give_back(extents)
+
+    def _give_back(self, extents: Iterable[Extent]) -> None:
+        for device, block, count in extents:
+            if device in self._free:
+                self._free[device].release(block, count)
+
+    def fragments(self) -> int:
+        """How many runs of free blocks there are."""
+        return sum(len(free) for free in self._free.values())
+
+    # What a Placer may ask (called by it from within `place`)
+
+    def devices(self) -> Sequence[int]:
+        """The devices that take new data now."""
+        return [index for index in self._writable() if index in self._free]
+
+    def free_count(self, device: int) -> int:
+        return self._free[device].free_count
+
+    def largest(self, device: int) -> int:
+        return self._free[device].largest()
+
+    def size(self, device: int) -> int:
+        """Blocks for data on the device in all, free or not."""
+        return self._sizes[device]
+
+    def best_fit(self, device: int, count: int) -> int | None:
+        return self._free[device].best_fit(count)
+
+    def first_fit(self, device: int, count: int) -> int | None:
+        return self._free[device].first_fit(count)
+
+    def longest_first(self, device: int) -> Iterator[tuple[int, int]]:
+        return self._free[device].longest_first()

@@ -1,0 +1,229 @@
+"""BlockStore: the pool as one set of devices; reads (verified), writes, flushes and erases blocks on them."""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+from xxhash import xxh3_64_digest
+
+from rustord.blockdevice import BlockDevice
+from rustord.errors import Damaged, DeviceError, RustordError
+from rustord.extent import Extent
+from rustord.label import Geometry
+from rustord.manifest import CHUNK_BYTES, Copy, Data
+from rustord.objkey import uuid_text
+from rustord.record import Record
+
+log = logging.getLogger(__name__)
+
+ErasePolicy = Literal["zero", "discard", "none"]
+
+
+@dataclass
+class Slot:
+    """The place of one device in the pool. ``device`` is None while it is missing; then ``why`` says why."""
+
+    index: int
+    uuid: bytes
+    geometry: Geometry
+    device: BlockDevice | None
+    why: str = ""
+
+    @property
+    def state(self) -> Literal["online", "failed", "read-only", "missing"]:
+        if self.device is None:
+            return "missing"
+        if self.device.failed:
+            return "failed"
+        return "read-only" if self.device.read_only else "online"
+
+    @property
+    def reason(self) -> str:
+        """Why the device is not online; "" if it is."""
+        return self.why if self.device is None else self.device.failed
+
+
+class BlockStore:
+    """The devices of a pool, by index. Block numbers become byte offsets here and nowhere else."""
+
+    def __init__(self, block_size: int, slots: Iterable[Slot], erase_policy: ErasePolicy = "zero") -> None:
+        self.block_size = block_size
+        self.slots: dict[int, Slot] = {slot.index: slot for slot in slots}
+        self.erase_policy = erase_policy
+        self._flushers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="flush")
+
+    def device(self, index: int) -> BlockDevice:
+        """The device in slot ``index``. Raises DeviceError if it is missing."""
+        slot = self.slots.get(index)
+        if slot is None or slot.device is None:
+            which = f"{index} ({uuid_text(slot.uuid)})" if slot else f"{index}"
+            raise DeviceError(
+                f"device {which} of the pool is missing" + (f": {slot.why}" if slot and slot.why else ""),
+                hint="attach it again; 'rustorctl device list' shows what is there",
+            )
+        return slot.device
+
+    def writable(self, index: int) -> BlockDevice:
+        """The device in slot ``index``. Raises DeviceError if it is missing or takes no writes."""
+        device = self.device(index)
+        if device.failed or device.read_only:
+            raise DeviceError(
+                f"device {index} ({device.path}) takes no writes: {device.failed or 'it is read-only'}",
+                hint="replace the device, or restart rustord once it is repaired",
+            )
+        return device
+
+    def writable_indices(self) -> list[int]:
+        """The devices that take writes now, in order."""
+        return [index for index, slot in sorted(self.slots.items()) if slot.state == "online"]
+
+    # Writing
+
+    def write(self, extent: Extent, buffers: Sequence[Data]) -> None:
+        """Write ``buffers``, which fill no more than ``extent``, from its first block on."""
+        self.writable(extent.device).write(extent.block * self.block_size, buffers)
+
+    def flush(self, indices: Iterable[int]) -> Mapping[int, DeviceError]:
+        """Make all that was written to these devices durable, side by side; returns those that failed, and how."""
+        indices = list(indices)
+        if len(indices) == 1:
+            outcomes = [self._flush(indices[0])]
+        else:
+            outcomes = list(self._flushers.map(self._flush, indices))
+        return {index: error for index, error in zip(indices, outcomes, strict=True) if error is not None}
+
+    def _flush(self, index: int) -> DeviceError | None:
+        try:
+            self.writable(index).flush()
+        except DeviceError as error:
+            log.error("device %d takes no writes any more: %s", index, error)
+            return error
+        return None
+
+    def erase(self, extents: Iterable[Extent]) -> None:
+        """Do to the blocks of deleted Objects what the policy says. The last block of an extent is always zeroed.
+
+        The last block may hold the trailer of a footer, by which a deleted Object could come back.
+        """
+        block_size = self.block_size
+        for index, block, count in extents:
+            device = self.writable(index)
+            if self.erase_policy == "zero":
+                device.zero(block * block_size, count * block_size)
+                continue
+            if self.erase_policy == "discard":
+                device.discard(block * block_size, count * block_size)
+            device.zero((block + count - 1) * block_size, block_size)
+
+    # Reading
+
+    def read(self, record: Record, offset: int, length: int, *, wait: bool = True) -> memoryview | None:
+        """``length`` bytes of the Object from ``offset`` on, verified; the range must lie within the Object.
+
+        Whole chunks are read and compared with their checksums. A mismatch, or a device that fails, is tried once
+        more, then on every other copy. Without ``wait`` the answer is None instead of a wait for a device. Raises
+        Damaged or DeviceError, which name the Object and the range, if no copy has the right bytes.
+        """
+        first = offset // CHUNK_BYTES
+        start = first * CHUNK_BYTES
+        last = -(-(offset + length) // CHUNK_BYTES)
+        end = min(last * CHUNK_BYTES, record.size)
+        sums = record.sums(first, last)
+        buffer = memoryview(bytearray(end - start))
+        if not wait:
+            copy = record.copies[self._preferred(record)]
+            if not self._fill_now(copy, start, buffer) or not _verified(buffer, sums):
+                return None
+        else:
+            self._fill_from_any(record, start, buffer, sums)
+        if start == offset and len(buffer) == length:
+            return buffer
+        return buffer[offset - start : offset - start + length]
+
+    def _preferred(self, record: Record) -> int:
+        """The copy to read first: the copies share the load, and those on missing devices come last."""
+        copies = record.copies
+        if len(copies) == 1:
+            return 0
+        order = range(len(copies))
+        turn = record.uuid[-1] % len(copies)
+        return min(order, key=lambda i: (not self._is_there(copies[i]), (i - turn) % len(copies)))
+
+    def _is_there(self, copy: Copy) -> bool:
+        return all(self.slots[e.device].device is not None for e in copy if e.device in self.slots)
+
+    def _fill_now(self, copy: Copy, start: int, buffer: memoryview) -> bool:
+        """Fill ``buffer`` from the page cache; False if that is not possible."""
+        for index, offset, piece in self._pieces(copy, start, buffer):
+            slot = self.slots.get(index)
+            if slot is None or slot.device is None or not slot.device.read_now(offset, (piece,)):
+                return False
+        return True
+
+    def _fill_from_any(self, record: Record, start: int, buffer: memoryview, sums: bytes) -> None:
+        copies = record.copies
+        preferred = self._preferred(record)
+        problem: RustordError | None = None
+        for turn in range(len(copies)):
+            number = (preferred + turn) % len(copies)
+            for _ in range(2):
+                try:
+                    for index, offset, piece in self._pieces(copies[number], start, buffer):
+                        self.device(index).read(offset, (piece,))
+                except DeviceError as error:
+                    problem = problem or error
+                    continue
+                if _verified(buffer, sums):
+                    return
+                problem = Damaged(
+                    f"Object {uuid_text(record.uuid)}, bytes {start} to {start + len(buffer) - 1}, does not match its "
+                    f"checksum on any of {len(copies)} copies",
+                    hint="the bytes on the device have changed since they were stored; restore the Object from elsewhere",
+                )
+                log.error("copy %d of Object %s is damaged near byte %d", number, uuid_text(record.uuid), start)
+        assert problem is not None
+        raise problem
+
+    def _pieces(self, copy: Copy, start: int, buffer: memoryview) -> Iterable[tuple[int, int, memoryview]]:
+        """(device, offset on it, part of ``buffer``) for the bytes of ``copy`` from ``start`` on."""
+        block_size = self.block_size
+        if len(copy) == 1:
+            index, block, _ = copy[0]
+            return ((index, block * block_size + start, buffer),)
+        starts = list(accumulate((extent.count * block_size for extent in copy), initial=0))
+        number = bisect_right(starts, start) - 1
+        pieces = []
+        done = 0
+        while done < len(buffer):
+            index, block, count = copy[number]
+            skip = start + done - starts[number]
+            length = min(count * block_size - skip, len(buffer) - done)
+            pieces.append((index, block * block_size + skip, buffer[done : done + length]))
+            done += length
+            number += 1
+        return pieces
+
+    def close(self) -> None:
+        """Close every device, which lets go of them."""
+        self._flushers.shutdown()
+        for slot in self.slots.values():
+            if slot.device is not None:
+                slot.device.close()
+
+
+def _verified(buffer: memoryview, sums: bytes) -> bool:
+    if len(buffer) <= CHUNK_BYTES:
+        return xxh3_64_digest(buffer) == sums if buffer else True
+    return chunk_sums(buffer) == sums
+
+
+def chunk_sums(data: Data) -> bytes:
+    """The checksums of the chunks of ``data``, which begins on a chunk."""
+    view = memoryview(data)
+    return b"".join([xxh3_64_digest(view[at : at + CHUNK_BYTES]) for at in range(0, len(view), CHUNK_BYTES)])

@@ -1,0 +1,239 @@
+"""Record: all that the store knows of one Object, as the bytes that the journal, the index and the footers share.
+
+An Object's Record is encoded once, when the Object is stored, and the same bytes then go to three places: behind the
+data (``rustord.footer``), into the journal (``rustord.journal``) and into the index (``rustord.keystore``). FORMAT.md
+has the table.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import msgpack
+from xxhash import xxh3_64_digest
+
+from rustord.errors import FormatError
+from rustord.extent import Extent
+from rustord.manifest import Copy, Manifest, chunk_count
+from rustord.objkey import ObjectId, ObjKey, uuid_text
+
+RECORD = struct.Struct("<8s16sQQQIIHHBBBB")
+"""checksum, uuid, sequence, size, created_ns, length, metadata_length, name_length, reserved, copy_count,
+algorithm_length, digest_length, layout_length"""
+EXTENT_COUNT = struct.Struct("<I")
+EXTENT = struct.Struct("<QIHH")
+"""block, count, device, reserved"""
+
+_CHECKSUM_BYTES = 8
+_NO_ATTRIBUTES: Mapping[str, str] = {}
+
+
+class Metadata(NamedTuple):
+    """What a user may say of an Object: ``name`` ("" for none), ``content_type`` ("" for none) and attributes."""
+
+    name: str = ""
+    content_type: str = ""
+    attributes: Mapping[str, str] = _NO_ATTRIBUTES
+
+
+class Record:
+    """One stored Object: its ObjKey, Manifest and Metadata; decoded piece by piece, as they are asked for.
+
+    ``raw`` holds the encoded bytes. ``sequence`` numbers the change that stored the Object (1 for the first one of the
+    pool), ``size`` is in bytes, ``created_ns`` in nanoseconds since 1970-01-01 UTC (for people: nothing is decided
+    by it).
+    """
+
+    __slots__ = (
+        "_algorithm_length",
+        "_copies",
+        "_copy_count",
+        "_digest_length",
+        "_layout_length",
+        "_metadata_length",
+        "_name_length",
+        "created_ns",
+        "raw",
+        "sequence",
+        "size",
+        "uuid",
+    )
+
+    def __init__(self, raw: bytes) -> None:
+        """Decode ``raw``, whose length is the record's. Raises FormatError unless its checksum is right."""
+        if len(raw) < RECORD.size:
+            raise FormatError(f"a record of {len(raw)} bytes is too short to be one")
+        (
+            checksum,
+            self.uuid,
+            self.sequence,
+            self.size,
+            self.created_ns,
+            length,
+            self._metadata_length,
+            self._name_length,
+            _,
+            self._copy_count,
+            self._algorithm_length,
+            self._digest_length,
+            self._layout_length,
+        ) = RECORD.unpack_from(raw)
+        if length != len(raw) or xxh3_64_digest(memoryview(raw)[_CHECKSUM_BYTES:]) != checksum:
+            raise FormatError(f"the record of Object {uuid_text(self.uuid)} does not match its checksum")
+        self.raw: bytes = raw
+        self._copies: tuple[Copy, ...] | None = None
+
+    @property
+    def copies(self) -> tuple[Copy, ...]:
+        """The Manifest's copies."""
+        if self._copies is None:
+            self._copies = self._decode_copies()
+        return self._copies
+
+    def _decode_copies(self) -> tuple[Copy, ...]:
+        raw, copy_count = self.raw, self._copy_count
+        at = RECORD.size + EXTENT_COUNT.size * copy_count
+        if copy_count == 1 and raw[RECORD.size : at] == b"\1\0\0\0":  # nearly every small Object, on the way of each GET
+            block, count, device, _ = EXTENT.unpack_from(raw, at)
+            return ((Extent(device, block, count),),)
+        counts = struct.unpack_from(f"<{copy_count}I", raw, RECORD.size)
+        table = memoryview(raw)[at : at + EXTENT.size * sum(counts)]
+        extents = [Extent(device, block, count) for block, count, device, _ in EXTENT.iter_unpack(table)]
+        return tuple(tuple(extents[first:end]) for first, end in pairwise(accumulate(counts, initial=0)))
+
+    @property
+    def extents(self) -> list[Extent]:
+        """The extents of all copies."""
+        return [extent for copy in self.copies for extent in copy]
+
+    @property
+    def _sums_at(self) -> int:
+        at = RECORD.size + EXTENT_COUNT.size * self._copy_count
+        counts = struct.unpack_from(f"<{self._copy_count}I", self.raw, RECORD.size)
+        return at + EXTENT.size * sum(counts)
+
+    def sums(self, first: int, end: int) -> bytes:
+        """The checksums of the chunks from ``first`` to before ``end``, 8 bytes each."""
+        at = self._sums_at
+        return self.raw[at + 8 * first : at + 8 * end]
+
+    @property
+    def _texts_at(self) -> int:
+        return self._sums_at + 8 * chunk_count(self.size)
+
+    @property
+    def digest(self) -> bytes:
+        at = self._texts_at
+        return self.raw[at : at + self._digest_length]
+
+    @property
+    def algorithm(self) -> str:
+        at = self._texts_at + self._digest_length
+        return self.raw[at : at + self._algorithm_length].decode("ascii")
+
+    @property
+    def layout(self) -> str:
+        at = self._texts_at + self._digest_length + self._algorithm_length
+        return self.raw[at : at + self._layout_length].decode("ascii")
+
+    @property
+    def name(self) -> str:
+        if not self._name_length:
+            return ""
+        at = len(self.raw) - self._metadata_length - self._name_length
+        return self.raw[at : at + self._name_length].decode()
+
+    @property
+    def _metadata(self) -> Mapping[str, object]:
+        if not self._metadata_length:
+            return {}
+        metadata: Mapping[str, object] = msgpack.unpackb(self.raw[-self._metadata_length :])
+        return metadata
+
+    @property
+    def metadata(self) -> Metadata:
+        more = self._metadata
+        content_type, attributes = more.get("type", ""), more.get("attributes", _NO_ATTRIBUTES)
+        assert isinstance(content_type, str)
+        assert isinstance(attributes, dict) or attributes is _NO_ATTRIBUTES
+        return Metadata(self.name, content_type, attributes)
+
+    @property
+    def content_type(self) -> str:
+        return self.metadata.content_type
+
+    @property
+    def attributes(self) -> Mapping[str, str]:
+        return self.metadata.attributes
+
+    @property
+    def key(self) -> ObjKey:
+        return ObjKey(self.uuid, self.algorithm, self.digest, self.size)
+
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest(self.layout, self.copies, self.sums(0, chunk_count(self.size)))
+
+
+def encode_metadata(metadata: Metadata) -> bytes:
+    """The metadata except for the name, as a msgpack map; empty if there is none."""
+    fields: dict[str, object] = {}
+    if metadata.content_type:
+        fields["type"] = metadata.content_type
+    if metadata.attributes:
+        fields["attributes"] = dict(metadata.attributes)
+    return msgpack.packb(fields) if fields else b""
+
+
+def record_length(key: ObjKey, layout: bytes, name: bytes, metadata: bytes, copy_count: int, extent_count: int) -> int:
+    """Length in bytes of the record of such an Object."""
+    return (
+        RECORD.size
+        + EXTENT_COUNT.size * copy_count
+        + EXTENT.size * extent_count
+        + 8 * chunk_count(key.size)
+        + len(key.digest)
+        + len(key.algorithm)
+        + len(layout)
+        + len(name)
+        + len(metadata)
+    )
+
+
+def encode_record(
+    key: ObjKey,
+    sequence: int,
+    created_ns: int,
+    copies: Sequence[Sequence[Extent]],
+    sums: bytes | bytearray,
+    layout: bytes,
+    name: bytes,
+    metadata: bytes,
+) -> bytes:
+    """The bytes that `Record` decodes."""
+    algorithm = key.algorithm.encode("ascii")
+    extents = b"".join(
+        [EXTENT.pack(block, count, device, 0) for copy in copies for device, block, count in copy]
+    )
+    counts = b"".join([EXTENT_COUNT.pack(len(copy)) for copy in copies])
+    body = b"".join((counts, extents, sums, key.digest, algorithm, layout, name, metadata))
+    head = RECORD.pack(
+        b"",
+        key.uuid,
+        sequence,
+        key.size,
+        created_ns,
+        RECORD.size + len(body),
+        len(metadata),
+        len(name),
+        0,
+        len(copies),
+        len(algorithm),
+        len(key.digest),
+        len(layout),
+    )
+    rest = head[_CHECKSUM_BYTES:] + body
+    return xxh3_64_digest(rest) + rest
