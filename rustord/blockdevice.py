@@ -11,12 +11,13 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import stat
 import struct
 from collections.abc import Callable, Sequence
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from rustord.errors import DeviceBusy, DeviceError
 
@@ -327,19 +328,39 @@ class ImageFile(_OpenDevice):
             raise OSError(code, os.strerror(code))
 
 
-def open_elsewhere(path: str) -> list[str]:
-    """The processes that have the device or file open, as "name (pid)"; only those that we may look at."""
+class Opener(NamedTuple):
+    """A process that has a device or file open."""
+
+    name: str
+    pid: int
+    writing: bool
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.pid})"
+
+
+def openers(path: str) -> list[Opener]:
+    """Who has the device or file open, ourselves included; only the processes that we may look at."""
     target = os.stat(path)
+    name = os.path.realpath(path)
     found = set()
     for fd in Path("/proc").glob("[0-9]*/fd/*"):
         try:
-            status = fd.stat()
-            if _same_device(status, target):
-                process = fd.parent.parent
-                found.add(f"{(process / 'comm').read_text().strip()} ({process.name})")
+            link = os.readlink(fd)
+            # The names are looked at first: to stat whatever anybody has open could hang on a dead file server.
+            if (link == name or link.startswith("/dev/")) and _same_device(fd.stat(), target):
+                found.add(_opener(fd))
         except OSError:
             continue  # closed or ended since, or not ours to see
     return sorted(found)
+
+
+def _opener(fd: Path) -> Opener:
+    """The process of /proc/PID/fd/NUMBER."""
+    process = fd.parent.parent
+    flags = re.search(r"^flags:\s*([0-7]+)", (process / "fdinfo" / fd.name).read_text(), re.MULTILINE)
+    writing = flags is not None and int(flags[1], 8) & os.O_ACCMODE != os.O_RDONLY
+    return Opener((process / "comm").read_text().strip(), int(process.name), writing)
 
 
 def _same_device(one: os.stat_result, other: os.stat_result) -> bool:
@@ -381,9 +402,9 @@ def _open_error(path: str, error: OSError) -> DeviceError:
 
 
 def _busy_error(path: str) -> DeviceBusy:
-    holders = open_elsewhere(path)
+    users = ", ".join(map(str, openers(path))) or "another program or by the kernel"
     return DeviceBusy(
-        f"{path} is in use by " + (", ".join(holders) if holders else "another program or by the kernel"),
+        f"{path} is in use by {users}",
         hint="stop what uses it; lsblk shows mounts and holders, fuser -v processes",
     )
 
