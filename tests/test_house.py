@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 # Modules without a tests/**/test_NAME.py of their own, and where they are tested instead.
@@ -26,8 +28,9 @@ PATH_OF_ONE_MACHINE = re.compile(r"(?<![\w.~}])/(home|work|Users)/\w")
 
 def run(*command: str | Path) -> None:
     """Runs a checker of this Python's own environment; what it says is the failure."""
-    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.fail(f"{done.stdout}{done.stderr}", pytrace=False)
 
 
 def modules() -> Iterator[Path]:
@@ -38,17 +41,15 @@ def modules() -> Iterator[Path]:
 
 
 def test_ruff_has_nothing_to_say() -> None:
-    run("ruff", "check", "--quiet", ".")
+    run("-m", "ruff", "check", "--quiet", ".")
 
 
 def test_types_are_complete() -> None:
-    run("mypy", "--strict", "rustord", *(path for path in ROOT.glob("plugins/*/*.py") if path.stem != "conftest"))
+    run("-m", "mypy", "--strict", "rustord", *(path for path in ROOT.glob("plugins/*/*.py") if path.stem != "conftest"))
 
 
 def test_a_module_imports_only_from_lower_floors() -> None:
-    lint_imports = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_logo=True))"
-    done = subprocess.run([sys.executable, "-c", lint_imports], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    run("-c", "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_logo=True))")
 
 
 def test_tests_mirror_the_source_tree() -> None:
