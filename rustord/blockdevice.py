@@ -110,7 +110,7 @@ class BlockDevice(Protocol):
         """Gives the device back, unflushed. May be called twice."""
 
 
-def open_device(path: str | os.PathLike[str], *, read_only: bool = False, exclusive: bool = True) -> BlockDevice:
+def open_device(path: str | os.PathLike[str], *, read_only: bool = False, exclusive: bool = True) -> RawDevice | ImageFile:
     """Opens the raw device or image file at ``path``.
 
     ``exclusive`` locks it until ``close`` (a read-only image file is shared with other readers). Raises DeviceBusy if
@@ -203,6 +203,10 @@ class _OpenDevice:
 
     def start_writeback(self, offset: int, length: int) -> None:
         _libc.sync_file_range(self._fd, offset, length, SYNC_FILE_RANGE_WRITE)
+
+    def fileno(self) -> int:
+        """The descriptor, for questions that are not in this class; -1 after ``close``."""
+        return self._fd
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1

@@ -10,7 +10,9 @@ import random
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +21,7 @@ import pytest
 
 MIB = 1 << 20
 IN_CI = os.environ.get("CI", "").lower() == "true"
-LOOP_FIXTURES = {"loop_device", "make_loop"}
+LOOP_FIXTURES = {"loop_device", "make_loop", "faulty_loop"}
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
 # Examples share two cores with servers and flushes, so how long one takes says nothing.
@@ -193,6 +195,72 @@ def make_loop(make_image: Callable[[int], Path]) -> Iterator[LoopDevices]:
 def loop_device(make_loop: LoopDevices) -> Path:
     """A loop device of 64 MiB."""
     return make_loop(64 * MIB)
+
+
+class FaultyLoop:
+    """A loop device that fails on demand: nbdkit's error filter, mounted by nbdfuse, under a loop device of 16 MiB."""
+
+    def __init__(self, directory: Path, stack: ExitStack) -> None:
+        self._switch = directory / "fail"
+        self._socket, self._mount, self._file = directory / "socket", directory / "mount", directory / "mount" / "disk"
+        self._mount.mkdir()
+        self._file.touch()
+        stack.enter_context(_running("nbdkit", *self._server(directory)))
+        _until(self._socket.exists)
+        stack.enter_context(_running("nbdfuse", self._file, "--unix", self._socket))
+        stack.callback(_run, "umount", "--lazy", self._file)
+        _until(lambda: self._file.stat().st_size > 0)
+        self.path = Path(_run("losetup", "--find", "--show", "--direct-io=on", self._file))
+        stack.callback(_run, "losetup", "--detach", self.path)
+
+    def _server(self, directory: Path) -> list[str]:
+        image = directory / "backing.img"
+        with image.open("xb") as file:
+            file.truncate(16 * MIB)
+        fault = ["error=EIO", "error-rate=100%", f"error-file={self._switch}"]
+        return ["--foreground", "--unix", str(self._socket), "--filter=error", "file", str(image), *fault]
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Everything that reaches the device now gets EIO."""
+        self._switch.touch()
+        try:
+            yield
+        finally:
+            self._switch.unlink()
+
+
+@pytest.fixture
+def faulty_loop(disk_path: Path) -> Iterator[FaultyLoop]:
+    """A loop device of 16 MiB; `with faulty_loop.failing():` all I/O of `faulty_loop.path` is answered with EIO."""
+    for program in ("nbdkit", "nbdfuse"):
+        if shutil.which(program) is None:
+            pytest.skip(f"there is no {program}; `apt-get install nbdkit libnbd-bin fuse3` brings it")
+    with ExitStack() as stack:
+        yield FaultyLoop(disk_path, stack)
+
+
+def _run(*command: str | os.PathLike[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@contextmanager
+def _running(*command: str | os.PathLike[str]) -> Iterator[None]:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.kill()
+
+
+def _until(met: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not met():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.01)
 
 
 class PlainUser:
