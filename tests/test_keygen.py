@@ -66,11 +66,13 @@ def test_uuids_ascend_when_the_clock_is_set_back() -> None:
 
 def test_a_counter_that_overflows_carries_into_the_time() -> None:
     make = uuid_maker(Clock(RFC_MS))
-    make()
-    make._time_and_counter |= (1 << 42) - 1
-    made = uuid.UUID(bytes=make())
-    assert made.int >> 80 == RFC_MS + 1
-    assert (made.version, made.variant) == (7, uuid.RFC_4122)
+    made = [make()]
+    make._time_and_counter |= (1 << 42) - 2
+    made += [make(), make(), make()]
+    assert made == sorted(set(made))
+    assert [int.from_bytes(one[:6], "big") - RFC_MS for one in made] == [0, 0, 1, 1]
+    assert made[2][6:8] == bytes.fromhex("7000")
+    assert made[1][6:8] == bytes.fromhex("7fff")
 
 
 def test_uuids_are_a_function_of_clock_and_randomness() -> None:
