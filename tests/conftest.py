@@ -24,6 +24,9 @@ IN_CI = os.environ.get("CI", "").lower() == "true"
 LOOP_FIXTURES = {"loop_device", "make_loop", "faulty_loop"}
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
+# mkfs and its like are there, too, which the PATH of a plain user often lacks.
+os.environ["PATH"] = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+
 # Examples share two cores with servers and flushes, so how long one takes says nothing.
 hypothesis.settings.register_profile(
     "rustord", deadline=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
