@@ -1,0 +1,406 @@
+"""Claiming against real devices: whatever is in the way is told, and nothing is changed before it is taken."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import stat
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rustord import claim as claim_module
+from rustord.blockdevice import open_device
+from rustord.claim import Verdict, check, claim
+from rustord.errors import ClaimRefused, DeviceBusy
+from rustord.label import Label, label_offsets
+from rustord.objkey import parse_uuid
+
+MIB = 1 << 20
+SIZE = 64 * MIB
+POOL = "0198a1b2-0000-7000-8000-00000000beef"
+
+
+def run(*command: str | os.PathLike[str], stdin: bytes | None = None) -> str:
+    done = subprocess.run(command, check=True, capture_output=True, input=stdin)
+    return done.stdout.decode().strip()
+
+
+@pytest.fixture(params=["image", pytest.param("raw", marks=pytest.mark.root)])
+def path(request: pytest.FixtureRequest) -> Path:
+    """A blank image file, and a blank loop device."""
+    device: Path = request.getfixturevalue("image" if request.param == "image" else "loop_device")
+    return device
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of everything on the device, past the page cache."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refused(path: Path, *, force: bool = False) -> list[str]:
+    """The reasons, after making sure that neither looking nor claiming changed a byte."""
+    before = digest(path)
+    verdict = check(path)
+    with pytest.raises(ClaimRefused) as caught:
+        claim(path, force=force)
+    assert digest(path) == before
+    assert list(caught.value.reasons) == [str(reason) for reason in verdict.reasons]
+    assert str(path) in caught.value.message
+    assert "nothing on it was changed" in caught.value.hint
+    return list(caught.value.reasons)
+
+
+class TestFree:
+    def test_a_blank_device_is_free_and_taken_open_and_locked(self, path: Path) -> None:
+        before = digest(path)
+        assert check(path) == Verdict(str(path), SIZE, (), ())
+        with closing(claim(path)) as device:
+            assert (device.path, device.size, device.read_only) == (str(path), SIZE, False)
+            with pytest.raises(DeviceBusy):
+                open_device(path)
+            with pytest.raises(ClaimRefused):
+                claim(path)
+        assert digest(path) == before
+        claim(path).close()
+
+    def test_unknown_content_is_free_and_kept(self, path: Path, seed: int) -> None:
+        content = random.Random(seed).randbytes(4 * MIB)
+        _write(path, 8 * MIB, content)
+        claim(path).close()
+        claim(path, force=True).close()
+        with path.open("rb") as file:
+            file.seek(8 * MIB)
+            assert file.read(4 * MIB) == content
+
+
+def make_mbr(path: Path) -> None:
+    entry = struct.pack("<B3sB3sII", 0, b"", 0x83, b"", 2048, 16384)
+    _write(path, 446, entry + bytes(48) + b"\x55\xaa")
+
+
+def make_gpt(path: Path) -> None:
+    """Protective MBR, and both copies of the header and of a table with one partition."""
+    sectors = SIZE // 512
+    entry = struct.pack("<16s16sQQQ72s", os.urandom(16), os.urandom(16), 2048, 18431, 0, "data".encode("utf-16-le"))
+    table = entry + bytes(127 * 128)
+    guid = os.urandom(16)
+    for here, there, table_at in ((1, sectors - 1, 2), (sectors - 1, 1, sectors - 33)):
+        form = "<8sIIIIQQQQ16sQIII"
+        fields = (here, there, 34, sectors - 34, guid, table_at, 128, 128, zlib.crc32(table))
+        checksum = zlib.crc32(struct.pack(form, b"EFI PART", 0x10000, 92, 0, 0, *fields))
+        _write(path, here * 512, struct.pack(form, b"EFI PART", 0x10000, 92, checksum, 0, *fields))
+        _write(path, table_at * 512, table)
+    _write(path, 446, struct.pack("<B3sB3sII", 0, b"", 0xEE, b"", 1, sectors - 1) + bytes(48) + b"\x55\xaa")
+
+
+def make_two_things(path: Path) -> None:
+    """What blkid calls ambivalent: an ext4 superblock, and over its boot block a swap header."""
+    run("mkfs.ext4", "-q", path)
+    _write(path, 1024, struct.pack("<III", 1, SIZE // 4096 - 1, 0))
+    _write(path, 4086, b"SWAPSPACE2")
+
+
+def make_luks(path: Path) -> None:
+    cheap = ["--type", "luks1", "--pbkdf-force-iterations", "1000", "--batch-mode"]
+    run("cryptsetup", "luksFormat", *cheap, "--key-file", "-", path, stdin=b"secret")
+
+
+def _write(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+CONTENTS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "ext4": ("mkfs.ext4", lambda path: run("mkfs.ext4", "-q", "-L", "holiday", path)),
+    "swap": ("mkswap", lambda path: run("mkswap", path)),
+    "vfat": ("mkfs.vfat", lambda path: run("mkfs.vfat", path)),
+    "xfs": ("mkfs.xfs", lambda path: run("mkfs.xfs", "-q", "--unsupported", path)),
+    "btrfs": ("mkfs.btrfs", lambda path: run("mkfs.btrfs", "-q", "--mixed", path)),
+    "crypto_LUKS": ("cryptsetup", make_luks),
+    "LVM2_member": ("pvcreate", lambda path: run("pvcreate", "--devices", path, "--quiet", path)),
+    "dos": ("", make_mbr),
+    "gpt": ("", make_gpt),
+}
+
+
+class TestContent:
+    @pytest.mark.parametrize("kind", [kind for kind, (tool, _) in CONTENTS.items() if not tool or shutil.which(tool)])
+    def test_whatever_blkid_knows_is_refused_then_erased_by_force(self, loop_device: Path, kind: str) -> None:
+        CONTENTS[kind][1](loop_device)
+        reasons = refused(loop_device)
+        assert any(f"carries {kind} (" in reason for reason in reasons)
+        assert all("wipefs" in reason or "parted" in reason for reason in reasons)
+        told: list[str] = []
+        claim(loop_device, force=True, announce=told.append).close()
+        assert any(f"the {kind} signature at byte" in erasure for erasure in told)
+        assert json.loads(run("wipefs", "--json", loop_device) or '{"signatures": []}')["signatures"] == []
+        claim(loop_device).close()
+
+    def test_an_image_file_with_a_filesystem(self, image: Path) -> None:
+        run("mkfs.ext4", "-q", "-L", "holiday", image)
+        (reason,) = refused(image)
+        assert f'{image} carries ext4 (filesystem, label "holiday", uuid "' in reason
+        claim(image, force=True).close()
+        claim(image).close()
+
+    def test_several_things_at_once(self, path: Path) -> None:
+        make_two_things(path)
+        reasons = refused(path)
+        assert len(reasons) == 3
+        for word in ("ext4", "swap", "blkid cannot decide"):
+            assert any(word in reason for reason in reasons), word
+        claim(path, force=True).close()
+        claim(path).close()
+
+    def test_force_says_beforehand_what_goes_and_leaves_the_rest(self, path: Path) -> None:
+        run("mkfs.ext4", "-q", path)
+        _write(path, 20 * MIB, b"the middle")
+        before = digest(path)
+
+        def announce(erasure: str) -> None:
+            assert digest(path) == before
+            told.append(erasure)
+
+        told: list[str] = []
+        claim(path, force=True, announce=announce).close()
+        assert told == ["the ext4 signature at byte 1080", "the first and the last MiB"]
+        with path.open("rb") as file:
+            assert file.read(MIB) == bytes(MIB)
+            file.seek(20 * MIB)
+            assert file.read(10) == b"the middle"
+
+    def test_without_blkid_or_wipefs_nothing_is_taken(self, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        which = shutil.which
+        for missing in ("blkid", "wipefs"):
+            monkeypatch.setattr(shutil, "which", lambda name, path, gone=missing: None if name == gone else which(name))
+            reasons = refused(image, force=True)
+            assert any(f"without {missing}; install util-linux" in reason for reason in reasons)
+
+    @pytest.mark.parametrize(("program", "script"), [("blkid", "exit 4"), ("wipefs", "exit 1"), ("blkid", "sleep 60")])
+    def test_a_probe_that_fails_proves_nothing(
+        self, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, script: str
+    ) -> None:
+        fake = tmp_path / program
+        fake.write_text(f"#!/bin/sh\nexec {script}\n" if script.startswith("sleep") else f"#!/bin/sh\n{script}\n")
+        fake.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.setattr(claim_module, "_PROBE_SECONDS_MAX", 1)
+        (reason,) = refused(image, force=True)
+        assert "cannot be told" in reason or "hangs" in reason
+
+
+class TestUse:
+    """What force never sets aside."""
+
+    def test_mounted(self, loop_device: Path, tmp_path: Path) -> None:
+        run("mkfs.ext4", "-q", loop_device)
+        where = tmp_path / "with a space"
+        where.mkdir()
+        run("mount", "-o", "ro", loop_device, where)
+        try:
+            reasons = refused(loop_device, force=True)
+        finally:
+            run("umount", where)
+        assert f"{loop_device} is mounted on {where}; unmount it (umount {where})" in reasons
+        assert any("ext4" in reason for reason in reasons)
+        claim(loop_device, force=True).close()
+
+    def test_mounted_where_only_others_see_it(self, loop_device: Path, tmp_path: Path) -> None:
+        run("mkfs.ext4", "-q", loop_device)
+        script = f"mount -o ro {loop_device} {tmp_path} && echo mounted && cat"
+        with _held_by("unshare", "--mount", "--propagation", "private", "sh", "-c", script) as process:
+            reasons = refused(loop_device, force=True)
+        hidden = f"is mounted on {tmp_path} in the mount namespace of process {process.pid}"
+        assert any(hidden in reason and "nsenter" in reason for reason in reasons)
+
+    def test_a_btrfs_is_found_though_it_is_mounted_under_another_number(self, make_loop: Any, tmp_path: Path) -> None:
+        if shutil.which("mkfs.btrfs") is None or "btrfs" not in Path("/proc/filesystems").read_text():
+            pytest.skip("this kernel or machine has no btrfs (`apt-get install btrfs-progs`)")
+        path = make_loop(128 * MIB)
+        run("mkfs.btrfs", "-q", path)
+        run("mount", "-o", "ro", path, tmp_path)
+        try:
+            reasons = refused(path, force=True)
+        finally:
+            run("umount", tmp_path)
+        assert any(f"{path} is mounted on {tmp_path}" in reason for reason in reasons)
+
+    def test_swap(self, loop_device: Path) -> None:
+        run("mkswap", loop_device)
+        run("swapon", loop_device)
+        try:
+            reasons = refused(loop_device, force=True)
+        finally:
+            run("swapoff", loop_device)
+        assert f"{loop_device} is swap space in use; switch it off (swapoff {loop_device})" in reasons
+
+    def test_partitions_yield_to_force_unless_they_are_in_use(self, loop_device: Path, tmp_path: Path) -> None:
+        make_mbr(loop_device)
+        run("addpart", loop_device, "1", "2048", "16384")
+        partition = Path(f"/sys/block/{loop_device.name}/{loop_device.name}p1")
+        node = tmp_path / "p1"
+        major, minor = (partition / "dev").read_text().split(":")
+        os.mknod(node, 0o600 | stat.S_IFBLK, os.makedev(int(major), int(minor)))
+        run("mkfs.ext4", "-q", node)
+        reasons = refused(loop_device)
+        assert any(f"has partitions ({partition.name})" in reason for reason in reasons)
+
+        (tmp_path / "m").mkdir()
+        run("mount", "-o", "ro", node, tmp_path / "m")
+        reasons = refused(loop_device, force=True)
+        assert any(f"/dev/{partition.name} is mounted on {tmp_path}/m" in reason for reason in reasons)
+        run("umount", tmp_path / "m")
+
+        with node.open("rb"):
+            before = digest(loop_device)
+            with pytest.raises(ClaimRefused, match=f"partition {partition.name} of {loop_device} cannot be removed"):
+                claim(loop_device, force=True)
+            assert digest(loop_device) == before
+
+        told: list[str] = []
+        claim(loop_device, force=True, announce=told.append).close()
+        assert f"partition {partition.name}" in told
+        assert not partition.exists()
+        claim(loop_device).close()
+
+    def test_held_by_another_driver(self, loop_device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No device mapper is needed: the kernel tells of every holder by a link in sysfs."""
+        number = loop_device.stat().st_rdev
+        (tmp_path / "dev").write_text(f"{os.major(number)}:{os.minor(number)}\n")
+        for holder in ("md127", "dm-3/dm"):
+            (tmp_path / "holders" / holder).mkdir(parents=True)
+        (tmp_path / "holders/dm-3/dm/name").write_text("vg-root\n")
+        monkeypatch.setattr(claim_module, "_sysfs", lambda device: tmp_path)
+        mapped, raid = refused(loop_device, force=True)
+        assert mapped == f"{loop_device} is held by dm-3 (vg-root); remove it (lvremove, or dmsetup remove vg-root)"
+        assert raid == f"{loop_device} is held by md127; stop it (mdadm --stop /dev/md127)"
+
+    def test_an_image_file_under_a_loop_device(self, make_loop: Any) -> None:
+        loop = make_loop(SIZE)
+        (reason,) = refused(make_loop.image(loop), force=True)
+        assert f"the loop device {loop} stands on" in reason
+        assert f"losetup -d {loop}" in reason
+
+    def test_a_loop_device_over_it(self, make_loop: Any) -> None:
+        below = make_loop(SIZE)
+        above = make_loop.attach(below)
+        assert any(f"the loop device {above} stands on {below}" in reason for reason in refused(below, force=True))
+
+    def test_locked_by_another_process(self, path: Path) -> None:
+        lock = "import sys; from rustord.blockdevice import open_device as o; d = o(sys.argv[1]); print(); input()"
+        with _held_by(sys.executable, "-c", lock, path) as process:
+            reasons = refused(path, force=True)
+        assert any(f"({process.pid})" in reason for reason in reasons)
+
+    def test_open_for_writing_without_any_lock(self, path: Path) -> None:
+        with _held_by("sh", "-c", 'exec 3<>"$0"; echo; read x', path) as process:
+            (reason,) = refused(path, force=True)
+        assert reason == f"sh ({process.pid}) has {path} open for writing; stop that process"
+
+    def test_held_exclusively_by_who_knows(self, loop_device: Path) -> None:
+        descriptor = os.open(loop_device, os.O_RDONLY | os.O_EXCL)
+        try:
+            (reason,) = refused(loop_device, force=True)
+        finally:
+            os.close(descriptor)
+        assert f"{loop_device} is in use by" in reason
+
+
+@contextmanager
+def _held_by(*command: str | os.PathLike[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Runs a command that says one line when it is there, and ends with its input."""
+    root = Path(claim_module.__file__).parents[1]
+    with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        yield process
+
+
+class TestUnfit:
+    """What force never sets aside, either."""
+
+    def test_too_small(self, make_image: Any) -> None:
+        (reason,) = refused(make_image(16 * MIB - 512), force=True)
+        assert "16777216 bytes at least" in reason
+        claim(make_image(16 * MIB)).close()
+
+    def test_empty(self, make_image: Any) -> None:
+        (reason,) = refused(make_image(0), force=True)
+        assert "only 0 bytes" in reason
+
+    def test_read_only(self, loop_device: Path) -> None:
+        run("mkfs.ext4", "-q", loop_device)
+        run("blockdev", "--setro", loop_device)
+        try:
+            reasons = refused(loop_device, force=True)
+        finally:  # it would stay read-only for whoever attaches it next
+            run("blockdev", "--setrw", loop_device)
+        assert any("is read-only" in reason for reason in reasons)
+        assert any("ext4" in reason for reason in reasons)
+
+    def test_absent(self, tmp_path: Path) -> None:
+        for path in (tmp_path / "absent", tmp_path):
+            verdict = check(path)
+            assert verdict.size == 0
+            (reason,) = verdict.reasons
+            assert str(path) in reason.what
+            with pytest.raises(ClaimRefused):
+                claim(path, force=True)
+
+    def test_unreadable(self, faulty_loop: Any) -> None:
+        claim(faulty_loop.path).close()  # now its ends are in the page cache
+        with faulty_loop.failing():
+            reasons = [str(reason) for reason in check(faulty_loop.path).reasons]
+            with pytest.raises(ClaimRefused):
+                claim(faulty_loop.path, force=True)
+        for offset in label_offsets(16 * MIB):
+            assert any(f"at byte {offset} failed: Input/output error" in reason for reason in reasons), offset
+        claim(faulty_loop.path).close()
+
+
+class TestOtherPools:
+    @pytest.mark.parametrize("copy", [0, 1, 2])
+    def test_any_copy_of_a_label_says_whose_it_is(self, path: Path, copy: int) -> None:
+        _write(path, label_offsets(SIZE)[copy], label().encode())
+        (reason,) = refused(path)
+        assert f'it is in the rustord pool "archive" (uuid {POOL})' in reason
+        told: list[str] = []
+        claim(path, force=True, announce=told.append).close()
+        assert told == ["the label of the rustord pool", "the first and the last MiB"]
+        claim(path).close()
+
+    def test_a_damaged_label_is_still_a_label(self, path: Path) -> None:
+        data = bytearray(label().encode())
+        data[100] ^= 1
+        _write(path, 0, bytes(data))
+        (reason,) = refused(path)
+        assert "label of a rustord pool" in reason
+        assert "checksum" in reason
+
+
+def label() -> Label:
+    return Label(
+        pool_uuid=parse_uuid(POOL),
+        pool_name="archive",
+        device_uuid=os.urandom(16),
+        device_index=3,
+        block_size=4096,
+        block_count=SIZE // 4096,
+        secret=bytes(32),
+        created_ns=1,
+    )
