@@ -53,10 +53,9 @@ def test_a_module_imports_only_from_lower_floors() -> None:
 
 
 def test_tests_mirror_the_source_tree() -> None:
-    for module in modules():
-        mirror = Path("tests", *module.parts[1:-1], f"test_{module.name}")
-        where = TESTED_ELSEWHERE.get(module.as_posix(), mirror)
-        assert (ROOT / where).is_file(), f"{module} has no {where}"
+    mirrors = {module: Path("tests", *module.parts[1:-1], f"test_{module.name}") for module in modules()}
+    tests = [TESTED_ELSEWHERE.get(module.as_posix(), mirror) for module, mirror in mirrors.items()]
+    assert [test for test in tests if not (ROOT / test).is_file()] == []
 
 
 def test_exceptions_of_the_mirror_are_still_needed() -> None:
@@ -64,8 +63,7 @@ def test_exceptions_of_the_mirror_are_still_needed() -> None:
 
 
 def test_a_module_is_a_noun() -> None:
-    nameless = [module for module in modules() if set(module.with_suffix("").parts) & NAMES_THAT_SAY_NOTHING]
-    assert not nameless
+    assert [module for module in modules() if set(module.with_suffix("").parts) & NAMES_THAT_SAY_NOTHING] == []
 
 
 def test_asyncio_stays_in_the_frontends() -> None:
