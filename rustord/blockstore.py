@@ -13,9 +13,9 @@ from typing import Literal
 from xxhash import xxh3_64_digest
 
 from rustord.blockdevice import BlockDevice
-from rustord.errors import Damaged, DeviceError, RustordError
+from rustord.errors import Damaged, DeviceError, FormatError, RustordError
 from rustord.extent import Extent
-from rustord.label import Geometry
+from rustord.label import LABEL_BYTES, Geometry, Label, choose_label, decode_label, label_offsets
 from rustord.manifest import CHUNK_BYTES, Copy, Data
 from rustord.objkey import uuid_text
 from rustord.record import Record
@@ -83,11 +83,20 @@ class BlockStore:
         """The devices that take writes now, in order."""
         return [index for index, slot in sorted(self.slots.items()) if slot.state == "online"]
 
+    @property
+    def device_uuids(self) -> dict[int, bytes]:
+        """The uuid of each device, by index."""
+        return {index: slot.uuid for index, slot in self.slots.items()}
+
     # Writing
 
     def write(self, extent: Extent, buffers: Sequence[Data]) -> None:
         """Write ``buffers``, which fill no more than ``extent``, from its first block on."""
         self.writable(extent.device).write(extent.block * self.block_size, buffers)
+
+    def start_writeback(self, extent: Extent, length: int) -> None:
+        """Let the device begin with the ``length`` bytes just written at the start of ``extent``."""
+        self.writable(extent.device).start_writeback(extent.block * self.block_size, length)
 
     def flush(self, indices: Iterable[int]) -> Mapping[int, DeviceError]:
         """Make all that was written to these devices durable, side by side; returns those that failed, and how."""
@@ -174,8 +183,7 @@ class BlockStore:
             number = (preferred + turn) % len(copies)
             for _ in range(2):
                 try:
-                    for index, offset, piece in self._pieces(copies[number], start, buffer):
-                        self.device(index).read(offset, (piece,))
+                    self._fill(copies[number], start, buffer)
                 except DeviceError as error:
                     problem = problem or error
                     continue
@@ -184,11 +192,26 @@ class BlockStore:
                 problem = Damaged(
                     f"Object {uuid_text(record.uuid)}, bytes {start} to {start + len(buffer) - 1}, does not match its "
                     f"checksum on any of {len(copies)} copies",
-                    hint="the bytes on the device have changed since they were stored; restore the Object from elsewhere",
+                    hint="the bytes on the device have changed; restore the Object from elsewhere",
                 )
                 log.error("copy %d of Object %s is damaged near byte %d", number, uuid_text(record.uuid), start)
         assert problem is not None
         raise problem
+
+    def verify(self, record: Record, number: int, offset: int, length: int) -> bool:
+        """Whether copy ``number`` holds the right bytes; ``offset`` is that of a chunk. Raises DeviceError."""
+        first, last = offset // CHUNK_BYTES, -(-(offset + length) // CHUNK_BYTES)
+        return _verified(self.read_copy(record.copies[number], offset, length), record.sums(first, last))
+
+    def read_copy(self, copy: Copy, offset: int, length: int) -> memoryview:
+        """Bytes of a copy, footer included, as they are on the device. Raises DeviceError."""
+        buffer = memoryview(bytearray(length))
+        self._fill(copy, offset, buffer)
+        return buffer
+
+    def _fill(self, copy: Copy, start: int, buffer: memoryview) -> None:
+        for index, offset, piece in self._pieces(copy, start, buffer):
+            self.device(index).read(offset, (piece,))
 
     def _pieces(self, copy: Copy, start: int, buffer: memoryview) -> Iterable[tuple[int, int, memoryview]]:
         """(device, offset on it, part of ``buffer``) for the bytes of ``copy`` from ``start`` on."""
@@ -227,3 +250,37 @@ def chunk_sums(data: Data) -> bytes:
     """The checksums of the chunks of ``data``, which begins on a chunk."""
     view = memoryview(data)
     return b"".join([xxh3_64_digest(view[at : at + CHUNK_BYTES]) for at in range(0, len(view), CHUNK_BYTES)])
+
+
+def read_label(device: BlockDevice) -> Label | None:
+    """What the device's label says; None if it bears none.
+
+    Raises FormatError if every copy that there is is damaged, or was written by a newer rustord.
+    """
+    if device.size < LABEL_BYTES:
+        return None
+    copies: list[Label | FormatError | None] = []
+    for offset in label_offsets(device.size):
+        data = bytearray(LABEL_BYTES)
+        try:
+            device.read(offset, (data,))
+            copies.append(decode_label(data))
+        except FormatError as error:
+            copies.append(error)
+        except DeviceError as error:
+            copies.append(FormatError(error.message, hint=error.hint))
+    return choose_label(copies)
+
+
+def write_label(device: BlockDevice, label: Label) -> None:
+    """Write all copies of the label, the first one durably before the others: a crash leaves at least one good one.
+
+    Raises DeviceError.
+    """
+    data = label.encode()
+    head, *others = label.geometry.label_offsets
+    device.write(head, (data,))
+    device.flush()
+    for offset in others:
+        device.write(offset, (data,))
+    device.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -25,3 +26,25 @@ class Extent(NamedTuple):
 def block_count(extents: tuple[Extent, ...] | list[Extent]) -> int:
     """Sum of the extents' blocks."""
     return sum(extent.count for extent in extents)
+
+
+def extend(copy: list[Extent], more: Iterable[Extent]) -> None:
+    """Append ``more`` to ``copy``; extents that adjoin become one."""
+    for extent in more:
+        if copy and copy[-1].device == extent.device and copy[-1].end == extent.block:
+            last = copy.pop()
+            extent = Extent(last.device, last.block, last.count + extent.count)
+        copy.append(extent)
+
+
+def trim(copy: list[Extent], count: int) -> list[Extent]:
+    """Cut the last ``count`` blocks off ``copy``, which has at least as many, and return them."""
+    cut: list[Extent] = []
+    while count:
+        device, block, length = copy.pop()
+        keep = max(length - count, 0)
+        if keep:
+            copy.append(Extent(device, block, keep))
+        cut.append(Extent(device, block + keep, length - keep))
+        count -= length - keep
+    return cut

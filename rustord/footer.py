@@ -9,7 +9,7 @@ image of this very pool, can pass for one. A reader of the bare device looks at 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ def footer_blocks(size: int, length: int, block_size: int) -> int:
 
 
 def encode_footer(
-    record: bytes, size: int, copy: Sequence[Extent], device_uuids: Sequence[bytes], secret: bytes, block_size: int
+    record: bytes, size: int, copy: Sequence[Extent], device_uuids: Mapping[int, bytes], secret: bytes, block_size: int
 ) -> bytes:
     """Everything behind the last byte of ``size`` bytes of data, up to the end of the last block of ``copy``.
 
@@ -51,9 +51,7 @@ def encode_footer(
     encoded = [bytes(slack)]
     previous = (0, 0)
     for number, (piece, (device, block)) in enumerate(zip(pieces, addresses, strict=True)):
-        encoded.append(
-            _piece(piece, block_size, device_uuids[device], block, previous, number, len(pieces), secret)
-        )
+        encoded.append(_piece(piece, block_size, device_uuids[device], block, previous, number, len(pieces), secret))
         previous = (device, block)
     return b"".join(encoded)
 
@@ -105,8 +103,8 @@ def decode_piece(block_data: bytes | memoryview, device_uuid: bytes, block: int,
     view = memoryview(block_data)
     if view[-len(MAGIC) :] != MAGIC:
         return None
-    signature, owner, address, previous_block, previous_device, _, number, piece_count, length, _ = (
-        TRAILER.unpack_from(view, len(view) - TRAILER.size)
+    signature, owner, address, previous_block, previous_device, _, number, piece_count, length, _ = TRAILER.unpack_from(
+        view, len(view) - TRAILER.size
     )
     if owner != device_uuid or address != block or length > len(view) - TRAILER.size:
         return None  # the content of an Object: an image of a pool, perhaps

@@ -18,7 +18,7 @@ from xxhash import xxh3_64_digest
 from rustord.errors import FormatError
 from rustord.extent import Extent
 from rustord.manifest import Copy, Manifest, chunk_count
-from rustord.objkey import ObjectId, ObjKey, uuid_text
+from rustord.objkey import ObjKey, uuid_text
 
 RECORD = struct.Struct("<8s16sQQQIIHHBBBB")
 """checksum, uuid, sequence, size, created_ns, length, metadata_length, name_length, reserved, copy_count,
@@ -96,7 +96,9 @@ class Record:
     def _decode_copies(self) -> tuple[Copy, ...]:
         raw, copy_count = self.raw, self._copy_count
         at = RECORD.size + EXTENT_COUNT.size * copy_count
-        if copy_count == 1 and raw[RECORD.size : at] == b"\1\0\0\0":  # nearly every small Object, on the way of each GET
+        if (
+            copy_count == 1 and raw[RECORD.size : at] == b"\1\0\0\0"
+        ):  # nearly every small Object
             block, count, device, _ = EXTENT.unpack_from(raw, at)
             return ((Extent(device, block, count),),)
         counts = struct.unpack_from(f"<{copy_count}I", raw, RECORD.size)
@@ -108,6 +110,11 @@ class Record:
     def extents(self) -> list[Extent]:
         """The extents of all copies."""
         return [extent for copy in self.copies for extent in copy]
+
+    @property
+    def devices(self) -> set[int]:
+        """The indices of the devices that hold any part of the Object."""
+        return {extent.device for copy in self.copies for extent in copy}
 
     @property
     def _sums_at(self) -> int:
@@ -215,9 +222,7 @@ def encode_record(
 ) -> bytes:
     """The bytes that `Record` decodes."""
     algorithm = key.algorithm.encode("ascii")
-    extents = b"".join(
-        [EXTENT.pack(block, count, device, 0) for copy in copies for device, block, count in copy]
-    )
+    extents = b"".join([EXTENT.pack(block, count, device, 0) for copy in copies for device, block, count in copy])
     counts = b"".join([EXTENT_COUNT.pack(len(copy)) for copy in copies])
     body = b"".join((counts, extents, sums, key.digest, algorithm, layout, name, metadata))
     head = RECORD.pack(

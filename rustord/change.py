@@ -1,0 +1,136 @@
+"""Change: what can be asked of an ObjectStore that changes it. Changes are gathered into cycles."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rustord.errors import InvalidRequest, PreconditionFailed, RustordError, TooLarge
+from rustord.extent import Extent
+from rustord.manifest import Data
+from rustord.objkey import ObjectId
+from rustord.record import Metadata, Record, encode_metadata
+from rustord.upload import Upload
+
+NAME_BYTES_MAX = 1024
+CONTENT_TYPE_BYTES_MAX = 255
+ATTRIBUTE_COUNT_MAX = 64
+ATTRIBUTE_BYTES_MAX = 8192
+"""Of all attributes of an Object together, keys and values."""
+
+
+class Put:
+    """Store an Object: its data, or an `Upload` that has taken it in already.
+
+    With ``if_none_match`` the change fails if its name is taken; with ``if_match`` it fails unless the name maps to an
+    Object with one of these entity tags ("*" for any Object). A name that is taken is replaced otherwise. Raises
+    InvalidRequest or TooLarge for metadata that cannot be stored.
+    """
+
+    __slots__ = ("created_ns", "if_match", "if_none_match", "metadata", "name", "name_bytes", "source")
+
+    def __init__(
+        self,
+        source: Data | Upload,
+        metadata: Metadata | None = None,
+        *,
+        if_none_match: bool = False,
+        if_match: Sequence[str] | None = None,
+    ) -> None:
+        self.source = source
+        self.if_none_match = if_none_match
+        self.if_match = if_match
+        self.created_ns = time.time_ns()
+        if metadata is None:
+            self.name, self.name_bytes, self.metadata = "", b"", b""
+        else:
+            check_metadata(metadata)
+            self.name, self.name_bytes = metadata.name, metadata.name.encode()
+            self.metadata = encode_metadata(metadata)
+
+
+class Delete:
+    """Delete an Object; with ``if_match`` only if it has one of these entity tags ("*" for any)."""
+
+    __slots__ = ("if_match", "uuid")
+
+    def __init__(self, uuid: ObjectId, *, if_match: Sequence[str] | None = None) -> None:
+        self.uuid = uuid
+        self.if_match = if_match
+
+
+class Undo:
+    """Take back an Object that reached some devices' journals but not all: it was never acknowledged."""
+
+    __slots__ = ("record",)
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+
+
+class Erase:
+    """Erase blocks that no Object names any more, and give them back once that is durable.
+
+    ``record`` is the deleted Object's, None for blocks that never became one. ``cause`` is the Delete that waits for
+    it. ``erased`` is set once the blocks have been written over, so that only the flush is left to do; ``error`` says
+    why they could not be.
+    """
+
+    __slots__ = ("cause", "erased", "error", "extents", "record")
+
+    def __init__(self, extents: Sequence[Extent], record: Record | None = None, cause: Delete | None = None) -> None:
+        self.extents = extents
+        self.record = record
+        self.cause = cause
+        self.erased = False
+        self.error: RustordError | None = None
+
+
+Change = Put | Delete | Undo | Erase
+
+
+def etag(record: Record) -> str:
+    """The entity tag of an Object, without the quotes: the hash of its data."""
+    return f"{record.algorithm}:{record.digest.hex()}"
+
+
+def check_match(record: Record | None, if_match: Sequence[str] | None, what: str) -> None:
+    """Raise PreconditionFailed unless ``if_match`` allows a change of ``record``."""
+    if if_match is not None and (record is None or ("*" not in if_match and etag(record) not in if_match)):
+        raise PreconditionFailed(
+            f"{what} is not what If-Match asks for", hint="read its entity tag again, and repeat with that"
+        )
+
+
+def check_name(name: str) -> None:
+    """Raise InvalidRequest unless ``name`` is 1 to 1,024 bytes of UTF-8 without control characters."""
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        raise InvalidRequest("the name is not valid Unicode", hint="names are UTF-8 text") from None
+    if not 1 <= length <= NAME_BYTES_MAX:
+        raise InvalidRequest(f"a name of {length} bytes", hint=f"a name has 1 to {NAME_BYTES_MAX} bytes in UTF-8")
+    if not name.isprintable() and _has_control(name):
+        raise InvalidRequest(f"the name {name[:80]!r} has a control character", hint="remove it")
+
+
+def _has_control(text: str) -> bool:
+    return any(ord(char) < 0x20 or 0x7F <= ord(char) < 0xA0 for char in text)
+
+
+def check_metadata(metadata: Metadata) -> None:
+    """Raise InvalidRequest or TooLarge unless ``metadata`` can be stored."""
+    if metadata.name:
+        check_name(metadata.name)
+    if len(metadata.content_type.encode()) > CONTENT_TYPE_BYTES_MAX or _has_control(metadata.content_type):
+        raise InvalidRequest(
+            f"the content type {metadata.content_type[:80]!r} cannot be stored",
+            hint=f"a content type has at most {CONTENT_TYPE_BYTES_MAX} bytes and no control characters",
+        )
+    attributes = metadata.attributes
+    length = sum(len(key.encode()) + len(value.encode()) for key, value in attributes.items())
+    if len(attributes) > ATTRIBUTE_COUNT_MAX or length > ATTRIBUTE_BYTES_MAX:
+        raise TooLarge(
+            f"{len(attributes)} attributes of {length} bytes in all",
+            hint=f"an Object has at most {ATTRIBUTE_COUNT_MAX} attributes of {ATTRIBUTE_BYTES_MAX} bytes in all",
+        )

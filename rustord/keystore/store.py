@@ -1,0 +1,388 @@
+"""KeyStore: stores and retrieves Records by uuid, and names; a journal on the devices and an index database.
+
+A change is in the journal first, made durable there by the cycle's flush, then in memory (`learn`), and now and then,
+in the background, in the index (`checkpoint`), one atomic batch at a time with the place in the journal up to which the
+index knows everything. What is not in the index yet is served from memory. So a slow index slows no PUT, and after a
+crash only the journal's tail is replayed.
+
+The index is an ordered store of byte keys (`rustord.keystore.backend`). FORMAT.md has the table of its keys:
+
+==========================  ===========================================================================
+``o`` uuid                  the Record of a live Object
+``g`` uuid                  the Record of a deleted Object whose blocks have not been erased yet (a grave)
+``n`` name                  uuid; a name of more than 480 bytes is cut there and its BLAKE2b-128 added, and
+                            the whole name follows the uuid
+``p`` device uuid           where the index's knowledge of that device's journal ends
+``s``                       the newest sequence that the index knows, the label's generation, the pool's uuid
+==========================  ===========================================================================
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from heapq import merge
+from itertools import islice
+
+from rustord.errors import PoolError, RustordError, Unavailable
+from rustord.journal import NOTHING, Batch, Entry, Kind, delete_entry, erased_entry, put_entry
+from rustord.keystore.backend import Backend
+from rustord.keystore.ring import Ring, RingFull
+from rustord.objkey import ObjectId, uuid_text
+from rustord.record import Record
+
+_OBJECT, _GRAVE, _NAME, _POSITION, _STATE = b"o", b"g", b"n", b"p", b"s"
+_STATE_VALUE = struct.Struct("<QQ16s")
+_NAME_KEY_BYTES = 480
+_OVERLAY_MAX = 50_000
+"""Changes that wait in memory before a cycle waits for the index: about 20 MiB."""
+
+
+@dataclass
+class _Overlay:
+    """What the index does not hold yet. None as a value means that the key is gone."""
+
+    objects: dict[ObjectId, bytes | None] = field(default_factory=dict)
+    graves: dict[ObjectId, bytes | None] = field(default_factory=dict)
+    names: dict[bytes, bytes | None] = field(default_factory=dict)
+    sequence: int = 0
+    positions: dict[bytes, bytes] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.objects) + len(self.graves)
+
+
+class KeyStore:
+    """Reads may come from any thread; all changes from one at a time, and `checkpoint` from another beside it."""
+
+    def __init__(self, backend: Backend, pool_uuid: bytes) -> None:
+        """Over an opened ``backend``. Raises PoolError if that belongs to another pool."""
+        self._backend = backend
+        self._pool_uuid = pool_uuid
+        self._rings: dict[int, Ring] = {}
+        self._fresh = _Overlay()
+        self._draining = _Overlay()
+        self._learning = threading.Lock()  # held while the overlay changes hands, and for each `learn`
+        self._checkpointing = threading.Lock()
+        self._unerased: dict[ObjectId, int] = {}  # sequence of each tombstone whose blocks are not erased yet
+        self.indexed_sequence = 0
+        """Every change up to this one is in the index."""
+        self.generation = 0
+        """The label's generation when the index was last opened for writing; 0 for a new index."""
+        if state := backend.get(_STATE):
+            self.indexed_sequence, self.generation, owner = _STATE_VALUE.unpack(state)
+            if owner != pool_uuid:
+                raise PoolError(
+                    f"the index belongs to pool {uuid_text(owner)}, not to {uuid_text(pool_uuid)}",
+                    hint="give each pool a directory of its own",
+                )
+
+    # Opening
+
+    def add_ring(self, device: int, ring: Ring) -> list[Batch]:
+        """Take the journal of a device; returns its batches that the index does not know.
+
+        Raises PoolError if batches are missing between the index and the journal.
+        """
+        position = self._backend.get(_POSITION + ring.device_uuid)
+        batches = ring.replay(position)
+        if position is None and batches and batches[0].number != 1:
+            raise PoolError(
+                f"the index has no knowledge of device {uuid_text(ring.device_uuid)}, and its journal does not reach "
+                "back to the beginning",
+                hint="put back the index directory that belongs to this pool",
+            )
+        self._rings[device] = ring
+        return batches
+
+    def remove_ring(self, device: int) -> None:
+        del self._rings[device]
+
+    def replay(self, entries: Iterable[Entry], dropped: Iterable[Record], generation: int) -> None:
+        """Learn what the journal holds beyond the index, in the order given, and put it into the index.
+
+        ``dropped`` are Objects that were never acknowledged and are not whole: they become graves.
+        """
+        overlay = self._fresh
+        for entry in entries:
+            overlay.sequence = max(overlay.sequence, entry.sequence)
+            if entry.kind is Kind.PUT:
+                self._learn_put(overlay, Record(entry.payload[16:]), entry.payload[:16])
+            elif entry.kind is Kind.DELETE:
+                if raw := self._raw(entry.payload):
+                    self._learn_delete(overlay, Record(raw), entry.sequence)
+            else:
+                for at in range(0, len(entry.payload), 16):
+                    self._learn_erased(overlay, entry.payload[at : at + 16])
+        for record in dropped:
+            self._learn_delete(overlay, record, record.sequence)
+            overlay.sequence = max(overlay.sequence, record.sequence)
+        self.note_generation(generation)
+
+    def note_generation(self, generation: int) -> None:
+        """Remember the generation that the labels are about to have, and put everything into the index."""
+        with self._learning:
+            self.generation = generation
+            self._note_positions(self._fresh)
+        self.checkpoint()
+
+    def scan_records(self) -> Iterator[Record]:
+        """Every live Object in the index, then every grave."""
+        for prefix in (_OBJECT, _GRAVE):
+            for _, raw in self._backend.scan(prefix, _successor(prefix)):
+                yield Record(raw)
+
+    def graves(self) -> list[Record]:
+        """The Records of deleted Objects whose blocks have not been erased yet, as the index knows them."""
+        return [Record(raw) for _, raw in self._backend.scan(_GRAVE, _successor(_GRAVE))]
+
+    # Changing
+
+    def journal(
+        self,
+        puts: Iterable[tuple[Record, ObjectId]],
+        deletes: Iterable[tuple[Record, int]],
+        erased: Mapping[int, list[ObjectId]],
+        durable: int,
+        writable: Iterable[int],
+    ) -> tuple[set[int], dict[int, RustordError]]:
+        """Append to the journal of each device what concerns it; durable when these devices have been flushed.
+
+        ``puts`` are Records with the uuid that each replaces (or `NOTHING`), ``deletes`` Records with the sequence of
+        their tombstone, ``erased`` what has been erased on each device and not been journalled yet. Returns the
+        devices that were written to, and those that could not be, and why.
+        """
+        entries: dict[int, list[bytes]] = {}
+        newest = 0
+        writable = set(writable)
+        for record, replaced in puts:
+            entry = put_entry(record.sequence, replaced, record.raw)
+            newest = record.sequence
+            for device in record.devices:
+                entries.setdefault(device, []).append(entry)
+        for record, sequence in deletes:
+            entry = delete_entry(sequence, record.uuid)
+            newest = max(newest, sequence)
+            for device in record.devices & writable:
+                entries.setdefault(device, []).append(entry)
+        failed: dict[int, RustordError] = {}
+        for device, batch in entries.items():
+            if erased.get(device):
+                batch.append(erased_entry(erased[device]))
+            try:
+                self._append(self._rings[device], batch, durable, newest)
+            except RustordError as error:
+                failed[device] = error
+        return entries.keys() - failed.keys(), failed
+
+    def _append(self, ring: Ring, entries: list[bytes], durable: int, sequence: int) -> None:
+        try:
+            ring.append(entries, durable, sequence)
+        except RingFull:
+            self.checkpoint()
+            try:
+                ring.append(entries, durable, sequence)
+            except RingFull as error:
+                raise Unavailable(
+                    f"the journal of device {uuid_text(ring.device_uuid)} is full of changes that are not finished yet",
+                    hint="try again in a moment; if it stays so, see 'rustorctl status'",
+                ) from error
+
+    def learn(
+        self,
+        puts: Iterable[tuple[Record, ObjectId]],
+        deletes: Iterable[tuple[Record, int]],
+        erased: Iterable[ObjectId],
+        sequence: int,
+    ) -> None:
+        """Know from now on what the journal holds durably, up to ``sequence``."""
+        with self._learning:
+            overlay = self._fresh
+            for uuid in erased:
+                self._learn_erased(overlay, uuid)
+            for record, replaced in puts:
+                self._learn_put(overlay, record, replaced)
+            for record, tombstone in deletes:
+                self._learn_delete(overlay, record, tombstone)
+            overlay.sequence = sequence
+            self._note_positions(overlay)
+
+    def make_room(self) -> None:
+        """Wait for the index if too much waits for it. Raises what the index raises."""
+        if len(self._fresh) > _OVERLAY_MAX:
+            self.checkpoint()
+
+    def _note_positions(self, overlay: _Overlay) -> None:
+        for ring in self._rings.values():
+            overlay.positions[ring.device_uuid] = ring.position
+
+    def _learn_put(self, overlay: _Overlay, record: Record, replaced: ObjectId) -> None:
+        overlay.objects[record.uuid] = record.raw
+        if name := record.name:
+            key, tail = _name_key(name)
+            overlay.names[key] = record.uuid + tail
+        if replaced != NOTHING and (raw := self._raw(replaced)):
+            self._learn_delete(overlay, Record(raw), record.sequence)
+
+    def _learn_delete(self, overlay: _Overlay, record: Record, sequence: int) -> None:
+        uuid = record.uuid
+        overlay.objects[uuid] = None
+        overlay.graves[uuid] = record.raw
+        self._unerased[uuid] = sequence
+        if name := record.name:
+            key, _ = _name_key(name)
+            value = self._name_value(key)
+            if value is not None and value[:16] == uuid:
+                overlay.names[key] = None
+
+    def _learn_erased(self, overlay: _Overlay, uuid: ObjectId) -> None:
+        overlay.graves[uuid] = None
+        self._unerased.pop(uuid, None)
+
+    def checkpoint(self) -> None:
+        """Put what has been learnt into the index, durably, and let go of the journal that holds it."""
+        with self._checkpointing:
+            with self._learning:
+                overlay = self._fresh
+                if not overlay.positions:
+                    return
+                self._draining, self._fresh = overlay, _Overlay()
+                unerased = min(self._unerased.values(), default=overlay.sequence + 1)
+            sequence = max(overlay.sequence, self.indexed_sequence)
+            puts, deletes = _changes(overlay)
+            puts[_STATE] = _STATE_VALUE.pack(sequence, self.generation, self._pool_uuid)
+            try:
+                self._backend.commit(puts, deletes)
+            except BaseException:
+                with self._learning:
+                    self._fresh = _merged(overlay, self._fresh)
+                    self._draining = _Overlay()
+                raise
+            self.indexed_sequence = sequence
+            with self._learning:
+                self._draining = _Overlay()
+                for ring in self._rings.values():
+                    number = int.from_bytes(overlay.positions.get(ring.device_uuid, bytes(8))[:8], "little")
+                    ring.release(number, unerased - 1)
+
+    # Reading
+
+    def _raw(self, uuid: ObjectId) -> bytes | None:
+        for overlay in (self._fresh, self._draining):
+            if uuid in overlay.objects:
+                return overlay.objects[uuid]
+        return self._backend.get(_OBJECT + uuid)
+
+    def get(self, uuid: ObjectId) -> Record | None:
+        """The Record of a live Object, or None."""
+        raw = self._raw(uuid)
+        return None if raw is None else Record(raw)
+
+    def resolve(self, name: str) -> ObjectId | None:
+        """The uuid that a name maps to, or None."""
+        value = self._name_value(_name_key(name)[0])
+        return None if value is None else value[:16]
+
+    def _name_value(self, key: bytes) -> bytes | None:
+        for overlay in (self._fresh, self._draining):
+            if key in overlay.names:
+                return overlay.names[key]
+        return self._backend.get(key)
+
+    def names(self, prefix: str = "", after: str = "", limit: int = 1000) -> list[tuple[str, ObjectId]]:
+        """Up to ``limit`` names that begin with ``prefix``, strictly behind ``after``, with their uuids.
+
+        They are in the order of their UTF-8 bytes (of the first 480 of them). Names that are there all the time are
+        listed exactly once over a run of calls, whatever changes beside it.
+        """
+        first = _NAME + prefix.encode()[:_NAME_KEY_BYTES]
+        start = max(first, _name_key(after)[0] + b"\0") if after else first
+        page: list[tuple[str, ObjectId]] = []
+        for key, value in self._merged_scan("names", start, _successor(first)):
+            name = (value[16:] or key[1:]).decode()
+            if name.startswith(prefix):
+                page.append((name, value[:16]))
+                if len(page) == limit:
+                    break
+        return page
+
+    def objects(self, after: ObjectId = b"", limit: int = 1000) -> list[Record]:
+        """Up to ``limit`` live Objects in the order of their uuids, strictly behind ``after``."""
+        start = _OBJECT + after + b"\0" if after else _OBJECT
+        found = self._merged_scan("objects", start, _successor(_OBJECT))
+        return [Record(raw) for _, raw in islice(found, limit)]
+
+    def _merged_scan(self, what: str, first: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """The index with the overlays laid over it. The overlays are copied before the index is looked at."""
+        prefix = _OBJECT if what == "objects" else b""
+        laid: dict[bytes, bytes | None] = {}
+        overlays = (self._fresh, self._draining)  # this order: what moves on meanwhile is then seen twice, never missed
+        for overlay in reversed(overlays):
+            table: dict[bytes, bytes | None] = getattr(overlay, what)
+            laid.update((prefix + key, value) for key, value in list(table.items()))
+        over = sorted((item for item in laid.items() if first <= item[0] < end), key=lambda item: item[0])
+        under = (item for item in self._backend.scan(first, end) if item[0] not in laid)
+        for key, value in merge(over, under, key=lambda item: item[0]):
+            if value is not None:
+                yield key, value
+
+    def lag(self) -> int:
+        """How many changes wait for the index."""
+        return len(self._fresh) + len(self._draining)
+
+    def journal_used(self) -> float:
+        """The fullest journal's used part, 0.0 to 1.0."""
+        return max((ring.used for ring in self._rings.values()), default=0.0)
+
+    def batch_bytes_max(self) -> int:
+        """The longest batch that every journal can take."""
+        return min((ring.batch_bytes_max for ring in self._rings.values()), default=0)
+
+    def info(self) -> Mapping[str, int | str]:
+        """What the backend says of itself."""
+        return self._backend.info()
+
+    def close(self) -> None:
+        self._backend.close()
+
+
+def _name_key(name: str) -> tuple[bytes, bytes]:
+    """The index's key for a name, and what follows the uuid in its value."""
+    encoded = name.encode()
+    if len(encoded) <= _NAME_KEY_BYTES:
+        return _NAME + encoded, b""
+    return _NAME + encoded[:_NAME_KEY_BYTES] + blake2b(encoded, digest_size=16).digest(), encoded
+
+
+def _successor(prefix: bytes) -> bytes:
+    """The first key behind all that begin with ``prefix``; which never consists of 0xFF bytes alone."""
+    stripped = prefix.rstrip(b"\xff")
+    return stripped[:-1] + bytes([stripped[-1] + 1])
+
+
+def _changes(overlay: _Overlay) -> tuple[dict[bytes, bytes], list[bytes]]:
+    """The overlay as keys of the index: what to put and what to delete."""
+    puts: dict[bytes, bytes] = {}
+    deletes: list[bytes] = []
+    for prefix, table in ((_OBJECT, overlay.objects), (_GRAVE, overlay.graves), (b"", overlay.names)):
+        for key, value in table.items():
+            if value is None:
+                deletes.append(prefix + key)
+            else:
+                puts[prefix + key] = value
+    for device_uuid, position in overlay.positions.items():
+        puts[_POSITION + device_uuid] = position
+    return puts, deletes
+
+
+def _merged(older: _Overlay, newer: _Overlay) -> _Overlay:
+    return _Overlay(
+        older.objects | newer.objects,
+        older.graves | newer.graves,
+        older.names | newer.names,
+        max(older.sequence, newer.sequence),
+        older.positions | newer.positions,
+    )

@@ -1,0 +1,508 @@
+"""ObjectStore: PUT, GET and DELETE; the only one that knows the order in which the others are asked.
+
+All changes go through `ObjectStore.cycle`, a batch of them and one flush per device::
+
+    place and write data and footers -> journal -> flush = the commit point -> learn -> answer
+
+A crash before the flush has returned leaves each Object of the batch whole or absent: the journal's entry and the data
+verify, or they do not. A failure before it gives the blocks back. A DELETE takes two cycles: in the first its tombstone
+is made durable (the commit point: readers no longer find the Object), in the second its blocks are erased, footer and
+all; then they are free and it is answered. So a free block is never named by a live Record, and never holds old data.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import NamedTuple
+
+from rustord.allocator import Allocator
+from rustord.blockstore import BlockStore, chunk_sums
+from rustord.change import Change, Delete, Erase, Put, Undo, check_match
+from rustord.errors import DeviceError, NoSpace, NotFound, PreconditionFailed, ReadOnly, RustordError
+from rustord.extent import Extent, block_count, extend, trim
+from rustord.footer import encode_footer, footer_blocks
+from rustord.journal import NOTHING
+from rustord.keygen import KeyGen
+from rustord.keystore.store import KeyStore
+from rustord.label import Label
+from rustord.manifest import Data
+from rustord.objkey import ObjectId, ObjKey, uuid_text
+from rustord.record import Metadata, Record, encode_record, record_length
+from rustord.upload import Upload
+
+ERASE_BYTES_MAX = 1 << 20
+"""Longer erasures are done beside the cycles, so that they hold up nobody; a cycle then only flushes them."""
+
+
+class Cycle(NamedTuple):
+    """What came of a batch: the outcome of every change that is finished, and what the next cycle has to do."""
+
+    outcomes: list[tuple[Change, Record | RustordError]]
+    following: list[Change]
+
+
+class _Placed(NamedTuple):
+    """A Put whose blocks are chosen: ``data`` and its tail go to each copy, behind its first ``skip`` blocks."""
+
+    put: Put
+    record: Record
+    replaced: Record | None
+    copies: list[list[Extent]]
+    skip: int
+    data: Data
+    tails: list[bytes]
+
+    def failure(self, failed: Mapping[int, RustordError]) -> RustordError | None:
+        """Why the Object did not reach all of its devices; None if it did."""
+        if not failed:
+            return None
+        return next((failed[device] for device in self.record.devices if device in failed), None)
+
+
+@dataclass(slots=True)
+class _Batch:
+    """A cycle in the making."""
+
+    puts: list[_Placed] = field(default_factory=list)
+    deletes: list[tuple[Delete | Undo, Record, int]] = field(default_factory=list)
+    erases: list[Erase] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+    gone: set[ObjectId] = field(default_factory=set)
+    length: int = 0
+    journalled: set[int] = field(default_factory=set)
+    outcomes: list[tuple[Change, Record | RustordError]] = field(default_factory=list)
+    following: list[Change] = field(default_factory=list)
+
+
+class ObjectStore:
+    """A pool that is open. Reads may come from any thread; changes from one thread at a time."""
+
+    def __init__(
+        self,
+        label: Label,
+        blocks: BlockStore,
+        allocator: Allocator,
+        keystore: KeyStore,
+        keygen: KeyGen,
+        sequence: int,
+        on_close: Callable[[ObjectStore], None],
+        read_only: str = "",
+    ) -> None:
+        """Made by `rustord.pool.open_pool`. ``read_only`` says why the pool takes no changes; "" if it does."""
+        self.label = label
+        self.blocks = blocks
+        self.allocator = allocator
+        self.keystore = keystore
+        self.keygen = keygen
+        self.read_only = read_only
+        self._sequence = self._durable = sequence
+        self._layout = allocator.placer.name.encode("ascii")
+        self._erased: dict[int, list[ObjectId]] = {}  # erased on that device, and its journal does not say so yet
+        self._abandoned: list[Erase] = []
+        self._held: list[Erase] = []
+        self._pins: Counter[ObjectId] = Counter()
+        self._pinning = threading.Lock()
+        self._on_close = on_close
+
+    # The library's calls; the daemon's Writer makes cycles itself
+
+    def __enter__(self) -> ObjectStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def put(self, data: Data, *, name: str = "", content_type: str = "", **attributes: str) -> ObjKey:
+        """Store an Object; it is durable on return. An Object of that name is replaced."""
+        return self._change(Put(data, Metadata(name, content_type, attributes))).key
+
+    def get(self, uuid: ObjectId) -> bytes:
+        """The whole data of an Object, verified. Raises NotFound, Damaged or DeviceError."""
+        record = self.stat(uuid)
+        return bytes(self.read(record, 0, record.size))
+
+    def delete(self, uuid: ObjectId) -> None:
+        """Delete an Object; on return its blocks have been erased. Raises NotFound."""
+        self._change(Delete(uuid))
+
+    def _change(self, change: Change) -> Record:
+        """Run ``change`` and all that follows from it."""
+        answer: Record | RustordError | None = None
+        changes: Sequence[Change] = [change]
+        while changes:
+            cycle = self.cycle(changes)
+            answer = next((outcome for done, outcome in cycle.outcomes if done is change), answer)
+            changes = cycle.following
+        assert answer is not None
+        if isinstance(answer, RustordError):
+            raise answer
+        return answer
+
+    # Reading
+
+    def stat(self, uuid: ObjectId) -> Record:
+        """What is known of an Object. Raises NotFound."""
+        record = self.keystore.get(uuid)
+        if record is None:
+            raise NotFound(f"there is no Object {uuid_text(uuid)}", hint="'rustorctl ls' lists what there is")
+        return record
+
+    def resolve(self, name: str) -> ObjectId | None:
+        """The uuid of the Object of that name, or None."""
+        return self.keystore.resolve(name)
+
+    def names(self, prefix: str = "", after: str = "", limit: int = 1000) -> list[tuple[str, ObjectId]]:
+        """A page of names and their uuids; see `KeyStore.names`."""
+        return self.keystore.names(prefix, after, limit)
+
+    def objects(self, after: ObjectId = b"", limit: int = 1000) -> list[Record]:
+        """A page of Objects by uuid; see `KeyStore.objects`."""
+        return self.keystore.objects(after, limit)
+
+    def read(self, record: Record, offset: int, length: int) -> memoryview:
+        """Bytes of an Object, verified; may wait for a device. Raises NotFound, Damaged or DeviceError."""
+        try:
+            data = self.blocks.read(record, offset, length)
+        except RustordError:
+            self.stat(record.uuid)  # deleted meanwhile: its blocks may hold anything
+            raise
+        assert data is not None
+        return data
+
+    def read_now(self, record: Record, offset: int, length: int) -> memoryview | None:
+        """Bytes of an Object, verified; None if that would mean to wait, or if they are damaged (then use `read`)."""
+        return self.blocks.read(record, offset, length, wait=False)
+
+    def pin(self, uuid: ObjectId) -> None:
+        """Keep the blocks of an Object from being erased when another replaces it by name, until `unpin`.
+
+        A reader of a long Object is not cut off by a writer of the same name. An explicit DELETE does not wait.
+        """
+        with self._pinning:
+            self._pins[uuid] += 1
+
+    def unpin(self, uuid: ObjectId) -> None:
+        """Undo one `pin`."""
+        with self._pinning:
+            self._pins[uuid] -= 1
+            if self._pins[uuid] <= 0:
+                del self._pins[uuid]
+
+    # Changing
+
+    def upload(self, put: Put, size: int | None) -> Upload:
+        """Take in the data of ``put`` piece by piece, before a cycle commits it; ``size`` in bytes, None if unknown.
+
+        Raises what would make the Put fail in the end: PreconditionFailed, NoSpace if the size is known, ReadOnly.
+        """
+        self._check_writable()
+        self._check_name(put)
+        hasher = self.keygen.hasher()
+        needed = 0
+        if size is not None:
+            key = ObjKey(NOTHING, self.keygen.algorithm, hasher.digest(), size)
+            needed = self._blocks_needed(put, key, self.allocator.placer.copies)
+        upload = Upload(self.allocator, self.blocks, hasher, size, needed, self._abandon)
+        put.source = upload
+        return upload
+
+    def _abandon(self, used: list[Extent], unused: list[Extent]) -> None:
+        self.allocator.release(unused)
+        if used:
+            self._abandoned.append(Erase(used))
+
+    def idle_work(self) -> bool:
+        """Whether an empty cycle would have something to do."""
+        return bool(self._abandoned or any(erase.record.uuid not in self._pins for erase in self._held if erase.record))
+
+    def cycle(self, changes: Iterable[Change]) -> Cycle:
+        """Make a batch of changes and all that they need durable with one flush per device; see the module.
+
+        An error concerns one change and is its outcome; nothing of that change is left behind.
+        """
+        batch = _Batch()
+        for change in self._with_abandoned(changes):
+            try:
+                self._stage(change, batch)
+            except RustordError as error:
+                batch.outcomes.append((change, error))
+                if isinstance(change, Put) and isinstance(change.source, Upload):
+                    change.source.abort()
+        failed = self._write(batch)
+        erased = self._erase(batch)
+        committed = self._journal(batch, failed)
+        failed |= self.blocks.flush((committed | erased) - failed.keys())
+        return self._settle(batch, failed)
+
+    def _with_abandoned(self, changes: Iterable[Change]) -> Iterator[Change]:
+        abandoned, self._abandoned = self._abandoned, []
+        yield from abandoned
+        if self._held:
+            held, self._held = self._held, []
+            yield from held
+        yield from changes
+
+    def _stage(self, change: Change, batch: _Batch) -> None:
+        """Decide what the change comes to; nothing is written yet."""
+        if batch.length > self.keystore.batch_bytes_max() // 2 and not isinstance(change, Erase):
+            batch.following.append(change)  # the journal takes no more at once
+        elif isinstance(change, Put):
+            self._check_writable()
+            if change.name and change.name in batch.names:
+                batch.following.append(change)  # it will see what the other one stored
+            else:
+                self._stage_put(change, batch)
+        elif isinstance(change, Delete):
+            self._check_writable()
+            self._stage_delete(change, batch)
+        elif isinstance(change, Undo):
+            self._sequence += 1
+            batch.deletes.append((change, change.record, self._sequence))
+            batch.length += 32
+        elif change.cause is None and change.record is not None and change.record.uuid in self._pins:
+            self._held.append(change)
+        else:
+            batch.erases.append(change)
+
+    def _stage_put(self, put: Put, batch: _Batch) -> None:
+        replaced = self._check_name(put)
+        if replaced is not None:
+            if replaced.uuid in batch.gone:
+                batch.following.append(put)  # it will see that the name is free
+                return
+            self._check_erasable(replaced)
+        placed = self._place_upload(put, put.source) if isinstance(put.source, Upload) else self._place(put, put.source)
+        batch.puts.append(placed._replace(replaced=replaced))
+        batch.length += len(placed.record.raw) + 64
+        if put.name:
+            batch.names.add(put.name)
+        if replaced is not None:
+            batch.gone.add(replaced.uuid)
+
+    def _place(self, put: Put, data: Data) -> _Placed:
+        hasher = self.keygen.hasher()
+        hasher.update(data)
+        key = ObjKey(self.keygen.uuid(), self.keygen.algorithm, hasher.digest(), len(data))
+        copies = self.allocator.place(self._blocks_needed(put, key, self.allocator.placer.copies))
+        try:
+            self._fit(put, key, copies)
+            record = self._record(put, key, copies, chunk_sums(data))
+        except RustordError:
+            self.allocator.release(extent for copy in copies for extent in copy)
+            raise
+        return self._with_footers(put, record, copies, 0, data)
+
+    def _place_upload(self, put: Put, upload: Upload) -> _Placed:
+        upload.finish()
+        key = ObjKey(self.keygen.uuid(), self.keygen.algorithm, upload.hasher.digest(), upload.size)
+        self._fit(put, key, upload.copies)
+        record = self._record(put, key, upload.copies, upload.sums)
+        return self._with_footers(put, record, upload.copies, upload.written_block_count, upload.rest)
+
+    def _blocks_needed(self, put: Put, key: ObjKey, extent_count: int) -> int:
+        """Blocks for the data and the footer of one copy, if all copies have ``extent_count`` extents together."""
+        block_size = self.label.block_size
+        length = record_length(
+            key, self._layout, put.name_bytes, put.metadata, self.allocator.placer.copies, extent_count
+        )
+        return -(-key.size // block_size) + footer_blocks(key.size, length, block_size)
+
+    def _fit(self, put: Put, key: ObjKey, copies: list[list[Extent]]) -> None:
+        """Make each copy just as long as it has to be: more extents make a longer Record, and so a longer footer."""
+        while True:
+            have = block_count(copies[0])
+            need = self._blocks_needed(put, key, sum(map(len, copies)))
+            if have == need:
+                return
+            if have < need:
+                for copy, more in zip(copies, self.allocator.place(need - have), strict=True):
+                    extend(copy, more)
+            else:
+                for copy in copies:
+                    self.allocator.release(trim(copy, have - need))
+
+    def _record(self, put: Put, key: ObjKey, copies: Sequence[Sequence[Extent]], sums: Data) -> Record:
+        raw = encode_record(
+            key, self._sequence + 1, put.created_ns, copies, sums, self._layout, put.name_bytes, put.metadata
+        )
+        if len(raw) > self.keystore.batch_bytes_max() // 2:
+            raise NoSpace(
+                f"the Record of an Object of {key.size} bytes in {sum(map(len, copies))} extents is too long",
+                hint="the free space is too fragmented, or the device too small, for an Object of this size",
+            )
+        self._sequence += 1
+        return Record(raw)
+
+    def _with_footers(self, put: Put, record: Record, copies: list[list[Extent]], skip: int, data: Data) -> _Placed:
+        secret, block_size = self.label.secret, self.label.block_size
+        tails = [
+            encode_footer(record.raw, record.size, copy, self.blocks.device_uuids, secret, block_size)
+            for copy in copies
+        ]
+        return _Placed(put, record, None, copies, skip, data, tails)
+
+    def _stage_delete(self, delete: Delete, batch: _Batch) -> None:
+        record = self.stat(delete.uuid)
+        if delete.uuid in batch.gone:
+            batch.following.append(delete)  # it will be told that the Object is gone
+            return
+        check_match(record, delete.if_match, f"Object {uuid_text(delete.uuid)}")
+        self._check_erasable(record)
+        self._sequence += 1
+        batch.deletes.append((delete, record, self._sequence))
+        batch.gone.add(delete.uuid)
+        batch.length += 32
+
+    def _check_writable(self) -> None:
+        self.keystore.make_room()
+        if self.read_only:
+            raise ReadOnly(f"the pool is read-only: {self.read_only}", hint="see 'rustorctl status'")
+
+    def _check_name(self, put: Put) -> Record | None:
+        """The Object that ``put`` replaces, or None. Raises PreconditionFailed."""
+        uuid = self.resolve(put.name) if put.name else None
+        record = None if uuid is None else self.keystore.get(uuid)
+        if record is not None and put.if_none_match:
+            raise PreconditionFailed(
+                f"the name {put.name!r} is taken by Object {uuid_text(record.uuid)}",
+                hint="choose another name, or allow that it is replaced",
+            )
+        check_match(record, put.if_match, f"the name {put.name!r}")
+        return record
+
+    def _check_erasable(self, record: Record) -> None:
+        """Raise DeviceError unless every block of the Object can be erased: DELETE promises that."""
+        for device in record.devices:
+            self.blocks.writable(device)
+
+    def _write(self, batch: _Batch) -> dict[int, RustordError]:
+        """Write data and footers, adjoining ones in one call. Returns the devices that failed."""
+        block_size = self.label.block_size
+        writes: list[tuple[int, int, int, Sequence[Data]]] = []
+        for placed in batch.puts:
+            for copy, tail in zip(placed.copies, placed.tails, strict=True):
+                if len(copy) == 1 and not placed.skip:
+                    device, block, count = copy[0]
+                    writes.append((device, block, count, (placed.data, tail)))
+                else:
+                    writes.extend(_split(copy, placed.skip, memoryview(b"".join((placed.data, tail))), block_size))
+        failed: dict[int, RustordError] = {}
+        for device, block, count, buffers in _joined(writes):
+            if device not in failed:
+                try:
+                    self.blocks.write(Extent(device, block, count), buffers)
+                except DeviceError as error:
+                    failed[device] = error
+        return failed
+
+    def _erase(self, batch: _Batch) -> set[int]:
+        """Erase what earlier cycles deleted. Returns the devices that need a flush for it."""
+        devices: set[int] = set()
+        for erase in batch.erases:
+            if not erase.erased:
+                self.erase(erase)
+            devices.update(extent.device for extent in erase.extents)
+        return devices & set(self.blocks.writable_indices())
+
+    def erase(self, erase: Erase) -> None:
+        """Write over the blocks; a cycle makes it durable. What a device cannot do is done at the next start."""
+        try:
+            self.blocks.erase(erase.extents)
+            erase.erased = True
+        except DeviceError as error:
+            erase.error = error
+
+    def _journal(self, batch: _Batch, failed: dict[int, RustordError]) -> set[int]:
+        """Append the batch to the journals; adds to ``failed``. Returns the devices that need a flush for it."""
+        durable = self._durable
+        self._durable = self._sequence
+        puts = [(p.record, p.replaced.uuid if p.replaced else NOTHING) for p in batch.puts if not p.failure(failed)]
+        deletes = [(record, sequence) for _, record, sequence in batch.deletes]
+        written, refused = self.keystore.journal(puts, deletes, self._erased, durable, self.blocks.writable_indices())
+        failed |= refused
+        batch.journalled = written
+        return written | {device for placed in batch.puts for device in placed.record.devices}
+
+    def _settle(self, batch: _Batch, failed: dict[int, RustordError]) -> Cycle:
+        """After the flush: know what is durable, free what is erased, and answer."""
+        outcomes, following = batch.outcomes, batch.following
+        puts = []
+        for placed in batch.puts:
+            if error := placed.failure(failed):
+                outcomes.append((placed.put, error))
+                following.append(Undo(placed.record))
+                continue
+            puts.append((placed.record, placed.replaced.uuid if placed.replaced else NOTHING))
+            outcomes.append((placed.put, placed.record))
+            if placed.replaced is not None:
+                following.append(Erase(placed.replaced.extents, placed.replaced))
+        durable = batch.journalled - failed.keys()
+        deletes = []
+        for change, record, sequence in batch.deletes:
+            lost = next((failed[device] for device in record.devices if device in failed), None)
+            if isinstance(change, Undo):
+                deletes.append((record, sequence))
+                following.append(Erase(record.extents, record))
+            elif record.devices & durable:
+                deletes.append((record, sequence))
+                following.append(Erase(record.extents, record, change))
+            else:
+                outcomes.append((change, lost or DeviceError("no device took the tombstone")))
+        for device in durable:
+            self._erased.pop(device, None)
+        gone = [erase.record.uuid for erase in batch.erases if self._bury(erase, failed, outcomes) and erase.record]
+        self.keystore.learn(puts, deletes, gone, self._sequence)
+        return Cycle(outcomes, following)
+
+    def _bury(
+        self, erase: Erase, failed: dict[int, RustordError], outcomes: list[tuple[Change, Record | RustordError]]
+    ) -> bool:
+        """Give back erased blocks, if that is durable, and answer the DELETE; otherwise the next start erases them."""
+        error = erase.error or next((failed[e.device] for e in erase.extents if e.device in failed), None)
+        if error is None:
+            self.allocator.release(erase.extents)
+            if erase.record is not None:
+                for device in erase.record.devices:
+                    self._erased.setdefault(device, []).append(erase.record.uuid)
+        if erase.cause is not None:
+            assert erase.record is not None
+            outcomes.append((erase.cause, error or erase.record))
+        return error is None
+
+    def close(self) -> None:
+        """Put everything in order and let go of the devices."""
+        self._on_close(self)
+
+
+def _split(
+    copy: Sequence[Extent], skip: int, data: memoryview, block_size: int
+) -> Iterator[tuple[int, int, int, Sequence[Data]]]:
+    """(device, block, count, buffers) for ``data`` in the blocks of ``copy`` behind its first ``skip``."""
+    for device, block, count in copy:
+        if skip >= count:
+            skip -= count
+            continue
+        length = (count - skip) * block_size
+        yield device, block + skip, count - skip, (data[:length],)
+        data, skip = data[length:], 0
+
+
+def _joined(writes: list[tuple[int, int, int, Sequence[Data]]]) -> Iterator[tuple[int, int, int, list[Data]]]:
+    """The same in the order of the devices, with what adjoins made one."""
+    writes.sort(key=itemgetter(0, 1))
+    device, block, count = -1, 0, 0
+    buffers: list[Data] = []
+    for next_device, next_block, next_count, more in writes:
+        if next_device == device and next_block == block + count:
+            count += next_count
+        else:
+            if buffers:
+                yield device, block, count, buffers
+            device, block, count, buffers = next_device, next_block, next_count, []
+        buffers.extend(more)
+    if buffers:
+        yield device, block, count, buffers

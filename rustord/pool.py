@@ -1,0 +1,398 @@
+"""Pool: making one from devices, opening it, and changing which devices it has."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rustord.allocator import Allocator
+from rustord.blockdevice import BlockDevice, open_device
+from rustord.blockstore import BlockStore, ErasePolicy, Slot, read_label, write_label
+from rustord.errors import DeviceError, InvalidRequest, PoolError, RustordError
+from rustord.extent import block_count
+from rustord.footer import encode_footer
+from rustord.freelist import FreeList
+from rustord.journal import Batch, Entry, Kind
+from rustord.keygen import KeyGen
+from rustord.keystore.backend import Backend
+from rustord.keystore.ring import Ring
+from rustord.keystore.store import KeyStore
+from rustord.label import BLOCK_SIZES, MEMBER_COUNT_MAX, VOID_COUNT_MAX, Geometry, Label, Member, State, merge_voids
+from rustord.objectstore import ObjectStore
+from rustord.objkey import uuid_text
+from rustord.placer import Placer
+from rustord.record import Record
+
+log = logging.getLogger(__name__)
+
+POOL_NAME_BYTES_MAX = 64
+VOID_LENGTH = 1 << 20
+"""Sequences skipped after an unclean stop: more than a cycle that was under way can have used."""
+_VERIFY_BYTES = 1 << 20
+
+
+def create_pool(
+    devices: Sequence[BlockDevice], keygen: KeyGen, *, name: str = "", block_size: int = 4096
+) -> list[Label]:
+    """Write the labels of a new pool to ``devices``, which the caller has proven free; returns the labels.
+
+    Raises InvalidRequest or DeviceError; the labels already written then make no pool that can be opened.
+    """
+    if block_size not in BLOCK_SIZES:
+        raise InvalidRequest(f"a block size of {block_size}", hint=f"choose one of {', '.join(map(str, BLOCK_SIZES))}")
+    if not 1 <= len(devices) <= MEMBER_COUNT_MAX:
+        raise InvalidRequest(f"a pool of {len(devices)} devices", hint=f"a pool has 1 to {MEMBER_COUNT_MAX} devices")
+    if len(name.encode()) > POOL_NAME_BYTES_MAX or not name.isprintable():
+        raise InvalidRequest(f"the pool name {name!r}", hint=f"at most {POOL_NAME_BYTES_MAX} printable bytes")
+    members = []
+    for index, device in enumerate(devices):
+        _check_block_size(device, block_size)
+        geometry = Geometry.of_device(device.size, block_size)
+        members.append(Member(keygen.uuid(), index, geometry.block_count, 1))
+    first = Label(
+        pool_uuid=keygen.uuid(),
+        pool_name=name,
+        device_uuid=members[0].device_uuid,
+        device_index=0,
+        block_size=block_size,
+        block_count=members[0].block_count,
+        secret=os.urandom(32),
+        created_ns=time.time_ns(),
+        members=tuple(members),
+    )
+    labels = [first.for_member(member) for member in members]
+    for device, label in zip(devices, labels, strict=True):
+        _clear(device, label.geometry)
+        write_label(device, label)
+    return labels
+
+
+def _check_block_size(device: BlockDevice, block_size: int) -> None:
+    if block_size < device.block_size:
+        raise DeviceError(
+            f"{device.path} has logical blocks of {device.block_size} bytes, more than the pool's {block_size}",
+            hint="make the pool with a larger --block-size",
+        )
+
+
+def _clear(device: BlockDevice, geometry: Geometry) -> None:
+    """Zero what is reserved: the first and the last MiB, and the journal."""
+    device.zero(0, geometry.journal_offset + geometry.journal_length)
+    tail = geometry.label_offsets[2]
+    device.zero(tail, geometry.size - tail)
+
+
+def open_pool(
+    devices: Sequence[BlockDevice],
+    *,
+    keygen: KeyGen,
+    placer: Placer,
+    backend: Backend,
+    directory: Path,
+    erase_policy: ErasePolicy = "zero",
+    read_only: str = "",
+    progress: Callable[[str], None] = lambda text: None,
+) -> ObjectStore:
+    """Open the pool that ``devices`` make up, replay its journal and finish what a crash interrupted.
+
+    The devices are the store's from then on, also when this raises: PoolError if they are not one pool, bear no
+    label, or do not go with the index in ``directory``; DeviceError, Damaged.
+    """
+    backend_open = False
+    try:
+        label, blocks = _assemble(devices, erase_policy)
+        backend.open(directory)
+        backend_open = True
+        keystore = KeyStore(backend, label.pool_uuid)
+        _check_generation(keystore, label)
+        progress("replaying the journal")
+        label, sequence = _replay(label, blocks, keystore)
+        progress("reading the index")
+        allocator = Allocator(placer, blocks.writable_indices)
+        problem = _fill_free_lists(allocator, blocks, keystore, progress)
+        _finish_erasures(allocator, blocks, keystore, sequence)
+        write_labels(blocks, label)
+    except BaseException:
+        if backend_open:
+            backend.close()
+        for device in devices:
+            device.close()
+        raise
+    return ObjectStore(label, blocks, allocator, keystore, keygen, sequence, _close, read_only or problem)
+
+
+def _close(store: ObjectStore) -> None:
+    """Finish what is left to do, and leave clean labels behind."""
+    following = store.cycle(()).following
+    while following:
+        following = store.cycle(following).following
+    try:
+        label = replace(store.label, generation=store.label.generation + 1, state=State.CLEAN)
+        store.keystore.note_generation(label.generation)
+        write_labels(store.blocks, label)
+    finally:
+        store.keystore.close()
+        store.blocks.close()
+
+
+def _assemble(devices: Sequence[BlockDevice], erase_policy: ErasePolicy) -> tuple[Label, BlockStore]:
+    """The newest label of the devices, and the pool's slots with the devices in them."""
+    labels = [_label_of(device) for device in devices]
+    pools = sorted({uuid_text(label.pool_uuid) for label in labels})
+    if len(pools) != 1:
+        what = f"belong to different pools ({', '.join(pools)})" if pools else "are none"
+        raise PoolError(f"the devices that were named {what}", hint="name the devices of one pool")
+    newest = max(labels, key=lambda label: label.generation)
+    there = dict(zip((label.device_uuid for label in labels), devices, strict=True))
+    if len(there) != len(devices):
+        raise PoolError("the same device was named twice, or one is a copy of another", hint="name each device once")
+    members = {member.device_uuid: member for member in newest.members}
+    for uuid, device in there.items():
+        if uuid not in members:
+            raise PoolError(f"{device.path} was removed from pool {pools[0]}", hint="claim it anew, or leave it out")
+    slots = []
+    for member in newest.members:
+        geometry = Geometry(member.block_count, newest.block_size)
+        found = there.get(member.device_uuid)
+        if found is not None and found.size < geometry.size:
+            raise DeviceError(
+                f"{found.path} has {found.size} bytes, but its label speaks of {geometry.size}: it was cut short",
+                hint="restore the device or image file to its full size; do not write to it meanwhile",
+            )
+        slots.append(Slot(member.device_index, member.device_uuid, geometry, found, "" if found else "not found"))
+    return newest, BlockStore(newest.block_size, slots, erase_policy)
+
+
+def _label_of(device: BlockDevice) -> Label:
+    label = read_label(device)
+    if label is None:
+        raise PoolError(
+            f"{device.path} bears no rustord label",
+            hint="make a pool of it with 'rustorctl pool create', or name another device",
+        )
+    return label
+
+
+def _check_generation(keystore: KeyStore, label: Label) -> None:
+    """Generations are counted up in the index first, then in the labels: an index that is behind is an old copy."""
+    if 0 < keystore.generation < label.generation:
+        raise PoolError(
+            f"the index is older (generation {keystore.generation}) than the devices (generation {label.generation})",
+            hint="put back the index directory that was last used with this pool",
+        )
+
+
+def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label, int]:
+    """Bring the index up to the journal. Returns the label of this opening and the newest sequence used so far."""
+    batches: list[Batch] = []
+    for slot in blocks.slots.values():
+        if slot.device is not None:
+            ring = Ring(slot.device, slot.uuid, slot.geometry, label.secret)
+            batches += keystore.add_ring(slot.index, ring)
+    durable = max((batch.durable for batch in batches), default=0)
+    changes: dict[int, Entry] = {}
+    erased = []
+    for batch in batches:
+        for entry in batch.entries:
+            if entry.kind is Kind.ERASED:
+                erased.append(entry)
+            elif entry.sequence > keystore.indexed_sequence:
+                changes[entry.sequence] = entry
+    kept: list[Entry] = []
+    dropped: list[Record] = []
+    for sequence, entry in sorted(changes.items()):
+        if entry.kind is Kind.PUT and sequence > durable:
+            record = Record(entry.payload[16:])
+            if not _is_whole(record, blocks, label):
+                dropped.append(record)
+                continue
+        kept.append(entry)
+    last = max([*changes, keystore.indexed_sequence])
+    if kept or dropped:
+        log.info(
+            "replayed %d changes from the journal, dropped %d that were never acknowledged", len(kept), len(dropped)
+        )
+    generation = max(label.generation, keystore.generation) + 1
+    keystore.replay([*kept, *erased], dropped, generation)
+    voids = label.voids
+    if label.state is State.OPEN:
+        voids = merge_voids([*voids, (last + 1, last + 1 + VOID_LENGTH)])[-VOID_COUNT_MAX:]
+        last += VOID_LENGTH
+    members = tuple(
+        replace(m, generation=generation) if blocks.slots[m.device_index].device else m for m in label.members
+    )
+    return replace(label, generation=generation, state=State.OPEN, voids=voids, members=members), last
+
+
+def _is_whole(record: Record, blocks: BlockStore, label: Label) -> bool:
+    """Whether any copy of an Object reached its devices whole, data and footer."""
+    return any(_copy_is_whole(record, number, blocks, label) for number in range(len(record.copies)))
+
+
+def _copy_is_whole(record: Record, number: int, blocks: BlockStore, label: Label) -> bool:
+    copy = record.copies[number]
+    footer = encode_footer(record.raw, record.size, copy, blocks.device_uuids, label.secret, label.block_size)
+    try:
+        for offset in range(0, record.size, _VERIFY_BYTES):
+            length = min(_VERIFY_BYTES, record.size - offset)
+            if not blocks.verify(record, number, offset, length):
+                return False
+        return blocks.read_copy(copy, block_count(copy) * label.block_size - len(footer), len(footer)) == footer
+    except DeviceError:
+        return False
+
+
+def _fill_free_lists(
+    allocator: Allocator, blocks: BlockStore, keystore: KeyStore, progress: Callable[[str], None]
+) -> str:
+    """Free is what no Record names. Returns why the pool must not be written to; "" if it may."""
+    used: dict[int, list[int]] = {index: [] for index in blocks.slots}
+    for number, record in enumerate(keystore.scan_records()):
+        for copy in record.copies:
+            for device, block, count in copy:
+                used[device].append(block << 32 | count)
+        if number % 500_000 == 499_999:
+            progress(f"reading the index: {number + 1} Objects")
+    problem = ""
+    for index, slot in blocks.slots.items():
+        runs, overlap = _gaps(slot.geometry.data_runs, used.pop(index))
+        if overlap:
+            problem = f"two Objects claim block {overlap} of device {index}"
+        allocator.add(index, FreeList(runs), slot.geometry.data_block_count)
+    return problem
+
+
+def _gaps(data_runs: Iterable[tuple[int, int]], used: list[int]) -> tuple[list[tuple[int, int]], int]:
+    """The runs (block, count) of ``data_runs`` that ``used`` (block << 32 | count) leaves, and a block used twice or 0."""
+    used.sort()
+    gaps: list[tuple[int, int]] = []
+    overlap = 0
+    runs = iter(data_runs)
+    free, free_end = _run(runs)
+    for value in used:
+        block = value >> 32
+        while block >= free_end:
+            if free < free_end:
+                gaps.append((free, free_end - free))
+            free, free_end = _run(runs)
+        if block > free:
+            gaps.append((free, block - free))
+        elif block < free:
+            overlap = block
+        free = max(free, block + (value & 0xFFFFFFFF))
+    while free_end != _NO_RUN:
+        if free < free_end:
+            gaps.append((free, free_end - free))
+        free, free_end = _run(runs)
+    return gaps, overlap
+
+
+_NO_RUN = 1 << 62
+
+
+def _run(runs: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    block, count = next(iter(runs), (_NO_RUN, 0))
+    return block, block + count
+
+
+def _finish_erasures(allocator: Allocator, blocks: BlockStore, keystore: KeyStore, sequence: int) -> None:
+    """Erase what was deleted before the last stop and not erased yet; what cannot be stays a grave, and not free."""
+    finished = []
+    touched: set[int] = set()
+    for record in keystore.graves():
+        try:
+            for device in record.devices:
+                blocks.writable(device)
+            blocks.erase(record.extents)
+        except DeviceError as error:
+            log.warning("deleted Object %s is not erased yet: %s", uuid_text(record.uuid), error)
+            continue
+        finished.append(record)
+        touched |= record.devices
+    failed = blocks.flush(touched)
+    erased = [record for record in finished if not record.devices & failed.keys()]
+    for record in erased:
+        allocator.release(record.extents)
+    keystore.learn((), (), [record.uuid for record in erased], sequence)
+    keystore.checkpoint()  # before any of these blocks is used again: the journal does not say that they are free
+
+
+def write_labels(blocks: BlockStore, label: Label) -> None:
+    """Write ``label`` to every device that takes writes."""
+    for member in label.members:
+        slot = blocks.slots.get(member.device_index)
+        if slot is not None and slot.state == "online":
+            assert slot.device is not None
+            write_label(slot.device, label.for_member(member))
+
+
+def add_device(store: ObjectStore, device: BlockDevice) -> Member:
+    """Take a device that the caller has proven free into an open pool. Called between cycles.
+
+    Raises InvalidRequest or DeviceError; the pool's other labels do not name the device then.
+    """
+    label = store.label
+    if len(label.members) >= MEMBER_COUNT_MAX:
+        raise InvalidRequest(f"the pool has {MEMBER_COUNT_MAX} devices already", hint="replace a device instead")
+    _check_block_size(device, label.block_size)
+    geometry = Geometry.of_device(device.size, label.block_size)
+    index = max(member.device_index for member in label.members) + 1
+    generation = label.generation + 1
+    member = Member(store.keygen.uuid(), index, geometry.block_count, generation)
+    label = replace(label, generation=generation, members=(*label.members, member))
+    _clear(device, geometry)
+    store.keystore.note_generation(generation)
+    write_label(device, label.for_member(member))
+    store.blocks.slots[index] = Slot(index, member.device_uuid, geometry, device)
+    store.keystore.add_ring(index, Ring(device, member.device_uuid, geometry, label.secret))
+    write_labels(store.blocks, label)
+    store.label = label
+    store.allocator.add(index, FreeList(geometry.data_runs), geometry.data_block_count)
+    return member
+
+
+def remove_device(store: ObjectStore, index: int) -> None:
+    """Let go of an empty device and wipe its label. Called between cycles. Raises InvalidRequest or DeviceError."""
+    slot = store.blocks.slots.get(index)
+    if slot is None:
+        raise InvalidRequest(f"the pool has no device {index}", hint="'rustorctl device list' shows them")
+    if len(store.blocks.slots) == 1:
+        raise InvalidRequest(f"device {index} is the pool's only one", hint="add another device first")
+    device = store.blocks.writable(index)
+    if store.allocator.free_count(index) != slot.geometry.data_block_count:
+        raise DeviceError(
+            f"device {index} ({device.path}) holds Objects", hint="delete or copy them elsewhere before it is removed"
+        )
+    store.keystore.checkpoint()
+    generation = store.label.generation + 1
+    members = tuple(member for member in store.label.members if member.device_index != index)
+    label = replace(store.label, generation=generation, members=members)
+    store.keystore.note_generation(generation)
+    store.allocator.remove(index)
+    store.keystore.remove_ring(index)
+    del store.blocks.slots[index]
+    write_labels(store.blocks, label)
+    store.label = label
+    try:
+        for offset in slot.geometry.label_offsets:
+            device.zero(offset, store.label.block_size)
+        device.flush()
+    finally:
+        device.close()
+
+
+def open_devices(paths: Iterable[str | os.PathLike[str]]) -> list[BlockDevice]:
+    """Open and lock all of ``paths``, or none. Raises DeviceError."""
+    devices: list[BlockDevice] = []
+    try:
+        for path in paths:
+            devices.append(open_device(path))
+    except RustordError:
+        for device in devices:
+            device.close()
+        raise
+    return devices

@@ -1,0 +1,172 @@
+"""Writer: the one thread that changes an open pool. What arrives while a cycle runs makes up the next one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+from rustord.change import Change, Erase
+from rustord.errors import RustordError, Unavailable
+from rustord.objectstore import ERASE_BYTES_MAX, ObjectStore
+from rustord.record import Record
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Outcome = Record | RustordError
+Done = Callable[[Outcome], None]
+
+CHANGE_COUNT_MAX = 512
+"""Changes in one cycle: enough that the flush is shared by all who wait, few enough that nobody waits long."""
+CHECKPOINT_S = 0.25
+"""How long changes gather before they go into the index together."""
+_CHECKPOINT_COUNT = 8192
+
+
+class Writer:
+    """Runs the store's cycles on a thread of its own, long erasures beside them, and puts changes into the index.
+
+    ``cycle_count`` counts the cycles that ended, ``change_count`` the changes in them; ``busy_since`` is the monotonic
+    time at which the cycle under way began, 0 if there is none (the watchdog looks at it).
+    """
+
+    def __init__(
+        self, store: ObjectStore, on_cycle: Callable[[int, float], None] = lambda count, seconds: None
+    ) -> None:
+        """``on_cycle`` is told after each cycle how many changes it had and how long it took."""
+        self.store = store
+        self.cycle_count = 0
+        self.change_count = 0
+        self.busy_since = 0.0
+        self._on_cycle = on_cycle
+        self._queue: SimpleQueue[Change | Callable[[], None] | None] = SimpleQueue()
+        self._waiting: dict[Change, Done] = {}
+        self._following: list[Change] = []
+        self._erasing = 0
+        self._erasers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="erase")
+        self._closing = threading.Event()
+        self._index_due = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._run, name="writer", daemon=True),
+            threading.Thread(target=self._index, name="index", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, change: Change, done: Done) -> None:
+        """Have ``change`` made; ``done`` is called with its outcome on the writer's thread, with all of its cycle.
+
+        Any thread may call this. ``done`` must be quick and must not raise.
+        """
+        if self._closing.is_set():
+            done(Unavailable("rustord is stopping", hint="try again when it has started"))
+            return
+        self._waiting[change] = done
+        self._queue.put(change)
+
+    def call(self, function: Callable[[], T], timeout_s: float = 60.0) -> T:
+        """Run ``function`` on the writer's thread between two cycles, and return or raise what it does."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._queue.put(run)
+        return future.result(timeout_s)
+
+    def close(self, timeout_s: float = 30.0) -> bool:
+        """Finish what has been submitted, and stop; whether that was done within ``timeout_s``."""
+        self._closing.set()
+        self._queue.put(None)
+        self._index_due.set()
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._erasers.shutdown(wait=False, cancel_futures=True)
+        return not any(thread.is_alive() for thread in self._threads)
+
+    # The writer's thread
+
+    def _run(self) -> None:
+        stopping = False
+        while not stopping or self._following or self._erasing or not self._queue.empty():
+            changes, self._following = self._following, []
+            stopping = self._gather(changes, wait=not changes) or stopping
+            if changes or self.store.idle_work():
+                self._cycle(changes)
+
+    def _gather(self, changes: list[Change], *, wait: bool) -> bool:
+        """Add what has been submitted to ``changes``; whether the writer is to stop."""
+        stop = False
+        try:
+            item = self._queue.get() if wait else self._queue.get_nowait()
+            while True:
+                if item is None:
+                    stop = True
+                elif isinstance(item, Change):
+                    self._erasing -= isinstance(item, Erase)
+                    changes.append(item)
+                else:
+                    item()
+                if len(changes) >= CHANGE_COUNT_MAX:
+                    break
+                item = self._queue.get_nowait()
+        except Empty:
+            pass
+        return stop
+
+    def _cycle(self, changes: list[Change]) -> None:
+        self.busy_since = began = time.monotonic()
+        try:
+            outcomes, following = self.store.cycle(changes)
+        except Exception as error:
+            log.exception("a cycle failed; the pool takes no more changes")
+            self.store.read_only = f"an internal error: {error!r}"
+            problem = RustordError(f"an internal error: {error!r}", hint="see rustord's log, and restart it")
+            outcomes, following = [(change, problem) for change in changes], []
+        for change in following:
+            if isinstance(change, Erase) and self._is_long(change):
+                self._erasing += 1
+                self._erasers.submit(self._erase, change)
+            else:
+                self._following.append(change)
+        for change, outcome in outcomes:
+            if done := self._waiting.pop(change, None):
+                done(outcome)
+        self.busy_since = 0.0
+        self.cycle_count += 1
+        self.change_count += len(changes)
+        self._on_cycle(len(changes), time.monotonic() - began)
+        if self.store.keystore.lag() > _CHECKPOINT_COUNT:
+            self._index_due.set()
+
+    def _is_long(self, erase: Erase) -> bool:
+        block_count = sum(extent.count for extent in erase.extents)
+        return not erase.erased and block_count * self.store.label.block_size > ERASE_BYTES_MAX
+
+    def _erase(self, erase: Erase) -> None:
+        self.store.erase(erase)
+        self._queue.put(erase)
+
+    # The index's thread
+
+    def _index(self) -> None:
+        while not self._closing.is_set():
+            self._index_due.wait(CHECKPOINT_S)
+            self._index_due.clear()
+            try:
+                self.store.keystore.checkpoint()
+            except RustordError as error:
+                log.error("the index could not be written, and is tried again: %s", error)
+            except Exception:
+                log.exception("the index could not be written, and is tried again")
+            if self.store.idle_work():
+                self._queue.put(lambda: None)
