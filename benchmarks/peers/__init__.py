@@ -1,0 +1,1 @@
+"""What people would otherwise pick, each driven as well as it can be."""
