@@ -38,6 +38,22 @@ ERASE_BYTES_MAX = 1 << 20
 """Longer erasures are done beside the cycles, so that they hold up nobody; a cycle then only flushes them."""
 
 
+@dataclass(slots=True)
+class Stock:
+    """What the pool holds: ``count`` Objects of ``size`` bytes of data."""
+
+    count: int = 0
+    size: int = 0
+
+    def add(self, record: Record) -> None:
+        self.count += 1
+        self.size += record.size
+
+    def remove(self, record: Record) -> None:
+        self.count -= 1
+        self.size -= record.size
+
+
 class Cycle(NamedTuple):
     """What came of a batch: the outcome of every change that is finished, and what the next cycle has to do."""
 
@@ -88,6 +104,7 @@ class ObjectStore:
         allocator: Allocator,
         keystore: KeyStore,
         keygen: KeyGen,
+        stock: Stock,
         sequence: int,
         on_close: Callable[[ObjectStore], None],
         read_only: str = "",
@@ -98,6 +115,7 @@ class ObjectStore:
         self.allocator = allocator
         self.keystore = keystore
         self.keygen = keygen
+        self.stock = stock
         self.read_only = read_only
         self._sequence = self._durable = sequence
         self._layout = allocator.placer.name.encode("ascii")
@@ -429,38 +447,50 @@ class ObjectStore:
 
     def _settle(self, batch: _Batch, failed: dict[int, RustordError]) -> Cycle:
         """After the flush: know what is durable, free what is erased, and answer."""
-        outcomes, following = batch.outcomes, batch.following
-        puts = []
-        for placed in batch.puts:
-            if error := placed.failure(failed):
-                outcomes.append((placed.put, error))
-                following.append(Undo(placed.record))
-                continue
-            puts.append((placed.record, placed.replaced.uuid if placed.replaced else NOTHING))
-            outcomes.append((placed.put, placed.record))
-            if placed.replaced is not None:
-                following.append(Erase(placed.replaced.extents, placed.replaced))
         durable = batch.journalled - failed.keys()
-        deletes = []
-        for change, record, sequence in batch.deletes:
-            lost = next((failed[device] for device in record.devices if device in failed), None)
-            if isinstance(change, Undo):
-                deletes.append((record, sequence))
-                following.append(Erase(record.extents, record))
-            elif record.devices & durable:
-                deletes.append((record, sequence))
-                following.append(Erase(record.extents, record, change))
-            else:
-                outcomes.append((change, lost or DeviceError("no device took the tombstone")))
         for device in durable:
             self._erased.pop(device, None)
-        gone = [erase.record.uuid for erase in batch.erases if self._bury(erase, failed, outcomes) and erase.record]
+        puts = self._settle_puts(batch, failed)
+        deletes = self._settle_deletes(batch, failed, durable)
+        gone = [erase.record.uuid for erase in batch.erases if self._bury(erase, failed, batch) and erase.record]
         self.keystore.learn(puts, deletes, gone, self._sequence)
-        return Cycle(outcomes, following)
+        return Cycle(batch.outcomes, batch.following)
 
-    def _bury(
-        self, erase: Erase, failed: dict[int, RustordError], outcomes: list[tuple[Change, Record | RustordError]]
-    ) -> bool:
+    def _settle_puts(self, batch: _Batch, failed: dict[int, RustordError]) -> list[tuple[Record, ObjectId]]:
+        puts = []
+        for placed in batch.puts:
+            record, replaced = placed.record, placed.replaced
+            if error := placed.failure(failed):
+                batch.outcomes.append((placed.put, error))
+                batch.following.append(Undo(record))
+                continue
+            puts.append((record, replaced.uuid if replaced else NOTHING))
+            batch.outcomes.append((placed.put, record))
+            self.stock.add(record)
+            if replaced is not None:
+                self.stock.remove(replaced)
+                batch.following.append(Erase(replaced.extents, replaced))
+        return puts
+
+    def _settle_deletes(
+        self, batch: _Batch, failed: dict[int, RustordError], durable: set[int]
+    ) -> list[tuple[Record, int]]:
+        deletes = []
+        for change, record, sequence in batch.deletes:
+            if isinstance(change, Delete):
+                if not record.devices & durable:
+                    device = min(record.devices)
+                    lost = failed.get(device) or DeviceError(f"device {device} did not take the tombstone")
+                    batch.outcomes.append((change, lost))
+                    continue
+                self.stock.remove(record)
+                batch.following.append(Erase(record.extents, record, change))
+            else:
+                batch.following.append(Erase(record.extents, record))
+            deletes.append((record, sequence))
+        return deletes
+
+    def _bury(self, erase: Erase, failed: dict[int, RustordError], batch: _Batch) -> bool:
         """Give back erased blocks, if that is durable, and answer the DELETE; otherwise the next start erases them."""
         error = erase.error or next((failed[e.device] for e in erase.extents if e.device in failed), None)
         if error is None:
@@ -470,7 +500,7 @@ class ObjectStore:
                     self._erased.setdefault(device, []).append(erase.record.uuid)
         if erase.cause is not None:
             assert erase.record is not None
-            outcomes.append((erase.cause, error or erase.record))
+            batch.outcomes.append((erase.cause, error or erase.record))
         return error is None
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from rustord.keystore.backend import Backend
 from rustord.keystore.ring import Ring
 from rustord.keystore.store import KeyStore
 from rustord.label import BLOCK_SIZES, MEMBER_COUNT_MAX, VOID_COUNT_MAX, Geometry, Label, Member, State, merge_voids
-from rustord.objectstore import ObjectStore
+from rustord.objectstore import ObjectStore, Stock
 from rustord.objkey import uuid_text
 from rustord.placer import Placer
 from rustord.record import Record
@@ -113,7 +114,7 @@ def open_pool(
         label, sequence = _replay(label, blocks, keystore)
         progress("reading the index")
         allocator = Allocator(placer, blocks.writable_indices)
-        problem = _fill_free_lists(allocator, blocks, keystore, progress)
+        stock, problem = _take_stock(allocator, blocks, keystore, progress)
         _finish_erasures(allocator, blocks, keystore, sequence)
         write_labels(blocks, label)
     except BaseException:
@@ -122,7 +123,7 @@ def open_pool(
         for device in devices:
             device.close()
         raise
-    return ObjectStore(label, blocks, allocator, keystore, keygen, sequence, _close, read_only or problem)
+    return ObjectStore(label, blocks, allocator, keystore, keygen, stock, sequence, _close, read_only or problem)
 
 
 def _close(store: ObjectStore) -> None:
@@ -193,32 +194,25 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
         if slot.device is not None:
             ring = Ring(slot.device, slot.uuid, slot.geometry, label.secret)
             batches += keystore.add_ring(slot.index, ring)
-    durable = max((batch.durable for batch in batches), default=0)
-    changes: dict[int, Entry] = {}
-    erased = []
-    for batch in batches:
-        for entry in batch.entries:
-            if entry.kind is Kind.ERASED:
-                erased.append(entry)
-            elif entry.sequence > keystore.indexed_sequence:
-                changes[entry.sequence] = entry
+    entries = [entry for batch in batches for entry in batch.entries]
+    erased = [entry for entry in entries if entry.kind is Kind.ERASED]
+    changes = {entry.sequence: entry for entry in entries if entry.kind is not Kind.ERASED}
+    durable = sorted({batch.durable for batch in batches})
     kept: list[Entry] = []
     dropped: list[Record] = []
     for sequence, entry in sorted(changes.items()):
-        if entry.kind is Kind.PUT and sequence > durable:
+        if entry.kind is Kind.PUT and not _was_flushed(sequence, durable, label):
             record = Record(entry.payload[16:])
-            if not _is_whole(record, blocks, label):
+            if _is_torn(record, blocks, label):
                 dropped.append(record)
                 continue
         kept.append(entry)
-    last = max([*changes, keystore.indexed_sequence])
     if kept or dropped:
-        log.info(
-            "replayed %d changes from the journal, dropped %d that were never acknowledged", len(kept), len(dropped)
-        )
+        log.info("replayed %d changes of the journal, dropped %d that were never acknowledged", len(kept), len(dropped))
     generation = max(label.generation, keystore.generation) + 1
     keystore.replay([*kept, *erased], dropped, generation)
-    voids = label.voids
+    last = max([*changes, keystore.indexed_sequence])
+    voids = _without(label.voids, kept)
     if label.state is State.OPEN:
         voids = merge_voids([*voids, (last + 1, last + 1 + VOID_LENGTH)])[-VOID_COUNT_MAX:]
         last += VOID_LENGTH
@@ -228,46 +222,70 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
     return replace(label, generation=generation, state=State.OPEN, voids=voids, members=members), last
 
 
-def _is_whole(record: Record, blocks: BlockStore, label: Label) -> bool:
-    """Whether any copy of an Object reached its devices whole, data and footer."""
-    return any(_copy_is_whole(record, number, blocks, label) for number in range(len(record.copies)))
+def _was_flushed(sequence: int, durable: Sequence[int], label: Label) -> bool:
+    """Whether a later batch of the same opening of the pool shows that this change was made durable.
+
+    Batches of later openings, in which the device was perhaps missing, prove nothing: a void lies between.
+    """
+    at = bisect_left(durable, sequence)
+    return at < len(durable) and not any(sequence < first <= durable[at] for first, _ in label.voids)
+
+
+def _without(voids: Iterable[tuple[int, int]], kept: Sequence[Entry]) -> tuple[tuple[int, int], ...]:
+    """The voids without what a device that was missing when they were noted turns out to have committed."""
+    sequences = sorted(entry.sequence for entry in kept)
+    left = []
+    for first, end in voids:
+        at = bisect_left(sequences, end)
+        newest = sequences[at - 1] if at else 0
+        left.append((max(first, newest + 1), end))
+    return tuple(left)
+
+
+def _is_torn(record: Record, blocks: BlockStore, label: Label) -> bool:
+    """Whether no copy of an Object reached its devices whole, and none is on a device that cannot be asked."""
+    try:
+        return not any(_copy_is_whole(record, number, blocks, label) for number in range(len(record.copies)))
+    except DeviceError:
+        return False
 
 
 def _copy_is_whole(record: Record, number: int, blocks: BlockStore, label: Label) -> bool:
     copy = record.copies[number]
     footer = encode_footer(record.raw, record.size, copy, blocks.device_uuids, label.secret, label.block_size)
-    try:
-        for offset in range(0, record.size, _VERIFY_BYTES):
-            length = min(_VERIFY_BYTES, record.size - offset)
-            if not blocks.verify(record, number, offset, length):
-                return False
-        return blocks.read_copy(copy, block_count(copy) * label.block_size - len(footer), len(footer)) == footer
-    except DeviceError:
-        return False
+    for offset in range(0, record.size, _VERIFY_BYTES):
+        length = min(_VERIFY_BYTES, record.size - offset)
+        if not blocks.verify(record, number, offset, length):
+            return False
+    return blocks.read_copy(copy, block_count(copy) * label.block_size - len(footer), len(footer)) == footer
 
 
-def _fill_free_lists(
+def _take_stock(
     allocator: Allocator, blocks: BlockStore, keystore: KeyStore, progress: Callable[[str], None]
-) -> str:
-    """Free is what no Record names. Returns why the pool must not be written to; "" if it may."""
+) -> tuple[Stock, str]:
+    """Fill the FreeLists: free is what no Record names. Returns also why the pool takes no changes; "" if it does."""
     used: dict[int, list[int]] = {index: [] for index in blocks.slots}
-    for number, record in enumerate(keystore.scan_records()):
-        for copy in record.copies:
-            for device, block, count in copy:
-                used[device].append(block << 32 | count)
-        if number % 500_000 == 499_999:
-            progress(f"reading the index: {number + 1} Objects")
+    stock = Stock()
+    for record in keystore.indexed():
+        stock.add(record)
+        for device, block, count in record.extents:
+            used[device].append(block << 32 | count)
+        if stock.count % 500_000 == 0:
+            progress(f"reading the index: {stock.count} Objects")
+    for record in keystore.graves():
+        for device, block, count in record.extents:
+            used[device].append(block << 32 | count)
     problem = ""
     for index, slot in blocks.slots.items():
         runs, overlap = _gaps(slot.geometry.data_runs, used.pop(index))
         if overlap:
             problem = f"two Objects claim block {overlap} of device {index}"
         allocator.add(index, FreeList(runs), slot.geometry.data_block_count)
-    return problem
+    return stock, problem
 
 
 def _gaps(data_runs: Iterable[tuple[int, int]], used: list[int]) -> tuple[list[tuple[int, int]], int]:
-    """The runs (block, count) of ``data_runs`` that ``used`` (block << 32 | count) leaves, and a block used twice or 0."""
+    """The runs (block, count) of ``data_runs`` that ``used`` (block << 32 | count) leaves, and a block used twice."""
     used.sort()
     gaps: list[tuple[int, int]] = []
     overlap = 0

@@ -129,14 +129,12 @@ class KeyStore:
             self._note_positions(self._fresh)
         self.checkpoint()
 
-    def scan_records(self) -> Iterator[Record]:
-        """Every live Object in the index, then every grave."""
-        for prefix in (_OBJECT, _GRAVE):
-            for _, raw in self._backend.scan(prefix, _successor(prefix)):
-                yield Record(raw)
+    def indexed(self) -> Iterator[Record]:
+        """Every live Object in the index."""
+        return (Record(raw) for _, raw in self._backend.scan(_OBJECT, _successor(_OBJECT)))
 
     def graves(self) -> list[Record]:
-        """The Records of deleted Objects whose blocks have not been erased yet, as the index knows them."""
+        """The deleted Objects in the index whose blocks have not been erased yet."""
         return [Record(raw) for _, raw in self._backend.scan(_GRAVE, _successor(_GRAVE))]
 
     # Changing
