@@ -1,0 +1,67 @@
+"""Output: tables, JSON and text on standard output, for a person or a program."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+
+import click
+
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def safe(text: str) -> str:
+    """``text`` without control characters and such, shown as escapes: a name must not move somebody's cursor."""
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def say(text: str) -> None:
+    """A line of text; what is not printable is escaped."""
+    click.echo(safe(text))
+
+
+def print_json(value: object) -> None:
+    """``value`` on one line, so that a program reads line by line whatever it asked for."""
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
+    """Rows under a head, the columns in ``right`` aligned to the right; drawn if standard output is a terminal."""
+    cells = [[safe(cell) for cell in row] for row in rows]
+    if sys.stdout.isatty():
+        _draw(head, cells, right)
+    else:
+        _align(head, cells, right)
+
+
+def _draw(head: Sequence[str], rows: list[list[str]], right: Sequence[str]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for name in head:
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False, highlight=False).print(table)
+
+
+def _align(head: Sequence[str], rows: list[list[str]], right: Sequence[str]) -> None:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        aligned = (
+            cell.rjust(width) if name in right else cell.ljust(width)
+            for name, cell, width in zip(head, row, widths, strict=True)
+        )
+        click.echo("  ".join(aligned).rstrip())
+
+
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """One fact a line, the values aligned."""
+    pairs = list(facts)
+    width = max((len(name) for name, _ in pairs), default=0)
+    for name, value in pairs:
+        say(f"{name.ljust(width)}  {value}")
