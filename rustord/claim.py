@@ -17,12 +17,13 @@ import shutil
 import stat
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from rustord.blockdevice import ImageFile, RawDevice, open_device, openers
+from rustord.blockdevice import ImageFile, Opener, RawDevice, open_device, openers
 from rustord.errors import ClaimRefused, DeviceBusy, DeviceError, FormatError
 from rustord.label import DEVICE_BYTES_MIN, LABEL_BYTES, decode_label, label_offsets
 from rustord.objkey import uuid_text
@@ -32,6 +33,7 @@ _BLKPG = 0x1269  # linux/blkpg.h
 _BLKPG_DEL_PARTITION = 2
 _ERASING_PASSES_MAX = 8  # a signature can hide another one; no device is known to need more than two passes
 _PROBE_SECONDS_MAX = 60  # reading a few KiB; longer means that the device hangs
+_PASSING_SECONDS = 0.2
 _Device = RawDevice | ImageFile
 
 
@@ -190,9 +192,19 @@ def _uses(device: _Device) -> Iterator[Reason]:
         if _is_same(loop.read_text().rstrip("\n"), device):
             name = f"/dev/{loop.parts[3]}"
             yield Reason(f"the loop device {name} stands on {device.path}", f"detach it (losetup -d {name})")
-    for opener in openers(device.path):
-        if opener.writing and opener.pid != os.getpid():
-            yield Reason(f"{opener} has {device.path} open for writing", "stop that process")
+    for writer in _writers(device):
+        yield Reason(f"{writer} has {device.path} open for writing", "stop that process")
+
+
+def _writers(device: _Device) -> list[Opener]:
+    """Other processes that may write to the device. Who has closed it a moment later (losetup, for one, opens every
+    loop device in its search for a free one) does not count."""
+    writers = [opener for opener in openers(device.path) if opener.writing and opener.pid != os.getpid()]
+    if not writers:
+        return []
+    time.sleep(_PASSING_SECONDS)
+    remaining = openers(device.path)
+    return [writer for writer in writers if writer in remaining]
 
 
 class _Mount(NamedTuple):

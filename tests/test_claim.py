@@ -249,10 +249,10 @@ class TestUse:
             run("swapoff", loop_device)
         assert f"{loop_device} is swap space in use; switch it off (swapoff {loop_device})" in reasons
 
-    def test_partitions_yield_to_force_unless_they_are_in_use(self, loop_device: Path, tmp_path: Path) -> None:
+    def test_partitions_yield_to_force_unless_they_are_in_use(
+        self, loop_device: Path, partition: Path, tmp_path: Path
+    ) -> None:
         make_mbr(loop_device)
-        run("addpart", loop_device, "1", "2048", "16384")
-        partition = Path(f"/sys/block/{loop_device.name}/{loop_device.name}p1")
         node = tmp_path / "p1"
         major, minor = (partition / "dev").read_text().split(":")
         os.mknod(node, 0o600 | stat.S_IFBLK, os.makedev(int(major), int(minor)))
@@ -319,6 +319,16 @@ class TestUse:
         finally:
             os.close(descriptor)
         assert f"{loop_device} is in use by" in reason
+
+
+@pytest.fixture
+def partition(loop_device: Path) -> Iterator[Path]:
+    """Partition 1 of the loop device, as sysfs has it. It would outlive the loop device."""
+    run("addpart", loop_device, "1", "2048", "16384")
+    path = Path(f"/sys/block/{loop_device.name}/{loop_device.name}p1")
+    yield path
+    if path.exists():
+        run("delpart", loop_device, "1")
 
 
 @contextmanager
