@@ -106,12 +106,15 @@ def measure(place: Path, only: tuple[str, ...], against: tuple[str, ...], effort
             subject(device, "small") as ours,
             peers(against, filesystem, program) as others,
         ):
+            for each in (ours, *others):
+                each.fill(effort.warm_up_count)
+                each.clear()
             for name in chosen:
                 yield from SMALL[name]([ours, *others], effort)
     if "large" in only:
         with (
-            xfs(place / "peers.img", effort.disk_size // 4, place / "peers") as filesystem,
-            loop_device(place / "large.img", effort.disk_size // 4) as device,
+            xfs(place / "peers.img", effort.large_disk_size, place / "peers") as filesystem,
+            loop_device(place / "large.img", effort.large_disk_size) as device,
             subject(device, "large") as ours,
         ):
             yield from large.large(ours, filesystem, effort)

@@ -29,14 +29,19 @@ def write_through(path: Path, size: int) -> None:
 
 @contextmanager
 def loop_device(path: Path, size: int) -> Iterator[str]:
-    """A loop device over a new file at `path` that was written through; detached and removed at the end."""
+    """A loop device over a new file at `path` that was written through; detached and removed at the end.
+
+    It is detached at once, too: one that is in use goes away with its last user, even if we are killed.
+    """
     write_through(path, size)
     done = subprocess.run(["losetup", "--find", "--show", path], check=True, capture_output=True, text=True)
     device = done.stdout.strip()
+    held = os.open(device, os.O_RDONLY)
+    subprocess.run(["losetup", "--detach", device], check=True)
     try:
         yield device
     finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
+        os.close(held)
         path.unlink()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+LARGE_SIZE = 64 * MIB
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Effort:
     """The one large object while memory is watched."""
     start_counts: tuple[int, ...]
     """Objects in the pool at a crash; memory is read at the last."""
+    warm_up_count: int
+    """Small objects that are stored and deleted before anything is measured, so that every log's files exist."""
     disk_size: int
     """The device for small objects, and the one for the peers."""
     nearly_full_size: int
@@ -30,13 +33,18 @@ class Effort:
     @property
     def huge_disk_size(self) -> int:
         """A device that has room for the huge object."""
-        return self.huge_size + GIB
+        return self.huge_size + 256 * MIB
 
     @property
     def start_disk_size(self) -> int:
         """A device that has room for the last of `start_counts`, of small objects with their footers."""
-        return 9 * KIB * self.start_counts[-1] + GIB
+        return 9 * KIB * self.start_counts[-1] + 256 * MIB
+
+    @property
+    def large_disk_size(self) -> int:
+        """A device that has room for all large objects: each goes where nothing was before."""
+        return self.rounds * self.large_repeats * LARGE_SIZE + 512 * MIB
 
 
-FULL = Effort(3, 5.0, 60_000, 8, 8 * GIB, (10_000, 100_000, 1_000_000), 8 * GIB, 4 * GIB)
-QUICK = Effort(1, 1.0, 10_000, 3, 256 * MIB, (1_000, 10_000), 2 * GIB, 512 * MIB)
+FULL = Effort(3, 5.0, 60_000, 8, 8 * GIB, (10_000, 100_000, 1_000_000), 100_000, 8 * GIB, 4 * GIB)
+QUICK = Effort(1, 1.0, 10_000, 3, 256 * MIB, (1_000, 10_000), 30_000, 1 * GIB, 512 * MIB)

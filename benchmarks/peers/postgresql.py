@@ -34,9 +34,6 @@ create table objects (key bigint primary key, data bytea not null);
 alter table objects alter column data set storage external;
 """
 
-WARM_UP = 100_000
-"""Objects that are stored before anything is measured, so that the log has its files."""
-
 # Keys ascend, as rustord's uuids do: the cheapest way to fill an index.
 PUT = r"""
 \set number :number + 1
@@ -164,8 +161,6 @@ def postgresql(filesystem: Path, data: bytes) -> Iterator[PostgreSQL]:
     try:
         contestant = PostgreSQL(folder, directory, data)
         contestant.sql(SCHEMA)
-        contestant.fill(WARM_UP)
-        contestant.clear()
         yield contestant
     finally:
         subprocess.run([*control, "-m", "immediate", "stop"], check=True, cwd=directory)
