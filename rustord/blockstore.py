@@ -6,13 +6,15 @@ import logging
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
+from time import perf_counter
 from typing import Literal
 
 from xxhash import xxh3_64_digest
 
 from rustord.blockdevice import BlockDevice
+from rustord.distribution import Distribution
 from rustord.errors import Damaged, DeviceError, FormatError, RustordError
 from rustord.extent import Extent
 from rustord.label import LABEL_BYTES, Geometry, Label, choose_label, decode_label, label_offsets
@@ -34,6 +36,8 @@ class Slot:
     geometry: Geometry
     device: BlockDevice | None
     why: str = ""
+    flush_s: Distribution = field(default_factory=Distribution)
+    """How long its flushes took, in seconds."""
 
     @property
     def state(self) -> Literal["online", "failed", "read-only", "missing"]:
@@ -108,11 +112,13 @@ class BlockStore:
         return {index: error for index, error in zip(indices, outcomes, strict=True) if error is not None}
 
     def _flush(self, index: int) -> DeviceError | None:
+        began = perf_counter()
         try:
             self.writable(index).flush()
         except DeviceError as error:
-            log.error("device %d takes no writes any more: %s", index, error)
+            log.error("device %d takes no writes any more: %s", index, error, extra={"RUSTORD_DEVICE": index})
             return error
+        self.slots[index].flush_s.observe(perf_counter() - began)
         return None
 
     def erase(self, extents: Iterable[Extent]) -> None:

@@ -17,11 +17,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
+from time import perf_counter
 from typing import NamedTuple
 
 from rustord.allocator import Allocator
 from rustord.blockstore import BlockStore, chunk_sums
 from rustord.change import Change, Delete, Erase, Put, Undo, check_match
+from rustord.distribution import Distribution
 from rustord.errors import DeviceError, NoSpace, NotFound, PreconditionFailed, ReadOnly, RustordError
 from rustord.extent import Extent, block_count, extend, trim
 from rustord.footer import encode_footer, footer_blocks
@@ -116,6 +118,8 @@ class ObjectStore:
         self.keystore = keystore
         self.keygen = keygen
         self.stock = stock
+        self.phase_s = {phase: Distribution() for phase in ("place", "write", "journal", "flush", "settle")}
+        """How long each phase of the cycles took, in seconds, in the order of the phases."""
         self.read_only = read_only
         self._sequence = self._durable = sequence
         self._layout = allocator.placer.name.encode("ascii")
@@ -242,6 +246,23 @@ class ObjectStore:
 
         An error concerns one change and is its outcome; nothing of that change is left behind.
         """
+        times = [perf_counter()]
+        batch = self._place_all(changes)
+        times.append(perf_counter())
+        failed = self._write(batch)
+        erased = self._erase(batch)
+        times.append(perf_counter())
+        committed = self._journal(batch, failed)
+        times.append(perf_counter())
+        failed |= self.blocks.flush((committed | erased) - failed.keys())
+        times.append(perf_counter())
+        cycle = self._settle(batch, failed)
+        times.append(perf_counter())
+        for phase, began, ended in zip(self.phase_s.values(), times, times[1:], strict=False):
+            phase.observe(ended - began)
+        return cycle
+
+    def _place_all(self, changes: Iterable[Change]) -> _Batch:
         batch = _Batch()
         for change in self._with_abandoned(changes):
             try:
@@ -250,11 +271,7 @@ class ObjectStore:
                 batch.outcomes.append((change, error))
                 if isinstance(change, Put) and isinstance(change.source, Upload):
                     change.source.abort()
-        failed = self._write(batch)
-        erased = self._erase(batch)
-        committed = self._journal(batch, failed)
-        failed |= self.blocks.flush((committed | erased) - failed.keys())
-        return self._settle(batch, failed)
+        return batch
 
     def _with_abandoned(self, changes: Iterable[Change]) -> Iterator[Change]:
         abandoned, self._abandoned = self._abandoned, []

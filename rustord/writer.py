@@ -82,6 +82,10 @@ class Writer:
         self._queue.put(run)
         return future.result(timeout_s)
 
+    def is_alive(self) -> bool:
+        """Whether both threads run."""
+        return all(thread.is_alive() for thread in self._threads)
+
     def close(self, timeout_s: float = 30.0) -> bool:
         """Finish what has been submitted, and stop; whether that was done within ``timeout_s``."""
         self._closing.set()

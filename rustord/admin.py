@@ -1,0 +1,131 @@
+"""Admin: what can be asked of the daemon itself, beside its Objects: pool, devices, plugins."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rustord.blockstore import Slot
+from rustord.claim import check, claim
+from rustord.errors import NotFound, ReadOnly
+from rustord.objectstore import ObjectStore
+from rustord.objkey import is_uuid, parse_uuid, uuid_text
+from rustord.plugins import PluginManager
+from rustord.pool import add_device, remove_device
+from rustord.writer import Writer
+
+log = logging.getLogger(__name__)
+
+
+class Admin:
+    """Answers with plain values, ready for JSON. Every method may block; any thread may call it."""
+
+    def __init__(
+        self, store: ObjectStore, writer: Writer, plugins: PluginManager, metrics: Callable[[], bytes] = lambda: b""
+    ) -> None:
+        self._store = store
+        self._writer = writer
+        self._plugins = plugins
+        self.metrics = metrics
+        """Makes the text of /metrics."""
+
+    def pool(self) -> dict[str, Any]:
+        """The state of the pool as a whole; ``problems`` is empty when all is well. Sizes in bytes."""
+        store = self._store
+        slots = store.blocks.slots.values()
+        problems = [f"device {slot.index} is {slot.state}: {slot.reason}" for slot in slots if slot.state != "online"]
+        if store.read_only:
+            problems.append(f"the pool takes no changes: {store.read_only}")
+        block_size = store.label.block_size
+        return {
+            "uuid": uuid_text(store.label.pool_uuid),
+            "name": store.label.pool_name,
+            "state": "read-only" if store.read_only else "degraded" if problems else "ok",
+            "problems": problems,
+            "objects": store.stock.count,
+            "data_bytes": store.stock.size,
+            "size_bytes": sum(slot.geometry.data_block_count for slot in slots) * block_size,
+            "free_bytes": sum(self._free_blocks(slot) for slot in slots) * block_size,
+            "free_runs": store.allocator.fragments(),
+            "block_size": block_size,
+            "devices": len(store.blocks.slots),
+            "devices_online": sum(slot.state == "online" for slot in slots),
+            "algorithm": store.keygen.algorithm,
+            "placer": store.allocator.placer.name,
+            "erase": store.blocks.erase_policy,
+            "generation": store.label.generation,
+            "journal_used": round(store.keystore.journal_used(), 4),
+            "index_lag": store.keystore.lag(),
+        }
+
+    def devices(self) -> list[dict[str, Any]]:
+        """One entry for each device of the pool, missing ones too. Sizes in bytes."""
+        return [self._device(slot) for _, slot in sorted(self._store.blocks.slots.items())]
+
+    def _device(self, slot: Slot) -> dict[str, Any]:
+        block_size = self._store.label.block_size
+        return {
+            "index": slot.index,
+            "uuid": uuid_text(slot.uuid),
+            "path": slot.device.path if slot.device else None,
+            "state": slot.state,
+            "reason": slot.reason,
+            "size_bytes": slot.geometry.data_block_count * block_size,
+            "free_bytes": self._free_blocks(slot) * block_size,
+            "device_bytes": slot.geometry.size,
+            "rotational": slot.device.rotational if slot.device else None,
+        }
+
+    def _free_blocks(self, slot: Slot) -> int:
+        return self._store.allocator.free_count(slot.index)
+
+    def add_device(self, path: str, force: bool, dry_run: bool) -> dict[str, Any]:
+        """Claim a device for the pool. Raises ClaimRefused with every reason, DeviceError, or InvalidRequest."""
+        if dry_run:
+            verdict = check(path)
+            verdict.require(force=force)
+            return {"path": path, "size_bytes": verdict.size, "would_erase": list(verdict.erasures) if force else []}
+        if self._store.read_only:
+            raise ReadOnly(f"the pool takes no changes: {self._store.read_only}", hint="see 'rustorctl status'")
+        device = claim(path, force=force, announce=lambda erasure: log.warning("%s: erasing %s", path, erasure))
+        try:
+            member = self._writer.call(lambda: add_device(self._store, device))
+        except BaseException:
+            if all(slot.device is not device for slot in self._store.blocks.slots.values()):
+                device.close()
+            raise
+        log.info("device %d is %s", member.device_index, path, extra={"RUSTORD_DEVICE": path})
+        return self._device(self._store.blocks.slots[member.device_index])
+
+    def remove_device(self, which: str) -> dict[str, Any]:
+        """Let go of an empty device, named by index, uuid or path. Raises NotFound, DeviceError or InvalidRequest."""
+        slot = self._find(which)
+        entry = self._device(slot)
+        self._writer.call(lambda: remove_device(self._store, slot.index))
+        log.info("device %d was removed", slot.index, extra={"RUSTORD_DEVICE": entry["path"]})
+        return entry
+
+    def _find(self, which: str) -> Slot:
+        for slot in self._store.blocks.slots.values():
+            named = slot.device is not None and slot.device.path == which
+            if named or which == str(slot.index) or (is_uuid(which) and parse_uuid(which) == slot.uuid):
+                return slot
+        raise NotFound(f"the pool has no device {which[:80]!r}", hint="'rustorctl device list' shows them")
+
+    def plugins(self) -> list[dict[str, Any]]:
+        """What is loaded, and what is only installed."""
+        return [
+            {
+                "name": plugin.name,
+                "distribution": plugin.distribution,
+                "version": plugin.version,
+                "loaded": plugin.loaded,
+                "offers": _plain(plugin.offers),
+            }
+            for plugin in self._plugins.plugins()
+        ]
+
+
+def _plain(offers: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    return {role: list(names) for role, names in offers.items()}

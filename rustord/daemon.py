@@ -1,0 +1,246 @@
+"""The daemon: builds everything from the configuration, serves until it is told to stop, and takes it apart again."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from systemd import daemon as systemd
+from systemd.journal import JournalHandler
+
+from rustord.admin import Admin
+from rustord.config import Config, SocketTable, changes
+from rustord.errors import ConfigError, DeviceBusy, PoolError, RustordError
+from rustord.frontends.http import HttpServer
+from rustord.frontends.peer import Principals, Roles
+from rustord.metrics import Metrics
+from rustord.objectstore import ObjectStore
+from rustord.objkey import uuid_text
+from rustord.plugins import PluginManager
+from rustord.pool import open_devices, open_pool
+from rustord.writer import Writer
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 20.0
+"""How long requests under way may take to end once we are told to stop."""
+FINISH_S = 60.0
+"""How long the Writer may take after that: it erases what has been deleted."""
+STUCK_S = 60.0
+"""A cycle that takes longer than this is no sign of life: the watchdog may restart us."""
+
+
+def run(config: Config, reload: Callable[[], Config]) -> None:
+    """Serve until SIGTERM or SIGINT; SIGHUP calls ``reload`` and applies what can be applied.
+
+    Raises RustordError for whatever keeps the daemon from starting.
+    """
+    set_up_logging(config)
+    store, plugins = _open(config)
+    listener = None
+    try:
+        listener = listen(config.socket)
+        asyncio.run(_Daemon(config, reload, store, plugins).serve(listener))
+    finally:
+        if listener is not None:
+            listener.close()
+        systemd.notify("STATUS=closing the pool")
+        store.close()
+        log.info("the pool is closed")
+
+
+def set_up_logging(config: Config) -> None:
+    """Log to the journal, with fields, if systemd started us; else as plain text to standard error."""
+    handler: logging.Handler
+    if _stderr_is_journal():
+        handler = JournalHandler(SYSLOG_IDENTIFIER="rustord")
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=config.log.level.upper(), handlers=[handler], force=True)
+
+
+def _stderr_is_journal() -> bool:
+    """See JOURNAL_STREAM in systemd.exec(5)."""
+    device, _, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
+    try:
+        status = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
+    return (device, inode) == (str(status.st_dev), str(status.st_ino))
+
+
+def _open(config: Config) -> tuple[ObjectStore, PluginManager]:
+    plugins = PluginManager(config.plugins)
+    keygen = plugins.make("keygen", config.keygen.algorithm, config.keygen.options)
+    placer = plugins.make("placer", config.placer.policy, config.placer.options)
+    backend = plugins.make("keystore", config.keystore.backend, config.keystore.options)
+    if not config.pool.devices:
+        raise ConfigError(
+            "no device is named", hint="name the pool's devices in pool.devices of rustord.toml, or with --device"
+        )
+    began = time.monotonic()
+    store = open_pool(
+        open_devices(config.pool.devices),
+        keygen=keygen,
+        placer=placer,
+        backend=backend,
+        directory=config.pool.directory,
+        erase_policy=config.erase.policy,
+        progress=_progress,
+    )
+    pool = uuid_text(store.label.pool_uuid)
+    log.info("pool %s is open after %.2f s: %d Objects", pool, time.monotonic() - began, store.stock.count)
+    for slot in store.blocks.slots.values():
+        if slot.state != "online":
+            log.warning("device %d is %s: %s", slot.index, slot.state, slot.reason)
+    if store.read_only:
+        log.error("the pool takes no changes: %s", store.read_only)
+    return store, plugins
+
+
+def _progress(text: str) -> None:
+    log.info("%s", text)
+    systemd.notify(f"STATUS=starting: {text}\nEXTEND_TIMEOUT_USEC=60000000")
+
+
+def listen(config: SocketTable) -> socket.socket:
+    """The socket that systemd passed, or a new one at the configured path."""
+    passed = systemd.listen_fds()
+    if len(passed) > 1:
+        raise ConfigError(f"systemd passed {len(passed)} sockets", hint="rustord.socket has one ListenStream=")
+    if passed:
+        return socket.socket(fileno=passed[0])
+    path = config.path
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_stale(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        previous = os.umask(0o777 & ~config.mode)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(previous)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"the socket {path} cannot be made: {error.strerror or error}",
+            hint="choose another path with --socket or socket.path",
+        ) from error
+    except RustordError:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove a socket on which nobody listens."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(f"{path} is not a socket", hint="choose another path with --socket or socket.path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except OSError as error:
+            if error.errno not in (errno.ECONNREFUSED, errno.ENOENT):
+                raise
+            path.unlink(missing_ok=True)
+            return
+    raise DeviceBusy(f"another daemon listens on {path}", hint="stop it, or choose another path with --socket")
+
+
+def roles(config: Config) -> Roles:
+    """Who may do what."""
+    table = config.roles
+    return Roles(Principals.named(table.readers), Principals.named(table.writers), Principals.named(table.admins))
+
+
+class _Daemon:
+    """The part that lives in the event loop."""
+
+    def __init__(
+        self, config: Config, reload: Callable[[], Config], store: ObjectStore, plugins: PluginManager
+    ) -> None:
+        self._config = config
+        self._reload = reload
+        self._store = store
+        self._metrics = Metrics()
+        self._writer = Writer(store, self._metrics.on_cycle)
+        admin = Admin(store, self._writer, plugins, self._metrics.text)
+        self._server = HttpServer(store, self._writer, admin, config.limits.of_frontend(), roles(config))
+        self._metrics.watch(store, self._writer, self._server.traffic)
+        self._stop = asyncio.Event()
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Serve on ``listener`` until a signal says stop, then let what is under way end."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._apply)
+        watchdog = asyncio.create_task(self._watchdog())
+        await self._server.serve(listener)
+        log.info("serving on %s", listener.getsockname())
+        systemd.notify(f"READY=1\nSTATUS={self._status()}")
+        await self._stop.wait()
+        systemd.notify("STOPPING=1\nSTATUS=finishing requests")
+        log.info("stopping")
+        await self._server.close(DRAIN_S)
+        if not await asyncio.to_thread(self._writer.close, FINISH_S):
+            raise PoolError("a device does not answer: what was deleted last is erased at the next start")
+        watchdog.cancel()
+        with suppress(asyncio.CancelledError):
+            await watchdog
+
+    def _status(self) -> str:
+        store = self._store
+        state = "takes no changes" if store.read_only else "serving"
+        missing = sum(slot.state != "online" for slot in store.blocks.slots.values())
+        return f"{state}: {store.stock.count} Objects on {len(store.blocks.slots)} devices" + (
+            f", {missing} of them not in order" if missing else ""
+        )
+
+    async def _watchdog(self) -> None:
+        """Tell systemd that we are alive: this loop turns, and no cycle hangs."""
+        interval_s = min(int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6, 10.0) or 10.0
+        while True:
+            await asyncio.sleep(interval_s)
+            busy_since = self._writer.busy_since
+            alive = self._writer.is_alive() and (not busy_since or time.monotonic() - busy_since < STUCK_S)
+            systemd.notify(f"STATUS={self._status()}" + ("\nWATCHDOG=1" if alive else ""))
+
+    def _apply(self) -> None:
+        """Read the configuration again, and apply what can be applied."""
+        systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+        try:
+            config = self._reload()
+        except RustordError as error:
+            log.error("the configuration stays as it was: %s", error)
+        else:
+            self._take_over(config)
+        systemd.notify(f"READY=1\nSTATUS={self._status()}")
+
+    def _take_over(self, config: Config) -> None:
+        for name, reloadable in changes(self._config, config):
+            if reloadable:
+                log.info("%s has changed", name)
+            else:
+                log.warning("%s has changed, and takes effect when rustord is started again", name)
+        logging.getLogger().setLevel(config.log.level.upper())
+        self._server.roles = roles(config)
+        self._config = config
+        log.info("the configuration was read again")
