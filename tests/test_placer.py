@@ -83,7 +83,7 @@ def test_without_a_long_run_one_device_is_taken_and_as_few_extents_as_possible(p
 @pytest.mark.parametrize("placer", [Contiguous(), FirstFit()], ids=lambda placer: placer.name)
 def test_what_no_device_can_hold_alone_goes_on_as_few_as_possible(placer: Placer) -> None:
     free = Devices({0: [(0, 3)], 1: [(0, 4), (10, 5)], 2: [(0, 2), (10, 6)]})
-    assert placer.place(15, free) == [[(1, 0, 4), (1, 10, 5), (2, 10, 6)]]
+    assert placer.place(11, free) == [[(1, 10, 5), (2, 10, 6)]]
     assert placer.place(16, free) == [[(1, 0, 4), (1, 10, 5), (2, 0, 1), (2, 10, 6)]]
 
 
