@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 UNITS = Path(__file__).parents[2] / "systemd"
+BIN = Path(sys.executable).parent
+SECONDS_MAX = 60
+
+# Becomes a command as systemd would have started it: descriptor 3 is the socket, and variables say for which process.
+START_AS_SYSTEMD = """
+import os, sys
+listener, *command = sys.argv[1:]
+os.environ["WATCHDOG_PID"] = str(os.getpid())
+if listener:
+    os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", LISTEN_FDNAMES="rustord.socket")
+    os.dup2(int(listener), 3)
+os.execv(command[0], command)
+"""
 
 needs_analyze = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze")
 
@@ -28,3 +45,99 @@ def test_service_is_sandboxed() -> None:
     security = ["systemd-analyze", "security", "--offline=yes", "--threshold=20", str(UNITS / "rustord.service")]
     done = subprocess.run(security, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-200:]
+
+
+class Systemd:
+    """Starts the daemon on a new pool, and listens to what it says on the notification socket."""
+
+    def __init__(self, directory: Path, image: Path) -> None:
+        self._directory, self._image = directory, image
+        self._notifications = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._notifications.bind(str(directory / "notify"))
+        self._notifications.settimeout(SECONDS_MAX)
+        self._said: list[str] = []
+        self.socket_path = directory / "rustord.sock"
+        subprocess.run([BIN / "rustorctl", "pool", "create", "--pool-name", "test", image], check=True)
+
+    def start(self, listener: socket.socket | None = None) -> subprocess.Popen[bytes]:
+        rustord = [f"{BIN}/rustord", "--device", str(self._image), "--directory", str(self._directory / "index")]
+        descriptor = ""
+        if listener is None:
+            rustord += ["--socket", str(self.socket_path)]
+        else:
+            descriptor = str(listener.fileno())
+        return subprocess.Popen(
+            [sys.executable, "-c", START_AS_SYSTEMD, descriptor, *rustord],
+            env={"NOTIFY_SOCKET": str(self._directory / "notify"), "WATCHDOG_USEC": "400000"},
+            pass_fds=[int(descriptor)] if descriptor else [],
+        )
+
+    def wait_for(self, wanted: Callable[[str], bool]) -> str:
+        """The next assignment (`READY=1`) that is wanted. What was said before it is forgotten."""
+        deadline = time.monotonic() + SECONDS_MAX
+        while time.monotonic() < deadline:
+            while self._said:
+                if wanted(assignment := self._said.pop(0)):
+                    return assignment
+            self._said = self._notifications.recv(4096).decode().splitlines()
+        raise TimeoutError("the daemon did not say what was wanted")
+
+    def close(self) -> None:
+        self._notifications.close()
+
+
+@pytest.fixture
+def systemd(tmp_path: Path, image: Path) -> Iterator[Systemd]:
+    systemd = Systemd(tmp_path, image)
+    yield systemd
+    systemd.close()
+
+
+def test_daemon_tells_what_it_is_doing(systemd: Systemd) -> None:
+    with systemd.start() as daemon:
+        try:
+            systemd.wait_for("READY=1".__eq__)
+            assert ask(systemd.socket_path).startswith(b"HTTP/1.1 200 ")
+            for _ in range(3):
+                systemd.wait_for("WATCHDOG=1".__eq__)
+            daemon.send_signal(signal.SIGHUP)
+            systemd.wait_for("RELOADING=1".__eq__)
+            systemd.wait_for("READY=1".__eq__)
+            daemon.terminate()
+            systemd.wait_for("STOPPING=1".__eq__)
+            assert daemon.wait(SECONDS_MAX) == 0
+        finally:
+            daemon.kill()
+
+
+def test_daemon_has_a_status_line(systemd: Systemd) -> None:
+    with systemd.start() as daemon:
+        try:
+            status = systemd.wait_for(lambda assignment: assignment.startswith("STATUS="))
+            assert len(status) > len("STATUS=")
+        finally:
+            daemon.kill()
+
+
+def test_daemon_serves_the_socket_that_it_is_given(systemd: Systemd) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(systemd.socket_path))
+        listener.listen()
+        for _ in range(2):  # the socket is not the daemon's, and so outlives it
+            with systemd.start(listener) as daemon:
+                try:
+                    assert ask(systemd.socket_path).startswith(b"HTTP/1.1 200 ")  # waited in the queue of the socket
+                    systemd.wait_for("READY=1".__eq__)
+                    daemon.terminate()
+                    assert daemon.wait(SECONDS_MAX) == 0
+                finally:
+                    daemon.kill()
+
+
+def ask(path: Path) -> bytes:
+    """What the daemon behind a socket answers when it is asked for its pool."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(SECONDS_MAX)
+        client.connect(str(path))
+        client.sendall(b"GET /v1/pool HTTP/1.1\r\nHost: rustord\r\nConnection: close\r\n\r\n")
+        return b"".join(iter(lambda: client.recv(4096), b""))
