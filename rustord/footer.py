@@ -42,10 +42,11 @@ def encode_footer(
     ``device_uuids`` is by device index. Zeros fill what the record does not need.
     """
     slack = -size % block_size
-    if len(record) + TRAILER.size <= slack:
-        device, block, count = copy[-1]
-        return _piece(record, slack, device_uuids[device], block + count - 1, (0, 0), 0, 1, secret)
     room = block_size - TRAILER.size
+    if len(record) <= room:
+        device, block, count = copy[-1]
+        length = slack if len(record) + TRAILER.size <= slack else slack + block_size
+        return _piece(record, length, device_uuids[device], block + count - 1, (0, 0), 0, 1, secret)
     pieces = [record[at : at + room] for at in range(0, len(record), room)]
     addresses = _last_blocks(copy, len(pieces))
     encoded = [bytes(slack)]

@@ -283,7 +283,7 @@ class ObjectStore:
 
     def _stage(self, change: Change, batch: _Batch) -> None:
         """Decide what the change comes to; nothing is written yet."""
-        if batch.length > self.keystore.batch_bytes_max() // 2 and not isinstance(change, Erase):
+        if batch.length > self.keystore.batch_bytes_max // 2 and not isinstance(change, Erase):
             batch.following.append(change)  # the journal takes no more at once
         elif isinstance(change, Put):
             self._check_writable()
@@ -324,7 +324,8 @@ class ObjectStore:
         key = ObjKey(self.keygen.uuid(), self.keygen.algorithm, hasher.digest(), len(data))
         copies = self.allocator.place(self._blocks_needed(put, key, self.allocator.placer.copies))
         try:
-            self._fit(put, key, copies)
+            if any(len(copy) > 1 for copy in copies):
+                self._fit(put, key, copies)
             record = self._record(put, key, copies, chunk_sums(data))
         except RustordError:
             self.allocator.release(extent for copy in copies for extent in copy)
@@ -364,7 +365,7 @@ class ObjectStore:
         raw = encode_record(
             key, self._sequence + 1, put.created_ns, copies, sums, self._layout, put.name_bytes, put.metadata
         )
-        if len(raw) > self.keystore.batch_bytes_max() // 2:
+        if len(raw) > self.keystore.batch_bytes_max // 2:
             raise NoSpace(
                 f"the Record of an Object of {key.size} bytes in {sum(map(len, copies))} extents is too long",
                 hint="the free space is too fragmented, or the device too small, for an Object of this size",
@@ -460,7 +461,7 @@ class ObjectStore:
         written, refused = self.keystore.journal(puts, deletes, self._erased, durable, self.blocks.writable_indices())
         failed |= refused
         batch.journalled = written
-        return written | {device for placed in batch.puts for device in placed.record.devices}
+        return written
 
     def _settle(self, batch: _Batch, failed: dict[int, RustordError]) -> Cycle:
         """After the flush: know what is durable, free what is erased, and answer."""

@@ -70,6 +70,8 @@ class KeyStore:
         self._unerased: dict[ObjectId, int] = {}  # sequence of each tombstone whose blocks are not erased yet
         self.indexed_sequence = 0
         """Every change up to this one is in the index."""
+        self.batch_bytes_max = 0
+        """The longest batch that every journal can take, in bytes."""
         self.generation = 0
         """The label's generation when the index was last opened for writing; 0 for a new index."""
         if state := backend.get(_STATE):
@@ -96,10 +98,16 @@ class KeyStore:
                 hint="put back the index directory that belongs to this pool",
             )
         self._rings[device] = ring
+        self._note_rings()
         return batches
 
     def remove_ring(self, device: int) -> None:
+        """Let go of a device's journal, which the index must hold."""
         del self._rings[device]
+        self._note_rings()
+
+    def _note_rings(self) -> None:
+        self.batch_bytes_max = min((ring.batch_bytes_max for ring in self._rings.values()), default=0)
 
     def replay(self, entries: Iterable[Entry], dropped: Iterable[Record], generation: int) -> None:
         """Learn what the journal holds beyond the index, in the order given, and put it into the index.
@@ -334,10 +342,6 @@ class KeyStore:
     def journal_used(self) -> float:
         """The fullest journal's used part, 0.0 to 1.0."""
         return max((ring.used for ring in self._rings.values()), default=0.0)
-
-    def batch_bytes_max(self) -> int:
-        """The longest batch that every journal can take."""
-        return min((ring.batch_bytes_max for ring in self._rings.values()), default=0)
 
     def info(self) -> Mapping[str, int | str]:
         """What the backend says of itself."""
