@@ -13,6 +13,7 @@ from rustord.objectstore import ObjectStore
 from rustord.objkey import is_uuid, parse_uuid, uuid_text
 from rustord.plugins import PluginManager
 from rustord.pool import add_device, remove_device
+from rustord.wire.api import NewDevice
 from rustord.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -80,9 +81,10 @@ class Admin:
     def _free_blocks(self, slot: Slot) -> int:
         return self._store.allocator.free_count(slot.index)
 
-    def add_device(self, path: str, force: bool, dry_run: bool) -> dict[str, Any]:
+    def add_device(self, new: NewDevice) -> dict[str, Any]:
         """Claim a device for the pool. Raises ClaimRefused with every reason, DeviceError, or InvalidRequest."""
-        if dry_run:
+        path, force = new.path, new.force
+        if new.dry_run:
             verdict = check(path)
             verdict.require(force=force)
             return {"path": path, "size_bytes": verdict.size, "would_erase": list(verdict.erasures) if force else []}

@@ -270,7 +270,7 @@ def read_label(device: BlockDevice) -> Label | None:
         data = bytearray(LABEL_BYTES)
         try:
             device.read(offset, (data,))
-            copies.append(decode_label(data))
+            copies.append(decode_label(memoryview(data)))
         except FormatError as error:
             copies.append(error)
         except DeviceError as error:

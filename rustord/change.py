@@ -20,14 +20,14 @@ ATTRIBUTE_BYTES_MAX = 8192
 
 
 class Put:
-    """Store an Object: its data, or an `Upload` that has taken it in already.
+    """Store an Object: its data, or an `Upload` that has taken it in already. ``replaced``: whether it replaced one.
 
     With ``if_none_match`` the change fails if its name is taken; with ``if_match`` it fails unless the name maps to an
     Object with one of these entity tags ("*" for any Object). A name that is taken is replaced otherwise. Raises
     InvalidRequest or TooLarge for metadata that cannot be stored.
     """
 
-    __slots__ = ("created_ns", "if_match", "if_none_match", "metadata", "name", "name_bytes", "source")
+    __slots__ = ("created_ns", "if_match", "if_none_match", "metadata", "name", "name_bytes", "replaced", "source")
 
     def __init__(
         self,
@@ -41,6 +41,7 @@ class Put:
         self.if_none_match = if_none_match
         self.if_match = if_match
         self.created_ns = time.time_ns()
+        self.replaced = False
         if metadata is None:
             self.name, self.name_bytes, self.metadata = "", b"", b""
         else:

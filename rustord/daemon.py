@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from systemd import daemon as systemd
+from systemd import daemon as systemd  # type: ignore[attr-defined]
 from systemd.journal import JournalHandler
 
 from rustord.admin import Admin
@@ -50,7 +50,7 @@ def run(config: Config, reload: Callable[[], Config]) -> None:
     listener = None
     try:
         listener = listen(config.socket)
-        asyncio.run(_Daemon(config, reload, store, plugins).serve(listener))
+        asyncio.run(_serve(config, reload, store, plugins, listener))
     finally:
         if listener is not None:
             listener.close()
@@ -170,6 +170,12 @@ def roles(config: Config) -> Roles:
     return Roles(Principals.named(table.readers), Principals.named(table.writers), Principals.named(table.admins))
 
 
+async def _serve(
+    config: Config, reload: Callable[[], Config], store: ObjectStore, plugins: PluginManager, listener: socket.socket
+) -> None:
+    await _Daemon(config, reload, store, plugins).serve(listener)
+
+
 class _Daemon:
     """The part that lives in the event loop."""
 
@@ -182,7 +188,14 @@ class _Daemon:
         self._metrics = Metrics()
         self._writer = Writer(store, self._metrics.on_cycle)
         admin = Admin(store, self._writer, plugins, self._metrics.text)
-        self._server = HttpServer(store, self._writer, admin, config.limits.of_frontend(), roles(config))
+        self._server = HttpServer(
+            store,
+            self._writer,
+            admin,
+            limits=config.limits.of_frontend(),
+            roles=roles(config),
+            slow_request_s=config.log.slow_request,
+        )
         self._metrics.watch(store, self._writer, self._server.traffic)
         self._stop = asyncio.Event()
 
@@ -242,5 +255,6 @@ class _Daemon:
                 log.warning("%s has changed, and takes effect when rustord is started again", name)
         logging.getLogger().setLevel(config.log.level.upper())
         self._server.roles = roles(config)
+        self._server.slow_request_s = config.log.slow_request
         self._config = config
         log.info("the configuration was read again")

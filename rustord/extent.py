@@ -15,7 +15,7 @@ class Extent(NamedTuple):
 
     device: int
     block: int
-    count: int
+    count: int  # type: ignore[assignment]  # tuple.count, which nobody needs here
 
     @property
     def end(self) -> int:
@@ -23,7 +23,7 @@ class Extent(NamedTuple):
         return self.block + self.count
 
 
-def block_count(extents: tuple[Extent, ...] | list[Extent]) -> int:
+def block_count(extents: Iterable[Extent]) -> int:
     """Sum of the extents' blocks."""
     return sum(extent.count for extent in extents)
 

@@ -486,6 +486,7 @@ class ObjectStore:
             batch.outcomes.append((placed.put, record))
             self.stock.add(record)
             if replaced is not None:
+                placed.put.replaced = True
                 self.stock.remove(replaced)
                 batch.following.append(Erase(replaced.extents, replaced))
         return puts

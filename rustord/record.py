@@ -17,7 +17,7 @@ from xxhash import xxh3_64_digest
 
 from rustord.errors import FormatError
 from rustord.extent import Extent
-from rustord.manifest import Copy, Manifest, chunk_count
+from rustord.manifest import Copy, Data, Manifest, chunk_count
 from rustord.objkey import ObjKey, uuid_text
 
 RECORD = struct.Struct("<8s16sQQQIIHHBBBB")
@@ -119,7 +119,7 @@ class Record:
     @property
     def _sums_at(self) -> int:
         at = RECORD.size + EXTENT_COUNT.size * self._copy_count
-        counts = struct.unpack_from(f"<{self._copy_count}I", self.raw, RECORD.size)
+        counts: tuple[int, ...] = struct.unpack_from(f"<{self._copy_count}I", self.raw, RECORD.size)
         return at + EXTENT.size * sum(counts)
 
     def sums(self, first: int, end: int) -> bytes:
@@ -215,7 +215,7 @@ def encode_record(
     sequence: int,
     created_ns: int,
     copies: Sequence[Sequence[Extent]],
-    sums: bytes | bytearray,
+    sums: Data,
     layout: bytes,
     name: bytes,
     metadata: bytes,

@@ -132,9 +132,9 @@ class Ring:
         data = head if length <= len(head) else self._read_bytes(block, length)
         return decode_batch(data, self.device_uuid, self._secret)
 
-    def _read_bytes(self, block: int, length: int) -> bytearray:
-        data = bytearray(length)
-        self._device.read(self._offset + block * self._block_size, (memoryview(data),))
+    def _read_bytes(self, block: int, length: int) -> memoryview:
+        data = memoryview(bytearray(length))
+        self._device.read(self._offset + block * self._block_size, (data,))
         return data
 
     def _search(self) -> list[tuple[int, Batch]]:
@@ -142,7 +142,7 @@ class Ring:
         step = _SCAN_BYTES // self._block_size
         for first in range(0, self._block_count, step):
             count = min(step, self._block_count - first)
-            data = memoryview(self._read_bytes(first, count * self._block_size))
+            data = self._read_bytes(first, count * self._block_size)
             for block in range(count):
                 start = block * self._block_size
                 if batch_length(data[start : start + BATCH.size]) is not None:
