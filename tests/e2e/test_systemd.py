@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -51,35 +52,42 @@ class Systemd:
     """Starts the daemon on a new pool, and listens to what it says on the notification socket."""
 
     def __init__(self, directory: Path, image: Path) -> None:
+        self.socket_path = directory / "rustord.sock"
         self._directory, self._image = directory, image
         self._notifications = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notifications.bind(str(directory / "notify"))
-        self._notifications.settimeout(SECONDS_MAX)
+        self._notifications.settimeout(0.1)
         self._said: list[str] = []
-        self.socket_path = directory / "rustord.sock"
         subprocess.run([BIN / "rustorctl", "pool", "create", "--pool-name", "test", image], check=True)
 
-    def start(self, listener: socket.socket | None = None) -> subprocess.Popen[bytes]:
+    @contextmanager
+    def running(self, listener: socket.socket | None = None) -> Iterator[subprocess.Popen[bytes]]:
+        """A daemon that serves the listening socket, or one that it makes itself."""
+        descriptor = "" if listener is None else str(listener.fileno())
         rustord = [f"{BIN}/rustord", "--device", str(self._image), "--directory", str(self._directory / "index")]
-        descriptor = ""
         if listener is None:
             rustord += ["--socket", str(self.socket_path)]
-        else:
-            descriptor = str(listener.fileno())
-        return subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-c", START_AS_SYSTEMD, descriptor, *rustord],
             env={"NOTIFY_SOCKET": str(self._directory / "notify"), "WATCHDOG_USEC": "400000"},
             pass_fds=[int(descriptor)] if descriptor else [],
-        )
+        ) as self._daemon:
+            try:
+                yield self._daemon
+            finally:
+                self._daemon.kill()
 
     def wait_for(self, wanted: Callable[[str], bool]) -> str:
         """The next assignment (`READY=1`) that is wanted. What was said before it is forgotten."""
         deadline = time.monotonic() + SECONDS_MAX
         while time.monotonic() < deadline:
+            ended = self._daemon.poll() is not None
+            with suppress(TimeoutError):
+                self._said += self._notifications.recv(4096).decode().splitlines()
             while self._said:
                 if wanted(assignment := self._said.pop(0)):
                     return assignment
-            self._said = self._notifications.recv(4096).decode().splitlines()
+            assert not ended, f"the daemon ended with status {self._daemon.returncode}"
         raise TimeoutError("the daemon did not say what was wanted")
 
     def close(self) -> None:
@@ -88,35 +96,27 @@ class Systemd:
 
 @pytest.fixture
 def systemd(tmp_path: Path, image: Path) -> Iterator[Systemd]:
-    systemd = Systemd(tmp_path, image)
-    yield systemd
-    systemd.close()
+    with closing(Systemd(tmp_path, image)) as systemd:
+        yield systemd
 
 
 def test_daemon_tells_what_it_is_doing(systemd: Systemd) -> None:
-    with systemd.start() as daemon:
-        try:
-            systemd.wait_for("READY=1".__eq__)
-            assert ask(systemd.socket_path).startswith(b"HTTP/1.1 200 ")
-            for _ in range(3):
-                systemd.wait_for("WATCHDOG=1".__eq__)
-            daemon.send_signal(signal.SIGHUP)
-            systemd.wait_for("RELOADING=1".__eq__)
-            systemd.wait_for("READY=1".__eq__)
-            daemon.terminate()
-            systemd.wait_for("STOPPING=1".__eq__)
-            assert daemon.wait(SECONDS_MAX) == 0
-        finally:
-            daemon.kill()
+    with systemd.running() as daemon:
+        systemd.wait_for("READY=1".__eq__)
+        assert ask(systemd.socket_path).startswith(b"HTTP/1.1 200 ")
+        for _ in range(3):
+            systemd.wait_for("WATCHDOG=1".__eq__)
+        daemon.send_signal(signal.SIGHUP)
+        systemd.wait_for("RELOADING=1".__eq__)
+        systemd.wait_for("READY=1".__eq__)
+        daemon.terminate()
+        systemd.wait_for("STOPPING=1".__eq__)
+        assert daemon.wait(SECONDS_MAX) == 0
 
 
 def test_daemon_has_a_status_line(systemd: Systemd) -> None:
-    with systemd.start() as daemon:
-        try:
-            status = systemd.wait_for(lambda assignment: assignment.startswith("STATUS="))
-            assert len(status) > len("STATUS=")
-        finally:
-            daemon.kill()
+    with systemd.running():
+        systemd.wait_for(lambda assignment: assignment.startswith("STATUS=serving"))
 
 
 def test_daemon_serves_the_socket_that_it_is_given(systemd: Systemd) -> None:
@@ -124,14 +124,11 @@ def test_daemon_serves_the_socket_that_it_is_given(systemd: Systemd) -> None:
         listener.bind(str(systemd.socket_path))
         listener.listen()
         for _ in range(2):  # the socket is not the daemon's, and so outlives it
-            with systemd.start(listener) as daemon:
-                try:
-                    assert ask(systemd.socket_path).startswith(b"HTTP/1.1 200 ")  # waited in the queue of the socket
-                    systemd.wait_for("READY=1".__eq__)
-                    daemon.terminate()
-                    assert daemon.wait(SECONDS_MAX) == 0
-                finally:
-                    daemon.kill()
+            with systemd.running(listener) as daemon:
+                assert ask(systemd.socket_path).startswith(b"HTTP/1.1 200 ")  # waited in the queue of the socket
+                systemd.wait_for("READY=1".__eq__)
+                daemon.terminate()
+                assert daemon.wait(SECONDS_MAX) == 0
 
 
 def ask(path: Path) -> bytes:
