@@ -42,8 +42,8 @@ class Backend(Protocol):
     def scan(self, first: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
         """The entries with ``first <= key < end`` in order, all from one snapshot, which is taken at the first `next`.
 
-        Either bound may be any bytes, also empty. Closing the generator, or exhausting it, frees the snapshot; until
-        then the backend may have to keep what later commits replace, so a caller does not dawdle.
+        A bound has up to `KEY_BYTES_MAX` + 1 bytes, and may be empty. Closing the generator, or exhausting it, frees
+        the snapshot; until then the backend may have to keep what later commits replace, so a caller does not dawdle.
         """
 
     def commit(self, puts: Mapping[bytes, bytes], deletes: Iterable[bytes]) -> None:

@@ -7,6 +7,7 @@ the new root. A crash before the meta page leaves the old tree, after it the new
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,6 +32,9 @@ _READERS_MAX: Final = 1022
 _SPARE_MAX: Final = 16
 """Ended read transactions that py-lmdb keeps, so that beginning one takes neither a lock nor a search for a slot."""
 
+_FULL_BYTES: Final = 1 << 20
+"""A filesystem with less room than this is full; some keep a little back for themselves."""
+
 _DAMAGED = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError)
 _FULL = (lmdb.DiskError, lmdb.MapFullError)
 
@@ -53,6 +57,7 @@ class LmdbBackend:
 
     def open(self, directory: Path, *, read_only: bool = False) -> None:
         assert self._environment is None, "opened twice"
+        self._failed = ""
         self._directory = LockedDirectory(directory, read_only=read_only)
         try:
             if read_only and not (directory / "data.mdb").exists():
@@ -168,8 +173,17 @@ class LmdbBackend:
         """The error of the tree that LMDB's ``error`` amounts to."""
         assert self._directory is not None
         path = self._directory.path
-        if isinstance(error, _FULL):
+        if isinstance(error, _FULL) or (os.strerror(errno.EIO) in str(error) and _is_full(path)):
             return no_space(path)
         if isinstance(error, _DAMAGED):
             return Damaged(f"the index at {path} is damaged: {error}", hint=REBUILD_HINT)
         return DeviceError(f"the index at {path} failed: {error}", hint="see the kernel's log for that device")
+
+
+def _is_full(path: Path) -> bool:
+    """Whether the filesystem is: LMDB calls a write that was cut short, as the last one before ENOSPC is, EIO.
+
+    Should the device have failed as well, going on is safe: the next commit writes all of its pages anew.
+    """
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize < _FULL_BYTES

@@ -44,6 +44,7 @@ class SqliteBackend:
         assert self._directory is None, "opened twice"
         self._directory = LockedDirectory(directory, read_only=read_only)
         self._read_only = read_only
+        self._failed = ""
         try:
             if read_only and not self._file.exists():
                 raise no_index(directory)
