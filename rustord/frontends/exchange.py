@@ -1,0 +1,37 @@
+"""Exchange: one request, from its head to its reply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from rustord.manifest import Data
+from rustord.wire.api import Request
+from rustord.wire.http1 import Reply, RequestHead
+
+if TYPE_CHECKING:
+    from rustord.frontends.connection import Connection
+
+
+class Exchange:
+    """``began`` and ``complete`` are the `monotonic` times at which the head and the whole body had arrived."""
+
+    __slots__ = ("began", "body", "complete", "connection", "head", "reply", "request")
+
+    request: Request
+
+    def __init__(self, connection: Connection, head: RequestHead) -> None:
+        self.connection = connection
+        self.head = head
+        self.body: Data = b""
+        self.reply: Reply | None = None
+        self.began = self.complete = connection.now
+
+    def answer(self, reply: Reply) -> None:
+        """Answer a request whose handler gave no reply at once. Called on the event loop."""
+        self.reply = reply
+        self.connection.has_answer()
+
+
+Handler = Callable[[Exchange], Reply | None]
+"""Carries out one operation: gives the reply, or sees to it that `Exchange.answer` is called later."""
