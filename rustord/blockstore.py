@@ -60,6 +60,7 @@ class BlockStore:
         self.block_size = block_size
         self.slots: dict[int, Slot] = {slot.index: slot for slot in slots}
         self.erase_policy = erase_policy
+        self._retired: list[BlockDevice] = []
         self._flushers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="flush")
 
     def device(self, index: int) -> BlockDevice:
@@ -238,9 +239,17 @@ class BlockStore:
             number += 1
         return pieces
 
+    def retire(self, slot: Slot, why: str) -> None:
+        """Do without a device from now on. It is closed at the end: a reader may be using it at this moment."""
+        assert slot.device is not None
+        self._retired.append(slot.device)
+        slot.device, slot.why = None, why
+
     def close(self) -> None:
         """Close every device, which lets go of them."""
         self._flushers.shutdown()
+        for device in self._retired:
+            device.close()
         for slot in self.slots.values():
             if slot.device is not None:
                 slot.device.close()

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from systemd import daemon as systemd  # type: ignore[attr-defined]
 from systemd.journal import JournalHandler
 
 from rustord.admin import Admin
@@ -23,12 +22,14 @@ from rustord.config import Config, SocketTable, changes
 from rustord.errors import ConfigError, DeviceBusy, PoolError, RustordError
 from rustord.frontends.http import HttpServer
 from rustord.frontends.peer import Principals, Roles
+from rustord.hotplug import Hotplug, find_devices
 from rustord.metrics import Metrics
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
 from rustord.plugins import PluginManager
 from rustord.pool import open_devices, open_pool
 from rustord.writer import Writer
+from systemd import daemon as systemd  # type: ignore[attr-defined]
 
 log = logging.getLogger(__name__)
 
@@ -85,13 +86,9 @@ def _open(config: Config) -> tuple[ObjectStore, PluginManager]:
     keygen = plugins.make("keygen", config.keygen.algorithm, config.keygen.options)
     placer = plugins.make("placer", config.placer.policy, config.placer.options)
     backend = plugins.make("keystore", config.keystore.backend, config.keystore.options)
-    if not config.pool.devices:
-        raise ConfigError(
-            "no device is named", hint="name the pool's devices in pool.devices of rustord.toml, or with --device"
-        )
     began = time.monotonic()
     store = open_pool(
-        open_devices(config.pool.devices),
+        open_devices(find_devices(config)),
         keygen=keygen,
         placer=placer,
         backend=backend,
@@ -198,6 +195,8 @@ class _Daemon:
         )
         self._metrics.watch(store, self._writer, self._server.traffic)
         self._stop = asyncio.Event()
+        self._hotplug: Hotplug | None = None
+        self._following: asyncio.Task[None] | None = None
 
     async def serve(self, listener: socket.socket) -> None:
         """Serve on ``listener`` until a signal says stop, then let what is under way end."""
@@ -206,18 +205,47 @@ class _Daemon:
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._apply)
         watchdog = asyncio.create_task(self._watchdog())
+        hotplug = self._follow_devices()
         await self._server.serve(listener)
         log.info("serving on %s", listener.getsockname())
         systemd.notify(f"READY=1\nSTATUS={self._status()}")
         await self._stop.wait()
         systemd.notify("STOPPING=1\nSTATUS=finishing requests")
         log.info("stopping")
+        if hotplug is not None:
+            loop.remove_reader(hotplug)
+            if self._following is not None:
+                await asyncio.wait([self._following], timeout=DRAIN_S)
+            hotplug.close()
         await self._server.close(DRAIN_S)
         if not await asyncio.to_thread(self._writer.close, FINISH_S):
             raise PoolError("a device does not answer: what was deleted last is erased at the next start")
         watchdog.cancel()
         with suppress(asyncio.CancelledError):
             await watchdog
+
+    def _follow_devices(self) -> Hotplug | None:
+        try:
+            hotplug = self._hotplug = Hotplug(self._store, self._writer, self._config)
+        except RustordError as error:
+            log.warning("%s (%s)", error, error.hint)
+            return None
+        loop = asyncio.get_running_loop()
+
+        async def follow() -> None:
+            try:
+                await asyncio.to_thread(hotplug.follow)
+            except Exception:
+                log.exception("following the devices failed")
+            if not self._stop.is_set():
+                loop.add_reader(hotplug, begin)
+
+        def begin() -> None:
+            loop.remove_reader(hotplug)
+            self._following = loop.create_task(follow())
+
+        loop.add_reader(hotplug, begin)
+        return hotplug
 
     def _status(self) -> str:
         store = self._store
@@ -257,4 +285,6 @@ class _Daemon:
         self._server.roles = roles(config)
         self._server.slow_request_s = config.log.slow_request
         self._config = config
+        if self._hotplug is not None:
+            self._hotplug.config = config
         log.info("the configuration was read again")

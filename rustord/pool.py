@@ -373,6 +373,44 @@ def add_device(store: ObjectStore, device: BlockDevice) -> Member:
     return member
 
 
+def attach_device(store: ObjectStore, path: str) -> int:
+    """Take back a device of the pool that was missing; returns its index. Called between cycles.
+
+    Raises PoolError if it is none, is there already, or holds changes that only an opening can replay; DeviceError.
+    """
+    device = open_device(path)
+    try:
+        label = read_label(device)
+        member = next((m for m in store.label.members if label and m.device_uuid == label.device_uuid), None)
+        if member is None:
+            raise PoolError(f"{path} is no device of this pool", hint="claim it with 'rustorctl device add'")
+        slot = store.blocks.slots[member.device_index]
+        if slot.device is not None or device.size < slot.geometry.size:
+            raise PoolError(
+                f"{path} cannot stand in for device {slot.index}: that is there already, or larger",
+                hint="'rustorctl device list' shows the devices",
+            )
+        if store.keystore.add_ring(slot.index, Ring(device, slot.uuid, slot.geometry, store.label.secret)):
+            store.keystore.remove_ring(slot.index)
+            raise PoolError(
+                f"{path} holds changes that the index does not know", hint="restart rustord, which replays them"
+            )
+        write_label(device, store.label.for_member(member))
+    except BaseException:
+        device.close()
+        raise
+    slot.device, slot.why = device, ""
+    return slot.index
+
+
+def detach_device(store: ObjectStore, index: int) -> None:
+    """Do without a device that has gone. Called between cycles."""
+    slot = store.blocks.slots[index]
+    if slot.device is not None:
+        store.keystore.remove_ring(index)
+        store.blocks.retire(slot, "it was removed from the machine")
+
+
 def remove_device(store: ObjectStore, index: int) -> None:
     """Let go of an empty device and wipe its label. Called between cycles. Raises InvalidRequest or DeviceError."""
     slot = store.blocks.slots.get(index)

@@ -1,0 +1,137 @@
+"""Hotplug: finds the pool's devices at start, and takes them in when they appear and lets go when they vanish.
+
+Only what the configuration means (a path in pool.devices, or a [[device]] rule) is looked at, and only what bears the
+pool's own label is opened for writing. Looking reads the label and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rustord.blockdevice import open_device
+from rustord.blockstore import read_label
+from rustord.config import Config
+from rustord.discovery import Candidate, DeviceRemoved, Watcher, candidates, matches
+from rustord.errors import ConfigError, RustordError
+from rustord.label import Label
+from rustord.objectstore import ObjectStore
+from rustord.objkey import uuid_text
+from rustord.pool import attach_device, detach_device
+from rustord.writer import Writer
+
+log = logging.getLogger(__name__)
+
+
+def find_devices(config: Config) -> list[str]:
+    """The paths to open at start: those that are named and there, and those that a rule means and that bear a label.
+
+    Raises ConfigError if nothing is named, if nothing is found, or if the rules find devices of several pools.
+    """
+    if not config.pool.devices and not config.device:
+        raise ConfigError(
+            "no device is named", hint="name the pool's devices in pool.devices of rustord.toml, or with --device"
+        )
+    named = [str(path) for path in config.pool.devices]
+    there = [path for path in named if os.path.exists(path)]
+    for path in set(named) - set(there):
+        log.warning("%s is not there", path)
+    if named and not there:
+        raise ConfigError(f"none of {', '.join(named)} is there", hint="see whether the devices are attached")
+    taken = {os.path.realpath(path) for path in there}
+    found = {path: label for path, label in _labelled(config) if path not in taken}
+    pools = {label.pool_uuid for label in found.values()}
+    if there:
+        label = peek(there[0])
+        pools = {label.pool_uuid} if label else set()
+    if len(pools) > 1:
+        raise ConfigError(
+            f"the [[device]] rules find devices of {len(pools)} pools: {', '.join(map(uuid_text, sorted(pools)))}",
+            hint="make the rules narrower, or name one device of the pool in pool.devices",
+        )
+    if not there and not found:
+        raise ConfigError("no device that a [[device]] rule means bears a label", hint="see 'rustorctl pool create'")
+    return there + [path for path, label in found.items() if label.pool_uuid in pools]
+
+
+def _labelled(config: Config) -> Iterable[tuple[str, Label]]:
+    if not config.device:
+        return
+    for candidate in candidates():
+        if any(matches(rule, candidate) for rule in config.device) and (label := peek(candidate.path)):
+            yield candidate.path, label
+
+
+def peek(path: str) -> Label | None:
+    """The label of a device that may be anybody's, read without taking it; None if it bears none that can be read."""
+    try:
+        device = open_device(path, read_only=True, exclusive=False)
+    except RustordError as error:
+        log.debug("%s is not looked at: %s", path, error)
+        return None
+    try:
+        return read_label(device)
+    except RustordError as error:
+        log.warning("%s: %s", path, error)
+        return None
+    finally:
+        device.close()
+
+
+class Hotplug:
+    """Follows the devices of an open pool. `follow` may block, and is called by one thread at a time."""
+
+    def __init__(self, store: ObjectStore, writer: Writer, config: Config) -> None:
+        """Raises DeviceError if the kernel's events cannot be followed."""
+        self.config = config
+        self._store = store
+        self._writer = writer
+        self._watcher = Watcher()
+        self._watcher.wait(0)
+
+    def fileno(self) -> int:
+        """Readable when `follow` has something to do."""
+        return self._watcher.fileno()
+
+    def follow(self) -> None:
+        """Look at what has changed, and act on it."""
+        for change in self._watcher.wait(0):
+            if isinstance(change, DeviceRemoved):
+                self._removed(change.candidate)
+            else:
+                self._appeared(change.candidate)
+
+    def _appeared(self, candidate: Candidate) -> None:
+        if all(slot.device is not None for slot in self._store.blocks.slots.values()) or not self._is_meant(candidate):
+            return
+        label = peek(candidate.path)
+        if label is None or label.pool_uuid != self._store.label.pool_uuid:
+            return
+        try:
+            index = self._writer.call(lambda: attach_device(self._store, candidate.path))
+        except RustordError as error:
+            log.error("%s is not taken in: %s", candidate.path, error, extra={"RUSTORD_DEVICE": candidate.path})
+        else:
+            log.info("device %d is back: %s", index, candidate.path, extra={"RUSTORD_DEVICE": candidate.path})
+
+    def _is_meant(self, candidate: Candidate) -> bool:
+        names = {candidate.path, *candidate.by_id}
+        named: Sequence[Path] = self.config.pool.devices
+        return any(str(path) in names or os.path.realpath(path) == candidate.path for path in named) or any(
+            matches(rule, candidate) for rule in self.config.device
+        )
+
+    def _removed(self, candidate: Candidate) -> None:
+        for slot in list(self._store.blocks.slots.values()):
+            if slot.device is not None and os.path.realpath(slot.device.path) == candidate.path:
+                log.error(
+                    "device %d has gone: %s", slot.index, candidate.path, extra={"RUSTORD_DEVICE": candidate.path}
+                )
+                index = slot.index
+                self._writer.call(lambda index=index: detach_device(self._store, index))  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Follow nothing any more."""
+        self._watcher.close()
