@@ -12,7 +12,7 @@ import dataclasses
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rustord import settings
 from rustord.errors import ConfigError
@@ -122,7 +122,7 @@ class KeystoreTable:
 
 @dataclasses.dataclass(frozen=True)
 class EraseTable:
-    policy: str = setting(
+    policy: Literal["zero", "discard", "none"] = setting(
         settings.choice("zero", "discard", "none"),
         "zero",
         "What happens to the blocks of a deleted Object before they are free again. zero: they read as zeros when "
@@ -226,7 +226,8 @@ class Config:
     device: tuple[DeviceTable, ...] = tables(
         DeviceTable,
         "A rule for devices that may belong to the pool, beside those in pool.devices. A device that fits all keys of "
-        "one rule and carries this pool's label is opened when it appears. Nothing is ever claimed by a rule.",
+        "one rule and carries this pool's label is opened when it appears. Nothing is ever claimed by a rule, and one "
+        "without keys means no device.",
         reload=True,
     )
     socket: SocketTable = table(SocketTable, "Where clients connect.")

@@ -126,8 +126,9 @@ def _usage_hint(error: click.ClickException) -> str:
 
 def os_error_text(error: OSError) -> str:
     """What went wrong with which file."""
-    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes, os.PathLike)) else ""
-    return f"{where}{error.strerror or error}"
+    # What click prints is all that is done without a name at hand.
+    name = "standard output" if error.filename is None else os.fsdecode(error.filename)
+    return f"{name}: {error.strerror or error}"
 
 
 def _fault(program: str, error: Exception) -> int:

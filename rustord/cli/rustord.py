@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rustord.cli import edge
+
+if TYPE_CHECKING:
+    from rustord.config import Config
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -33,17 +36,18 @@ def rustord(file: Path | None, print_settings: bool, print_example: bool, **over
         click.echo(reference.markdown() if print_settings else reference.toml(), nl=False)
         return
 
-    from rustord import config, daemon
+    from rustord.config import load
+    from rustord.daemon import run
 
-    def load() -> config.Config:
-        return _override(config.load(file), **overrides)
+    def configure() -> Config:
+        return _override(load(file), **overrides)
 
-    daemon.run(load(), reload=load)
+    run(configure(), reload=configure)
 
 
 def _override(
-    loaded: Any, socket: Path | None, devices: tuple[Path, ...], directory: Path | None, log_level: str | None
-) -> Any:
+    loaded: Config, socket: Path | None, devices: tuple[Path, ...], directory: Path | None, log_level: str | None
+) -> Config:
     if socket:
         loaded = dataclasses.replace(loaded, socket=dataclasses.replace(loaded.socket, path=socket.absolute()))
     pool = loaded.pool
