@@ -58,10 +58,23 @@ class BlockStore:
 
     def __init__(self, block_size: int, slots: Iterable[Slot], erase_policy: ErasePolicy = "zero") -> None:
         self.block_size = block_size
-        self.slots: dict[int, Slot] = {slot.index: slot for slot in slots}
+        self.slots: dict[int, Slot] = {}
+        self.device_uuids: dict[int, bytes] = {}
+        """The uuid of each device, by index."""
         self.erase_policy = erase_policy
         self._retired: list[BlockDevice] = []
         self._flushers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="flush")
+        for slot in slots:
+            self.add(slot)
+
+    def add(self, slot: Slot) -> None:
+        """Make a device one of the pool's."""
+        self.slots[slot.index] = slot
+        self.device_uuids[slot.index] = slot.uuid
+
+    def remove(self, index: int) -> None:
+        """Forget a device, which the caller closes."""
+        del self.slots[index], self.device_uuids[index]
 
     def device(self, index: int) -> BlockDevice:
         """The device in slot ``index``. Raises DeviceError if it is missing."""
@@ -87,11 +100,6 @@ class BlockStore:
     def writable_indices(self) -> list[int]:
         """The devices that take writes now, in order."""
         return [index for index, slot in sorted(self.slots.items()) if slot.state == "online"]
-
-    @property
-    def device_uuids(self) -> dict[int, bytes]:
-        """The uuid of each device, by index."""
-        return {index: slot.uuid for index, slot in self.slots.items()}
 
     # Writing
 

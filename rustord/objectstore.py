@@ -63,16 +63,17 @@ class Cycle(NamedTuple):
     following: list[Change]
 
 
-class _Placed(NamedTuple):
+@dataclass(slots=True)
+class _Placed:
     """A Put whose blocks are chosen: ``data`` and its tail go to each copy, behind its first ``skip`` blocks."""
 
     put: Put
     record: Record
-    replaced: Record | None
     copies: list[list[Extent]]
     skip: int
     data: Data
     tails: list[bytes]
+    replaced: Record | None = None
 
     def failure(self, failed: Mapping[int, RustordError]) -> RustordError | None:
         """Why the Object did not reach all of its devices; None if it did."""
@@ -221,7 +222,8 @@ class ObjectStore:
 
         Raises what would make the Put fail in the end: PreconditionFailed, NoSpace if the size is known, ReadOnly.
         """
-        self._check_writable()
+        if self.read_only:
+            raise ReadOnly(f"the pool is read-only: {self.read_only}", hint="see 'rustorctl status'")
         self._check_name(put)
         hasher = self.keygen.hasher()
         needed = 0
@@ -264,8 +266,11 @@ class ObjectStore:
 
     def _place_all(self, changes: Iterable[Change]) -> _Batch:
         batch = _Batch()
+        refusal = self._refusal()
         for change in self._with_abandoned(changes):
             try:
+                if refusal is not None and isinstance(change, Put | Delete):
+                    raise refusal
                 self._stage(change, batch)
             except RustordError as error:
                 batch.outcomes.append((change, error))
@@ -286,13 +291,11 @@ class ObjectStore:
         if batch.length > self.keystore.batch_bytes_max // 2 and not isinstance(change, Erase):
             batch.following.append(change)  # the journal takes no more at once
         elif isinstance(change, Put):
-            self._check_writable()
             if change.name and change.name in batch.names:
                 batch.following.append(change)  # it will see what the other one stored
             else:
                 self._stage_put(change, batch)
         elif isinstance(change, Delete):
-            self._check_writable()
             self._stage_delete(change, batch)
         elif isinstance(change, Undo):
             self._sequence += 1
@@ -311,7 +314,8 @@ class ObjectStore:
                 return
             self._check_erasable(replaced)
         placed = self._place_upload(put, put.source) if isinstance(put.source, Upload) else self._place(put, put.source)
-        batch.puts.append(placed._replace(replaced=replaced))
+        placed.replaced = replaced
+        batch.puts.append(placed)
         batch.length += len(placed.record.raw) + 64
         if put.name:
             batch.names.add(put.name)
@@ -379,7 +383,7 @@ class ObjectStore:
             encode_footer(record.raw, record.size, copy, self.blocks.device_uuids, secret, block_size)
             for copy in copies
         ]
-        return _Placed(put, record, None, copies, skip, data, tails)
+        return _Placed(put, record, copies, skip, data, tails)
 
     def _stage_delete(self, delete: Delete, batch: _Batch) -> None:
         record = self.stat(delete.uuid)
@@ -393,13 +397,20 @@ class ObjectStore:
         batch.gone.add(delete.uuid)
         batch.length += 32
 
-    def _check_writable(self) -> None:
-        self.keystore.make_room()
+    def _refusal(self) -> RustordError | None:
+        """Why the pool takes no changes now; None if it does. Waits for the index if that lags far behind."""
         if self.read_only:
-            raise ReadOnly(f"the pool is read-only: {self.read_only}", hint="see 'rustorctl status'")
+            return ReadOnly(f"the pool is read-only: {self.read_only}", hint="see 'rustorctl status'")
+        try:
+            self.keystore.make_room()
+        except RustordError as error:
+            return error
+        return None
 
     def _check_name(self, put: Put) -> Record | None:
         """The Object that ``put`` replaces, or None. Raises PreconditionFailed."""
+        if not put.name and put.if_match is None:
+            return None
         uuid = self.resolve(put.name) if put.name else None
         record = None if uuid is None else self.keystore.get(uuid)
         if record is not None and put.if_none_match:

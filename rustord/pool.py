@@ -365,7 +365,7 @@ def add_device(store: ObjectStore, device: BlockDevice) -> Member:
     _clear(device, geometry)
     store.keystore.note_generation(generation)
     write_label(device, label.for_member(member))
-    store.blocks.slots[index] = Slot(index, member.device_uuid, geometry, device)
+    store.blocks.add(Slot(index, member.device_uuid, geometry, device))
     store.keystore.add_ring(index, Ring(device, member.device_uuid, geometry, label.secret))
     write_labels(store.blocks, label)
     store.label = label
@@ -430,7 +430,7 @@ def remove_device(store: ObjectStore, index: int) -> None:
     store.keystore.note_generation(generation)
     store.allocator.remove(index)
     store.keystore.remove_ring(index)
-    del store.blocks.slots[index]
+    store.blocks.remove(index)
     write_labels(store.blocks, label)
     store.label = label
     try:
