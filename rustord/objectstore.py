@@ -341,7 +341,8 @@ class ObjectStore:
         key = ObjKey(self.keygen.uuid(), self.keygen.algorithm, upload.hasher.digest(), upload.size)
         self._fit(put, key, upload.copies)
         record = self._record(put, key, upload.copies, upload.sums)
-        return self._with_footers(put, record, upload.copies, upload.written_block_count, upload.rest)
+        copies, upload.copies = upload.copies, []  # they are the Object's now: to abort must not give them back
+        return self._with_footers(put, record, copies, upload.written_block_count, upload.rest)
 
     def _blocks_needed(self, put: Put, key: ObjKey, extent_count: int) -> int:
         """Blocks for the data and the footer of one copy, if all copies have ``extent_count`` extents together."""
