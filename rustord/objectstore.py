@@ -123,6 +123,7 @@ class ObjectStore:
         """How long each phase of the cycles took, in seconds, in the order of the phases."""
         self.read_only = read_only
         self._sequence = self._durable = sequence
+        self._all_flushed = True
         self._layout = allocator.placer.name.encode("ascii")
         self._erased: dict[int, list[ObjectId]] = {}  # erased on that device, and its journal does not say so yet
         self._abandoned: list[Erase] = []
@@ -466,11 +467,9 @@ class ObjectStore:
 
     def _journal(self, batch: _Batch, failed: dict[int, RustordError]) -> set[int]:
         """Append the batch to the journals; adds to ``failed``. Returns the devices that need a flush for it."""
-        durable = self._durable
-        self._durable = self._sequence
         puts = [(p.record, p.replaced.uuid if p.replaced else NOTHING) for p in batch.puts if not p.failure(failed)]
         deletes = [(record, sequence) for _, record, sequence in batch.deletes]
-        written, refused = self.keystore.journal(puts, deletes, self._erased, durable, self.blocks.writable_indices())
+        written, refused = self.keystore.journal(puts, deletes, self._erased, self._durable, self.blocks.writable_indices())
         failed |= refused
         batch.journalled = written
         return written
@@ -484,6 +483,10 @@ class ObjectStore:
         deletes = self._settle_deletes(batch, failed, durable)
         gone = [erase.record.uuid for erase in batch.erases if self._bury(erase, failed, batch) and erase.record]
         self.keystore.learn(puts, deletes, gone, self._sequence)
+        if failed:
+            self._all_flushed = False  # what a device lost may be in its journal all the same: a replay has to verify it
+        elif self._all_flushed:
+            self._durable = self._sequence
         return Cycle(batch.outcomes, batch.following)
 
     def _settle_puts(self, batch: _Batch, failed: dict[int, RustordError]) -> list[tuple[Record, ObjectId]]:

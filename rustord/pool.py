@@ -132,7 +132,9 @@ def _close(store: ObjectStore) -> None:
     while following:
         following = store.cycle(following).following
     try:
-        label = replace(store.label, generation=store.label.generation + 1, state=State.CLEAN)
+        lost = any(slot.state == "failed" for slot in store.blocks.slots.values())
+        state = State.OPEN if lost else State.CLEAN  # a void then parts what the device lost from what follows
+        label = replace(store.label, generation=store.label.generation + 1, state=state)
         store.keystore.note_generation(label.generation)
         write_labels(store.blocks, label)
     finally:
