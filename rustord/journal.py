@@ -31,6 +31,8 @@ class Kind(enum.IntEnum):
     """payload: uuid"""
     ERASED = 3
     """payload: uuids of deleted Objects whose blocks have been erased; sequence is 0"""
+    UNDO = 4
+    """payload: uuid of an Object that did not reach all of its devices: neither it nor what it replaced has changed"""
 
 
 class Entry(NamedTuple):
@@ -57,6 +59,10 @@ def put_entry(sequence: int, replaced: ObjectId, record: bytes) -> bytes:
 
 def delete_entry(sequence: int, uuid: ObjectId) -> bytes:
     return ENTRY.pack(16, Kind.DELETE, 0, 0, sequence) + uuid
+
+
+def undo_entry(sequence: int, uuid: ObjectId) -> bytes:
+    return ENTRY.pack(16, Kind.UNDO, 0, 0, sequence) + uuid
 
 
 def erased_entry(uuids: Sequence[ObjectId]) -> bytes:

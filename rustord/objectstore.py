@@ -468,8 +468,11 @@ class ObjectStore:
     def _journal(self, batch: _Batch, failed: dict[int, RustordError]) -> set[int]:
         """Append the batch to the journals; adds to ``failed``. Returns the devices that need a flush for it."""
         puts = [(p.record, p.replaced.uuid if p.replaced else NOTHING) for p in batch.puts if not p.failure(failed)]
-        deletes = [(record, sequence) for _, record, sequence in batch.deletes]
-        written, refused = self.keystore.journal(puts, deletes, self._erased, self._durable, self.blocks.writable_indices())
+        deletes = [(record, sequence) for cause, record, sequence in batch.deletes if isinstance(cause, Delete)]
+        undone = [(record, sequence) for cause, record, sequence in batch.deletes if isinstance(cause, Undo)]
+        written, refused = self.keystore.journal(
+            puts, deletes, undone, self._erased, self._durable, self.blocks.writable_indices()
+        )
         failed |= refused
         batch.journalled = written
         return written

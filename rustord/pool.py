@@ -199,20 +199,21 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
     entries = [entry for batch in batches for entry in batch.entries]
     erased = [entry for entry in entries if entry.kind is Kind.ERASED]
     changes = {entry.sequence: entry for entry in entries if entry.kind is not Kind.ERASED}
+    undone = {entry.payload for entry in entries if entry.kind is Kind.UNDO}
     durable = sorted({batch.durable for batch in batches})
     kept: list[Entry] = []
     dropped: list[Record] = []
     for sequence, entry in sorted(changes.items()):
-        if entry.kind is Kind.PUT and not _was_flushed(sequence, durable, label):
+        if entry.kind is Kind.PUT and (undone or not _was_flushed(sequence, durable, label)):
             record = Record(entry.payload[16:])
-            if _is_torn(record, blocks, label):
+            if record.uuid in undone or _is_torn(record, blocks, label):
                 dropped.append(record)
                 continue
         kept.append(entry)
     if kept or dropped:
         log.info("replayed %d changes of the journal, dropped %d that were never acknowledged", len(kept), len(dropped))
     generation = max(label.generation, keystore.generation) + 1
-    keystore.replay([*kept, *erased], dropped, generation)
+    keystore.replay(kept, dropped, erased, generation)
     last = max([*changes, keystore.indexed_sequence])
     voids = _without(label.voids, kept)
     if label.state is State.OPEN:

@@ -28,7 +28,7 @@ from heapq import merge
 from itertools import islice
 
 from rustord.errors import PoolError, RustordError, Unavailable
-from rustord.journal import NOTHING, Batch, Entry, Kind, delete_entry, erased_entry, put_entry
+from rustord.journal import NOTHING, Batch, Entry, Kind, delete_entry, erased_entry, put_entry, undo_entry
 from rustord.keystore.backend import Backend
 from rustord.keystore.ring import Ring, RingFull
 from rustord.objkey import ObjectId, uuid_text
@@ -109,10 +109,13 @@ class KeyStore:
     def _note_rings(self) -> None:
         self.batch_bytes_max = min((ring.batch_bytes_max for ring in self._rings.values()), default=0)
 
-    def replay(self, entries: Iterable[Entry], dropped: Iterable[Record], generation: int) -> None:
+    def replay(
+        self, entries: Iterable[Entry], dropped: Iterable[Record], erased: Iterable[Entry], generation: int
+    ) -> None:
         """Learn what the journal holds beyond the index, in the order given, and put it into the index.
 
-        ``dropped`` are Objects that were never acknowledged and are not whole: they become graves.
+        ``dropped`` are Objects that were never acknowledged and are not whole or were undone: they become graves.
+        ``erased`` are the entries that end graves.
         """
         overlay = self._fresh
         for entry in entries:
@@ -122,12 +125,12 @@ class KeyStore:
             elif entry.kind is Kind.DELETE:
                 if raw := self._raw(entry.payload):
                     self._learn_delete(overlay, Record(raw), entry.sequence)
-            else:
-                for at in range(0, len(entry.payload), 16):
-                    self._learn_erased(overlay, entry.payload[at : at + 16])
         for record in dropped:
             self._learn_delete(overlay, record, record.sequence)
             overlay.sequence = max(overlay.sequence, record.sequence)
+        for entry in erased:
+            for at in range(0, len(entry.payload), 16):
+                self._learn_erased(overlay, entry.payload[at : at + 16])
         self.note_generation(generation)
 
     def note_generation(self, generation: int) -> None:
@@ -151,14 +154,15 @@ class KeyStore:
         self,
         puts: Iterable[tuple[Record, ObjectId]],
         deletes: Iterable[tuple[Record, int]],
+        undone: Iterable[tuple[Record, int]],
         erased: Mapping[int, list[ObjectId]],
         durable: int,
         writable: Iterable[int],
     ) -> tuple[set[int], dict[int, RustordError]]:
         """Append to the journal of each device what concerns it; durable when these devices have been flushed.
 
-        ``puts`` are Records with the uuid that each replaces (or `NOTHING`), ``deletes`` Records with the sequence of
-        their tombstone, ``erased`` what has been erased on each device and not been journalled yet. Returns the
+        ``puts`` are Records with the uuid that each replaces (or `NOTHING`), ``deletes`` and ``undone`` Records with
+        the sequence of their tombstone, ``erased`` what has been erased on each device and not been journalled yet. Returns the
         devices that were written to, and those that could not be, and why.
         """
         entries: dict[int, list[bytes]] = {}
@@ -169,11 +173,12 @@ class KeyStore:
             newest = record.sequence
             for device in record.devices:
                 entries.setdefault(device, []).append(entry)
-        for record, sequence in deletes:
-            entry = delete_entry(sequence, record.uuid)
-            newest = max(newest, sequence)
-            for device in record.devices & writable:
-                entries.setdefault(device, []).append(entry)
+        for tombstone, gone in ((delete_entry, deletes), (undo_entry, undone)):
+            for record, sequence in gone:
+                entry = tombstone(sequence, record.uuid)
+                newest = max(newest, sequence)
+                for device in record.devices & writable:
+                    entries.setdefault(device, []).append(entry)
         failed: dict[int, RustordError] = {}
         for device, batch in entries.items():
             if erased.get(device):
