@@ -487,7 +487,7 @@ class ObjectStore:
         gone = [erase.record.uuid for erase in batch.erases if self._bury(erase, failed, batch) and erase.record]
         self.keystore.learn(puts, deletes, gone, self._sequence)
         if failed:
-            self._all_flushed = False  # what a device lost may be in its journal all the same: a replay has to verify it
+            self._all_flushed = False  # what a device lost may be in its journal all the same: a replay has to look
         elif self._all_flushed:
             self._durable = self._sequence
         return Cycle(batch.outcomes, batch.following)

@@ -204,9 +204,10 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
     kept: list[Entry] = []
     dropped: list[Record] = []
     for sequence, entry in sorted(changes.items()):
-        if entry.kind is Kind.PUT and (undone or not _was_flushed(sequence, durable, label)):
+        flushed = _was_flushed(sequence, durable, label)
+        if entry.kind is Kind.PUT and (undone or not flushed):
             record = Record(entry.payload[16:])
-            if record.uuid in undone or _is_torn(record, blocks, label):
+            if record.uuid in undone or (not flushed and _is_torn(record, blocks, label)):
                 dropped.append(record)
                 continue
         kept.append(entry)

@@ -122,9 +122,8 @@ class KeyStore:
             overlay.sequence = max(overlay.sequence, entry.sequence)
             if entry.kind is Kind.PUT:
                 self._learn_put(overlay, Record(entry.payload[16:]), entry.payload[:16])
-            elif entry.kind is Kind.DELETE:
-                if raw := self._raw(entry.payload):
-                    self._learn_delete(overlay, Record(raw), entry.sequence)
+            elif entry.kind is Kind.DELETE and (raw := self._raw(entry.payload)):
+                self._learn_delete(overlay, Record(raw), entry.sequence)
         for record in dropped:
             self._learn_delete(overlay, record, record.sequence)
             overlay.sequence = max(overlay.sequence, record.sequence)
@@ -162,8 +161,8 @@ class KeyStore:
         """Append to the journal of each device what concerns it; durable when these devices have been flushed.
 
         ``puts`` are Records with the uuid that each replaces (or `NOTHING`), ``deletes`` and ``undone`` Records with
-        the sequence of their tombstone, ``erased`` what has been erased on each device and not been journalled yet. Returns the
-        devices that were written to, and those that could not be, and why.
+        the sequence of their tombstone, ``erased`` what has been erased on each device and not been journalled yet.
+        Returns the devices that were written to, and those that could not be, and why.
         """
         entries: dict[int, list[bytes]] = {}
         newest = 0
