@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Hasher(Protocol):
     """A hash in the making. The hash objects of hashlib and xxhash are Hashers as they are."""
 
-    def update(self, data: Buffer, /) -> None:
-        """Append ``data`` to what is hashed."""
+    def update(self, data: Buffer, /) -> object:
+        """Append ``data`` to what is hashed. What it returns, if anything, does not matter."""
 
     def digest(self) -> bytes:
         """The hash of all data so far, 1 to 64 bytes; always the same length for one algorithm."""
