@@ -50,9 +50,9 @@ class Backend(Protocol):
         """Apply one batch, whole or not at all; when this returns, it survives a power loss.
 
         Deletes come first, so a key that is in both is put. Deleting an absent key is fine, as is an empty batch.
-        Raises `NoSpace` when the batch does not fit; then nothing has changed, and a later, smaller batch may succeed.
-        After a `DeviceError` nothing has changed for readers, and every later commit raises too: what a failed flush
-        left on the medium is unknown until the store is opened again.
+        Raises `NoSpace` when the batch does not fit; then nothing has changed, and it may be committed again when there
+        is room. After a `DeviceError` the batch is there whole or not at all, and may be committed again as well; a
+        backend that cannot know what a failed flush left on its medium goes on raising until it is opened anew.
         """
 
     def info(self) -> Mapping[str, int | str]:
