@@ -49,7 +49,7 @@ def check(role: str, factory: _Factory, options: Mapping[str, object] | None = N
         module = Path(directory, f"{Path(directory).name}.py")  # a name that no module was ever imported by
         module.write_text("from rustord.testing.check import subject\n\nTestContract = subject()\n")
         # No file, cache or pytest plugin of whoever calls us has a say, and no variable.
-        arguments = ["--config-file=/dev/null", f"--rootdir={directory}", f"--basetemp={directory}/tmp"]
+        arguments = ["-c/dev/null", f"--rootdir={directory}", f"--basetemp={directory}/tmp"]
         arguments += ["--override-ini=addopts=", "--import-mode=importlib", "-p", "no:cacheprovider", str(module)]
         with redirect_stdout(output), redirect_stderr(output), patch.dict(os.environ, _VARIABLES):
             status = pytest.main(arguments, plugins=[observer])
