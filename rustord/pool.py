@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 from rustord.allocator import Allocator
 from rustord.blockdevice import BlockDevice, open_device
 from rustord.blockstore import BlockStore, ErasePolicy, Slot, read_label, write_label
 from rustord.errors import DeviceError, InvalidRequest, PoolError, RustordError
-from rustord.extent import block_count
+from rustord.extent import Extent, block_count
 from rustord.footer import encode_footer
 from rustord.freelist import FreeList
 from rustord.journal import Batch, Entry, Kind
@@ -24,7 +25,7 @@ from rustord.keystore.ring import Ring
 from rustord.keystore.store import KeyStore
 from rustord.label import BLOCK_SIZES, MEMBER_COUNT_MAX, VOID_COUNT_MAX, Geometry, Label, Member, State, merge_voids
 from rustord.objectstore import ObjectStore, Stock
-from rustord.objkey import uuid_text
+from rustord.objkey import ObjectId, uuid_text
 from rustord.placer import Placer
 from rustord.record import Record
 
@@ -114,8 +115,9 @@ def open_pool(
         label, sequence = _replay(label, blocks, keystore)
         progress("reading the index")
         allocator = Allocator(placer, blocks.writable_indices)
-        stock, problem = _take_stock(allocator, blocks, keystore, progress)
-        _finish_erasures(allocator, blocks, keystore, sequence)
+        stock, stale, problem = _take_stock(allocator, blocks, keystore, progress)
+        if not problem:
+            _finish_erasures(allocator, blocks, keystore, stale, sequence)
         write_labels(blocks, label)
     except BaseException:
         if backend_open:
@@ -215,7 +217,7 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
         log.info("replayed %d changes of the journal, dropped %d that were never acknowledged", len(kept), len(dropped))
     generation = max(label.generation, keystore.generation) + 1
     keystore.replay(kept, dropped, erased, generation)
-    last = max([*changes, keystore.indexed_sequence])
+    last = max([*changes, keystore.indexed_sequence, *(end - 1 for _, end in label.voids)])
     voids = _without(label.voids, kept)
     if label.state is State.OPEN:
         voids = merge_voids([*voids, (last + 1, last + 1 + VOID_LENGTH)])[-VOID_COUNT_MAX:]
@@ -266,8 +268,11 @@ def _copy_is_whole(record: Record, number: int, blocks: BlockStore, label: Label
 
 def _take_stock(
     allocator: Allocator, blocks: BlockStore, keystore: KeyStore, progress: Callable[[str], None]
-) -> tuple[Stock, str]:
-    """Fill the FreeLists: free is what no Record names. Returns also why the pool takes no changes; "" if it does."""
+) -> tuple[Stock, list[ObjectId], str]:
+    """Fill the FreeLists: free is what no Record names.
+
+    Returns also the graves that are none any more, and why the pool takes no changes; "" if it does.
+    """
     used: dict[int, list[int]] = {index: [] for index in blocks.slots}
     stock = Stock()
     for record in keystore.indexed():
@@ -276,16 +281,44 @@ def _take_stock(
             used[device].append(block << 32 | count)
         if stock.count % 500_000 == 0:
             progress(f"reading the index: {stock.count} Objects")
-    for record in keystore.graves():
-        for device, block, count in record.extents:
-            used[device].append(block << 32 | count)
+    for runs in used.values():
+        runs.sort()
+    stale = _add_graves(keystore.graves(), used)
     problem = ""
     for index, slot in blocks.slots.items():
-        runs, overlap = _gaps(slot.geometry.data_runs, used.pop(index))
+        free, overlap = _gaps(slot.geometry.data_runs, used.pop(index))
         if overlap:
             problem = f"two Objects claim block {overlap} of device {index}"
-        allocator.add(index, FreeList(runs), slot.geometry.data_block_count)
-    return stock, problem
+        allocator.add(index, FreeList(free), slot.geometry.data_block_count)
+    return stock, stale, problem
+
+
+def _add_graves(graves: Iterable[Record], used: Mapping[int, list[int]]) -> list[ObjectId]:
+    """Add the blocks of ``graves`` to ``used``, which is sorted; returns those of which somebody else has a block.
+
+    A block is given to nobody before it is erased, so these are erased. The journal may not say so: if the index, which
+    knew, is lost, the journal's tombstones make them graves again. To erase them now would destroy the other's data.
+    """
+    buried: dict[int, list[int]] = {index: [] for index in used}
+    stale = []
+    for record in sorted(graves, key=attrgetter("sequence"), reverse=True):
+        extents = record.extents
+        if not record.devices <= used.keys() or any(
+            _is_taken(taken[extent.device], extent) for extent in extents for taken in (used, buried)
+        ):
+            stale.append(record.uuid)
+        else:
+            for device, block, count in extents:
+                insort(buried[device], block << 32 | count)
+    for index, runs in buried.items():
+        used[index].extend(runs)
+    return stale
+
+
+def _is_taken(taken: Sequence[int], extent: Extent) -> bool:
+    """Whether the sorted runs (block << 32 | count) have a block of ``extent``."""
+    at = bisect_left(taken, extent.end << 32)
+    return at > 0 and (taken[at - 1] >> 32) + (taken[at - 1] & 0xFFFFFFFF) > extent.block
 
 
 def _gaps(data_runs: Iterable[tuple[int, int]], used: list[int]) -> tuple[list[tuple[int, int]], int]:
@@ -321,11 +354,19 @@ def _run(runs: Iterable[tuple[int, int]]) -> tuple[int, int]:
     return block, block + count
 
 
-def _finish_erasures(allocator: Allocator, blocks: BlockStore, keystore: KeyStore, sequence: int) -> None:
-    """Erase what was deleted before the last stop and not erased yet; what cannot be stays a grave, and not free."""
+def _finish_erasures(
+    allocator: Allocator, blocks: BlockStore, keystore: KeyStore, stale: Sequence[ObjectId], sequence: int
+) -> None:
+    """Erase what was deleted before the last stop and not erased yet; what cannot be stays a grave, and not free.
+
+    ``stale`` graves were erased before.
+    """
     finished = []
     touched: set[int] = set()
+    done = set(stale)
     for record in keystore.graves():
+        if record.uuid in done:
+            continue
         try:
             for device in record.devices:
                 blocks.writable(device)
@@ -339,7 +380,7 @@ def _finish_erasures(allocator: Allocator, blocks: BlockStore, keystore: KeyStor
     erased = [record for record in finished if not record.devices & failed.keys()]
     for record in erased:
         allocator.release(record.extents)
-    keystore.learn((), (), [record.uuid for record in erased], sequence)
+    keystore.learn((), (), [*stale, *(record.uuid for record in erased)], sequence)
     keystore.checkpoint()  # before any of these blocks is used again: the journal does not say that they are free
 
 

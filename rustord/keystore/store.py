@@ -115,7 +115,8 @@ class KeyStore:
         """Learn what the journal holds beyond the index, in the order given, and put it into the index.
 
         ``dropped`` are Objects that were never acknowledged and are not whole or were undone: they become graves.
-        ``erased`` are the entries that end graves.
+        ``erased`` are the entries that end graves; what they name is deleted, also if its tombstone was on a device that
+        is missing.
         """
         overlay = self._fresh
         for entry in entries:
@@ -129,7 +130,10 @@ class KeyStore:
             overlay.sequence = max(overlay.sequence, record.sequence)
         for entry in erased:
             for at in range(0, len(entry.payload), 16):
-                self._learn_erased(overlay, entry.payload[at : at + 16])
+                uuid = entry.payload[at : at + 16]
+                if raw := self._raw(uuid):
+                    self._learn_delete(overlay, Record(raw), Record(raw).sequence)
+                self._learn_erased(overlay, uuid)
         self.note_generation(generation)
 
     def note_generation(self, generation: int) -> None:
