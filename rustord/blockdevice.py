@@ -110,7 +110,9 @@ class BlockDevice(Protocol):
         """Gives the device back, unflushed. May be called twice."""
 
 
-def open_device(path: str | os.PathLike[str], *, read_only: bool = False, exclusive: bool = True) -> RawDevice | ImageFile:
+def open_device(
+    path: str | os.PathLike[str], *, read_only: bool = False, exclusive: bool = True
+) -> RawDevice | ImageFile:
     """Opens the raw device or image file at ``path``.
 
     ``exclusive`` locks it until ``close`` (a read-only image file is shared with other readers). Raises DeviceBusy if
