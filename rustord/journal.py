@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from rustord.errors import FormatError
@@ -33,6 +33,9 @@ class Kind(enum.IntEnum):
     """payload: uuids of deleted Objects whose blocks have been erased; sequence is 0"""
     UNDO = 4
     """payload: uuid of an Object that did not reach all of its devices: neither it nor what it replaced has changed"""
+    UNERASED = 5
+    """payload: uuids of deleted Objects whose blocks have not been erased yet, so that older batches need not be kept for
+    their tombstones; sequence is 0"""
 
 
 class Entry(NamedTuple):
@@ -67,6 +70,11 @@ def undo_entry(sequence: int, uuid: ObjectId) -> bytes:
 
 def erased_entry(uuids: Sequence[ObjectId]) -> bytes:
     return ENTRY.pack(16 * len(uuids), Kind.ERASED, 0, 0, 0) + b"".join(uuids)
+
+
+def unerased_entry(uuids: Iterable[ObjectId]) -> bytes:
+    payload = b"".join(uuids)
+    return ENTRY.pack(len(payload), Kind.UNERASED, 0, 0, 0) + payload
 
 
 def encode_batch(entries: Sequence[bytes], device_uuid: bytes, number: int, durable: int, secret: bytes) -> bytes:

@@ -200,7 +200,7 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
             batches += keystore.add_ring(slot.index, ring)
     entries = [entry for batch in batches for entry in batch.entries]
     erased = [entry for entry in entries if entry.kind is Kind.ERASED]
-    changes = {entry.sequence: entry for entry in entries if entry.kind is not Kind.ERASED}
+    changes = {entry.sequence: entry for entry in entries if entry.sequence}
     undone = {entry.payload for entry in entries if entry.kind is Kind.UNDO}
     durable = sorted({batch.durable for batch in batches})
     kept: list[Entry] = []

@@ -16,6 +16,8 @@ POSITION = struct.Struct("<QQ")
 """number, block: the number of a batch, and where in the ring it begins, in blocks"""
 
 _SCAN_BYTES = 1 << 20
+_CARRY_FROM = 0.25
+"""How much of a ring is in use when what must be kept of the oldest batches is written once more, to let them go."""
 
 
 class RingFull(RustordError):
@@ -59,6 +61,10 @@ class Ring:
             return 0.0
         first, last = self._live[0].block, self._live[-1].end
         return (last - first if last > first else last - first + self._block_count) / self._block_count
+
+    def is_held_by(self, sequence: int) -> bool:
+        """Whether a good part of the ring is taken, and cannot be let go because batches from ``sequence`` on must stay."""
+        return self.used > _CARRY_FROM and self._live[0].sequence >= sequence
 
     @property
     def position(self) -> bytes:

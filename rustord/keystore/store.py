@@ -28,7 +28,17 @@ from heapq import merge
 from itertools import islice
 
 from rustord.errors import PoolError, RustordError, Unavailable
-from rustord.journal import NOTHING, Batch, Entry, Kind, delete_entry, erased_entry, put_entry, undo_entry
+from rustord.journal import (
+    NOTHING,
+    Batch,
+    Entry,
+    Kind,
+    delete_entry,
+    erased_entry,
+    put_entry,
+    undo_entry,
+    unerased_entry,
+)
 from rustord.keystore.backend import Backend
 from rustord.keystore.ring import Ring, RingFull
 from rustord.objkey import ObjectId, uuid_text
@@ -115,8 +125,8 @@ class KeyStore:
         """Learn what the journal holds beyond the index, in the order given, and put it into the index.
 
         ``dropped`` are Objects that were never acknowledged and are not whole or were undone: they become graves.
-        ``erased`` are the entries that end graves; what they name is deleted, also if its tombstone was on a device that
-        is missing.
+        ``erased`` are the entries that end graves; what they name is deleted, also if its tombstone was on a device
+        that is missing.
         """
         overlay = self._fresh
         for entry in entries:
@@ -182,6 +192,8 @@ class KeyStore:
                 newest = max(newest, sequence)
                 for device in record.devices & writable:
                     entries.setdefault(device, []).append(entry)
+        if entries:
+            self._carry(entries, writable, newest)
         failed: dict[int, RustordError] = {}
         for device, batch in entries.items():
             if erased.get(device):
@@ -191,6 +203,20 @@ class KeyStore:
             except RustordError as error:
                 failed[device] = error
         return entries.keys() - failed.keys(), failed
+
+    def _carry(self, entries: dict[int, list[bytes]], writable: set[int], newest: int) -> None:
+        """Write down once more what is deleted and not erased, if that keeps old batches from being let go.
+
+        Erasing may take long, be put off by a reader, or be impossible because a device failed; no journal may fill up
+        for it.
+        """
+        oldest = min(self._unerased.values(), default=newest)
+        if any(self._rings[device].is_held_by(oldest) for device in writable):
+            entry = unerased_entry(self._unerased)
+            for device in writable:
+                entries.setdefault(device, []).append(entry)
+            with self._learning:
+                self._unerased = dict.fromkeys(self._unerased, newest)
 
     def _append(self, ring: Ring, entries: list[bytes], durable: int, sequence: int) -> None:
         try:
