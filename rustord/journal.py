@@ -34,8 +34,8 @@ class Kind(enum.IntEnum):
     UNDO = 4
     """payload: uuid of an Object that did not reach all of its devices: neither it nor what it replaced has changed"""
     UNERASED = 5
-    """payload: uuids of deleted Objects whose blocks have not been erased yet, so that older batches need not be kept for
-    their tombstones; sequence is 0"""
+    """payload: uuids of deleted Objects whose blocks have not been erased yet, so that older batches need not be kept
+    for their tombstones; sequence is 0"""
 
 
 class Entry(NamedTuple):

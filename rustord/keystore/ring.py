@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -48,6 +49,7 @@ class Ring:
         self._offset = geometry.journal_offset
         self._block_count = geometry.journal_length // geometry.block_size
         self._live: deque[_Live] = deque()
+        self._lock = threading.Lock()  # batches are let go by another thread than the one that appends
 
     @property
     def batch_bytes_max(self) -> int:
@@ -57,14 +59,19 @@ class Ring:
     @property
     def used(self) -> float:
         """The part of the ring that is taken by batches the index does not hold yet, 0.0 to 1.0."""
+        with self._lock:
+            return self._used()
+
+    def _used(self) -> float:
         if not self._live:
             return 0.0
         first, last = self._live[0].block, self._live[-1].end
         return (last - first if last > first else last - first + self._block_count) / self._block_count
 
     def is_held_by(self, sequence: int) -> bool:
-        """Whether a good part of the ring is taken, and cannot be let go because batches from ``sequence`` on must stay."""
-        return self.used > _CARRY_FROM and self._live[0].sequence >= sequence
+        """Whether a good part of the ring is taken and stays so, because batches from ``sequence`` on must stay."""
+        with self._lock:
+            return self._used() > _CARRY_FROM and self._live[0].sequence >= sequence
 
     @property
     def position(self) -> bytes:
@@ -79,7 +86,8 @@ class Ring:
         batch = encode_batch(entries, self.device_uuid, self.number, durable, self._secret)
         padding = -len(batch) % self._block_size
         block_count = (len(batch) + padding) // self._block_size
-        block = self._room(block_count)
+        with self._lock:
+            block = self._room(block_count)
         self._device.write(self._offset + block * self._block_size, (batch, bytes(padding)) if padding else (batch,))
         self._live.append(_Live(self.number, block, block + block_count, sequence))
         self.number += 1
@@ -100,8 +108,9 @@ class Ring:
     def release(self, number: int, sequence: int) -> None:
         """Let go of the oldest batches, those before batch ``number`` with nothing newer than ``sequence``."""
         live = self._live
-        while live and live[0].number < number and live[0].sequence <= sequence:
-            live.popleft()
+        with self._lock:
+            while live and live[0].number < number and live[0].sequence <= sequence:
+                live.popleft()
 
     def replay(self, position: bytes | None) -> list[Batch]:
         """The batches from ``position`` on, in order, after which the ring goes on behind them.
