@@ -13,7 +13,7 @@ all; then they are free and it is answered. So a free block is never named by a 
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -126,7 +126,7 @@ class ObjectStore:
         self._all_flushed = True
         self._layout = allocator.placer.name.encode("ascii")
         self._erased: dict[int, list[ObjectId]] = {}  # erased on that device, and its journal does not say so yet
-        self._abandoned: list[Erase] = []
+        self._abandoned: deque[Erase] = deque()
         self._held: list[Erase] = []
         self._pins: Counter[ObjectId] = Counter()
         self._pinning = threading.Lock()
@@ -242,7 +242,7 @@ class ObjectStore:
 
     def idle_work(self) -> bool:
         """Whether an empty cycle would have something to do."""
-        return bool(self._abandoned or any(erase.record.uuid not in self._pins for erase in self._held if erase.record))
+        return bool(self._abandoned) or not all(map(self._is_pinned, self._held))
 
     def cycle(self, changes: Iterable[Change]) -> Cycle:
         """Make a batch of changes and all that they need durable with one flush per device; see the module.
@@ -266,9 +266,9 @@ class ObjectStore:
         return cycle
 
     def _place_all(self, changes: Iterable[Change]) -> _Batch:
-        batch = _Batch()
+        batch = _Batch(following=self._due())
         refusal = self._refusal()
-        for change in self._with_abandoned(changes):
+        for change in changes:
             try:
                 if refusal is not None and isinstance(change, Put | Delete):
                     raise refusal
@@ -279,13 +279,17 @@ class ObjectStore:
                     change.source.abort()
         return batch
 
-    def _with_abandoned(self, changes: Iterable[Change]) -> Iterator[Change]:
-        abandoned, self._abandoned = self._abandoned, []
-        yield from abandoned
+    def _due(self) -> list[Change]:
+        """Erasures that nobody asked for: what was abandoned, and what was replaced and is read no more."""
+        due: list[Change] = [self._abandoned.popleft() for _ in range(len(self._abandoned))]
         if self._held:
             held, self._held = self._held, []
-            yield from held
-        yield from changes
+            for erase in held:
+                (self._held if self._is_pinned(erase) else due).append(erase)
+        return due
+
+    def _is_pinned(self, erase: Erase) -> bool:
+        return erase.cause is None and erase.record is not None and erase.record.uuid in self._pins
 
     def _stage(self, change: Change, batch: _Batch) -> None:
         """Decide what the change comes to; nothing is written yet."""
@@ -302,7 +306,7 @@ class ObjectStore:
             self._sequence += 1
             batch.deletes.append((change, change.record, self._sequence))
             batch.length += 32
-        elif change.cause is None and change.record is not None and change.record.uuid in self._pins:
+        elif self._is_pinned(change):
             self._held.append(change)
         else:
             batch.erases.append(change)
@@ -506,7 +510,8 @@ class ObjectStore:
             if replaced is not None:
                 placed.put.replaced = True
                 self.stock.remove(replaced)
-                batch.following.append(Erase(replaced.extents, replaced))
+                erase = Erase(replaced.extents, replaced)
+                (self._held if self._is_pinned(erase) else batch.following).append(erase)
         return puts
 
     def _settle_deletes(
