@@ -210,6 +210,13 @@ class BlockStore:
                     hint="the bytes on the device have changed; restore the Object from elsewhere",
                 )
                 log.error("copy %d of Object %s is damaged near byte %d", number, uuid_text(record.uuid), start)
+        if len(copies) > 1 and len(buffer) > CHUNK_BYTES:  # one copy has this chunk, another one that
+            for at in range(0, len(buffer), CHUNK_BYTES):
+                number = at // CHUNK_BYTES
+                self._fill_from_any(
+                    record, start + at, buffer[at : at + CHUNK_BYTES], sums[8 * number : 8 * number + 8]
+                )
+            return
         assert problem is not None
         raise problem
 
