@@ -105,14 +105,18 @@ def check_match(record: Record | None, if_match: Sequence[str] | None, what: str
 
 def check_name(name: str) -> None:
     """Raise InvalidRequest unless ``name`` is 1 to 1,024 bytes of UTF-8 without control characters."""
-    try:
-        length = len(name.encode())
-    except UnicodeEncodeError:
-        raise InvalidRequest("the name is not valid Unicode", hint="names are UTF-8 text") from None
+    length = _byte_count(name)
     if not 1 <= length <= NAME_BYTES_MAX:
         raise InvalidRequest(f"a name of {length} bytes", hint=f"a name has 1 to {NAME_BYTES_MAX} bytes in UTF-8")
     if not name.isprintable() and _has_control(name):
         raise InvalidRequest(f"the name {name[:80]!r} has a control character", hint="remove it")
+
+
+def _byte_count(text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{text[:80]!r} is not valid Unicode", hint="metadata is UTF-8 text") from None
 
 
 def _has_control(text: str) -> bool:
@@ -123,13 +127,13 @@ def check_metadata(metadata: Metadata) -> None:
     """Raise InvalidRequest or TooLarge unless ``metadata`` can be stored."""
     if metadata.name:
         check_name(metadata.name)
-    if len(metadata.content_type.encode()) > CONTENT_TYPE_BYTES_MAX or _has_control(metadata.content_type):
+    if _byte_count(metadata.content_type) > CONTENT_TYPE_BYTES_MAX or _has_control(metadata.content_type):
         raise InvalidRequest(
             f"the content type {metadata.content_type[:80]!r} cannot be stored",
             hint=f"a content type has at most {CONTENT_TYPE_BYTES_MAX} bytes and no control characters",
         )
     attributes = metadata.attributes
-    length = sum(len(key.encode()) + len(value.encode()) for key, value in attributes.items())
+    length = sum(_byte_count(key) + _byte_count(value) for key, value in attributes.items())
     if len(attributes) > ATTRIBUTE_COUNT_MAX or length > ATTRIBUTE_BYTES_MAX:
         raise TooLarge(
             f"{len(attributes)} attributes of {length} bytes in all",

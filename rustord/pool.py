@@ -48,7 +48,7 @@ def create_pool(
         raise InvalidRequest(f"a block size of {block_size}", hint=f"choose one of {', '.join(map(str, BLOCK_SIZES))}")
     if not 1 <= len(devices) <= MEMBER_COUNT_MAX:
         raise InvalidRequest(f"a pool of {len(devices)} devices", hint=f"a pool has 1 to {MEMBER_COUNT_MAX} devices")
-    if len(name.encode()) > POOL_NAME_BYTES_MAX or not name.isprintable():
+    if not name.isprintable() or len(name.encode()) > POOL_NAME_BYTES_MAX:  # a lone surrogate is not printable
         raise InvalidRequest(f"the pool name {name!r}", hint=f"at most {POOL_NAME_BYTES_MAX} printable bytes")
     members = []
     for index, device in enumerate(devices):
