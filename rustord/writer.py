@@ -157,8 +157,10 @@ class Writer:
         return not erase.erased and block_count * self.store.label.block_size > ERASE_BYTES_MAX
 
     def _erase(self, erase: Erase) -> None:
-        self.store.erase(erase)
-        self._queue.put(erase)
+        try:
+            self.store.erase(erase)
+        finally:
+            self._queue.put(erase)  # whatever happened: the writer waits for it, and so may somebody who deleted
 
     # The index's thread
 
