@@ -23,6 +23,7 @@ class Allocator:
         self._writable = writable
         self._free: dict[int, FreeList] = {}
         self._sizes: dict[int, int] = {}
+        self._offered: Sequence[int] = ()
         self._lock = threading.Lock()
 
     def add(self, device: int, free: FreeList, size: int) -> None:
@@ -43,6 +44,7 @@ class Allocator:
         Nothing has changed when it raises.
         """
         with self._lock:
+            self._offered = [index for index in self._writable() if index in self._free]
             try:
                 chosen = self.placer.place(count, self)
             except NoSpace:
@@ -58,6 +60,8 @@ class Allocator:
                 raise ValueError(f"{len(chosen)} copies instead of {self.placer.copies}")
             for copy in chosen:
                 for extent in copy:
+                    if extent.device not in self._offered:
+                        raise ValueError(f"device {extent.device} takes no new data")
                     self._free[extent.device].take(extent.block, extent.count)
                     taken.append(extent)
                 if block_count(copy) != count:
@@ -91,7 +95,7 @@ class Allocator:
 
     def devices(self) -> Sequence[int]:
         """The devices that take new data now."""
-        return [index for index in self._writable() if index in self._free]
+        return self._offered
 
     def free_count(self, device: int) -> int:
         return self._free[device].free_count
