@@ -232,6 +232,12 @@ class ObjectStore:
             key = ObjKey(NOTHING, self.keygen.algorithm, hasher.digest(), size)
             needed = self._blocks_needed(put, key, self.allocator.placer.copies)
         upload = Upload(self.allocator, self.blocks, hasher, size, needed, self._abandon)
+        if size is not None:
+            try:
+                self._fit(put, key, upload.copies)
+            except RustordError:
+                upload.abort()
+                raise
         put.source = upload
         return upload
 
