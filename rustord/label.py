@@ -110,7 +110,7 @@ class Geometry:
 
 def label_offsets(size: int) -> tuple[int, int, int]:
     """Where the copies of the label stand on a device of ``size`` bytes."""
-    return 0, size // 2 // _MIB * _MIB, (size - _MIB) // _MIB * _MIB
+    return 0, size // 2 // _MIB * _MIB, max(size - _MIB, 0) // _MIB * _MIB
 
 
 @dataclass(frozen=True)
