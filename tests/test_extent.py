@@ -1,0 +1,41 @@
+"""Extents: joining and cutting runs of blocks keeps every block, in order."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rustord.extent import Extent, block_count, extend, trim
+
+extents = st.builds(Extent, st.integers(0, 3), st.integers(0, 50), st.integers(1, 10))
+
+
+def blocks(copy: list[Extent]) -> list[tuple[int, int]]:
+    """(device, block) of every block, in order."""
+    return [(device, block + at) for device, block, count in copy for at in range(count)]
+
+
+def test_an_extent_ends_behind_its_last_block() -> None:
+    assert Extent(0, 7, 3).end == 10
+
+
+def test_extents_that_adjoin_become_one() -> None:
+    copy = [Extent(0, 10, 2)]
+    extend(copy, [Extent(0, 12, 3), Extent(1, 15, 1), Extent(1, 16, 1), Extent(1, 18, 1), Extent(0, 19, 1)])
+    assert copy == [Extent(0, 10, 5), Extent(1, 15, 2), Extent(1, 18, 1), Extent(0, 19, 1)]
+
+
+@given(st.lists(extents), st.lists(extents))
+def test_extending_keeps_every_block_in_order(copy: list[Extent], more: list[Extent]) -> None:
+    before = blocks(copy)
+    extend(copy, more)
+    assert blocks(copy) == before + blocks(more)
+
+
+@given(st.lists(extents, min_size=1), st.data())
+def test_trimming_cuts_the_last_blocks_off(copy: list[Extent], data: st.DataObject) -> None:
+    before = blocks(copy)
+    count = data.draw(st.integers(0, block_count(copy)))
+    cut = trim(copy, count)
+    assert blocks(copy) == before[: len(before) - count]
+    assert sorted(blocks(cut)) == sorted(before[len(before) - count :])
