@@ -28,6 +28,7 @@ EXTENT = struct.Struct("<QIHH")
 """block, count, device, reserved"""
 
 _CHECKSUM_BYTES = 8
+_ONE_EXTENT = EXTENT_COUNT.pack(1)
 _NO_ATTRIBUTES: Mapping[str, str] = {}
 
 
@@ -55,6 +56,7 @@ class Record:
         "_layout_length",
         "_metadata_length",
         "_name_length",
+        "_sums_offset",
         "created_ns",
         "raw",
         "sequence",
@@ -85,6 +87,7 @@ class Record:
             raise FormatError(f"the record of Object {uuid_text(self.uuid)} does not match its checksum")
         self.raw: bytes = raw
         self._copies: tuple[Copy, ...] | None = None
+        self._sums_offset = 0  # worked out when it is asked for: a scan of the whole index does not
 
     @property
     def copies(self) -> tuple[Copy, ...]:
@@ -96,9 +99,7 @@ class Record:
     def _decode_copies(self) -> tuple[Copy, ...]:
         raw, copy_count = self.raw, self._copy_count
         at = RECORD.size + EXTENT_COUNT.size * copy_count
-        if (
-            copy_count == 1 and raw[RECORD.size : at] == b"\1\0\0\0"
-        ):  # nearly every small Object
+        if copy_count == 1 and raw[RECORD.size : at] == _ONE_EXTENT:  # as nearly every small Object
             block, count, device, _ = EXTENT.unpack_from(raw, at)
             return ((Extent(device, block, count),),)
         counts = struct.unpack_from(f"<{copy_count}I", raw, RECORD.size)
@@ -118,9 +119,10 @@ class Record:
 
     @property
     def _sums_at(self) -> int:
-        at = RECORD.size + EXTENT_COUNT.size * self._copy_count
-        counts: tuple[int, ...] = struct.unpack_from(f"<{self._copy_count}I", self.raw, RECORD.size)
-        return at + EXTENT.size * sum(counts)
+        if not self._sums_offset:
+            counts = struct.unpack_from(f"<{self._copy_count}I", self.raw, RECORD.size)
+            self._sums_offset = RECORD.size + EXTENT_COUNT.size * self._copy_count + EXTENT.size * sum(counts)
+        return self._sums_offset
 
     def sums(self, first: int, end: int) -> bytes:
         """The checksums of the chunks from ``first`` to before ``end``, 8 bytes each."""
