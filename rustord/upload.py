@@ -43,6 +43,7 @@ class Upload:
         self.sums = bytearray()
         self.rest = bytearray()
         self._written = 0
+        self._touched = 0  # as far as a write got that failed, these blocks are not clean any more
         self.copies: list[list[Extent]] = [[] for _ in range(allocator.placer.copies)]
         if block_count_needed:
             self.copies = allocator.place(block_count_needed)
@@ -84,6 +85,7 @@ class Upload:
         self.hasher.update(view)
         self.sums += chunk_sums(view)
         self._make_room(len(view) // self._blocks.block_size)
+        self._touched = self._written + len(view)
         for copy in self.copies:
             self.write_copy(copy, view)
         self._written += len(view)
@@ -132,7 +134,7 @@ class Upload:
         """Give everything back; fine at any time, and more than once."""
         if self.copies:
             copies, self.copies = self.copies, []
-            written = self.written_block_count
+            written = self._touched // self._blocks.block_size
             used: list[Extent] = []
             unused: list[Extent] = []
             for copy in copies:
