@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from systemd.journal import JournalHandler
 
 from rustord.admin import Admin
 from rustord.config import Config, SocketTable, changes
-from rustord.errors import ConfigError, DeviceBusy, PoolError, RustordError
+from rustord.errors import ConfigError, DeviceBusy, DeviceError, RustordError
 from rustord.frontends.http import HttpServer
 from rustord.frontends.peer import Principals, Roles
 from rustord.hotplug import Hotplug, find_devices
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 DRAIN_S = 20.0
 """How long requests under way may take to end once we are told to stop."""
+CUT_S = 10.0
+"""How long those that are cut off then may take to let go."""
 FINISH_S = 60.0
 """How long the Writer may take after that: it erases what has been deleted."""
 STUCK_S = 60.0
@@ -46,11 +49,14 @@ def run(config: Config, reload: Callable[[], Config]) -> None:
 
     Raises RustordError for whatever keeps the daemon from starting.
     """
+    # Signals that come too early wait until the event loop takes them; all other threads inherit that they do not.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     set_up_logging(config)
     store, plugins = _open(config)
     listener = None
     try:
         listener = listen(config.socket)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         asyncio.run(_serve(config, reload, store, plugins, listener))
     finally:
         if listener is not None:
@@ -167,6 +173,13 @@ def roles(config: Config) -> Roles:
     return Roles(Principals.named(table.readers), Principals.named(table.writers), Principals.named(table.admins))
 
 
+def _give_up() -> NoReturn:
+    """End without closing the pool: some thread waits for a device, and an orderly end would wait for the thread."""
+    log.critical("a device does not answer; the pool is left as it is, and put in order at the next start")
+    logging.shutdown()
+    os._exit(DeviceError.exit_status)
+
+
 async def _serve(
     config: Config, reload: Callable[[], Config], store: ObjectStore, plugins: PluginManager, listener: socket.socket
 ) -> None:
@@ -204,12 +217,14 @@ class _Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._apply)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
         watchdog = asyncio.create_task(self._watchdog())
         hotplug = self._follow_devices()
         await self._server.serve(listener)
         log.info("serving on %s", listener.getsockname())
         systemd.notify(f"READY=1\nSTATUS={self._status()}")
         await self._stop.wait()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         systemd.notify("STOPPING=1\nSTATUS=finishing requests")
         log.info("stopping")
         if hotplug is not None:
@@ -217,9 +232,12 @@ class _Daemon:
             if self._following is not None:
                 await asyncio.wait([self._following], timeout=DRAIN_S)
             hotplug.close()
-        await self._server.close(DRAIN_S)
+        try:
+            await asyncio.wait_for(self._server.close(DRAIN_S), DRAIN_S + CUT_S)
+        except TimeoutError:
+            _give_up()
         if not await asyncio.to_thread(self._writer.close, FINISH_S):
-            raise PoolError("a device does not answer: what was deleted last is erased at the next start")
+            _give_up()
         watchdog.cancel()
         with suppress(asyncio.CancelledError):
             await watchdog
