@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import hypothesis
 import pytest
 
+from tests.daemon import Daemon
+
 MIB = 1 << 20
 IN_CI = os.environ.get("CI", "").lower() == "true"
 LOOP_FIXTURES = {"loop_device", "make_loop", "faulty_loop"}
@@ -290,3 +292,22 @@ def plain_user() -> Iterator[PlainUser]:
     """A user without rights, with a directory of his own on a disk."""
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="rustord-test-") as directory:
         yield PlainUser(Path(directory))
+
+
+@pytest.fixture
+def make_daemon(disk_path: Path) -> Iterator[Callable[..., Daemon]]:
+    """Makes daemons: `make_daemon(image, config="...")` serves that device or image file once it is started.
+
+    They are stopped in the end. None of them may ever have shown a traceback.
+    """
+    made: list[Daemon] = []
+
+    def make(*devices: Path, config: str = "", patch: str = "") -> Daemon:
+        made.append(Daemon(disk_path / f"daemon{len(made)}", devices, config, patch))
+        return made[-1]
+
+    yield make
+    for daemon in made:
+        daemon.end()
+    for daemon in made:
+        assert "Traceback" not in daemon.log, daemon.log
