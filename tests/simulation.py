@@ -1,0 +1,228 @@
+"""A pool on image files whose power can be cut and whose devices can fail; and what tells that it is sound."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rustord.blockdevice import BlockDevice, Buffer, open_device
+from rustord.errors import DeviceError
+from rustord.keygen import HashKeyGen
+from rustord.keystore.backend import Backend
+from rustord.keystore.lmdb import LmdbBackend
+from rustord.objectstore import ObjectStore
+from rustord.placer import Contiguous, Placer
+from rustord.pool import create_pool, open_pool
+from rustord.record import Record
+
+MIB = 1 << 20
+SECTOR_BYTES = 512
+"""What a device writes whole or not at all."""
+
+
+class _Unflushed(NamedTuple):
+    offset: int
+    old: bytes
+    new: bytes
+
+
+class VolatileDevice:
+    """A `BlockDevice` over another one (an image file, say) that may lose whatever has not been flushed.
+
+    Writes go to the device below at once, and what they replaced is kept; `cut_power` puts that back, but for the
+    sectors of which it is told that they had reached the medium. A flush makes everything so far durable, unless it
+    has been told to fail. As of a kernel, a failure is reported once: a flush that is tried again succeeds, though what
+    the first one should have made durable may be lost. It is for the store not to believe it.
+    """
+
+    def __init__(self, below: BlockDevice) -> None:
+        self.path = below.path
+        self.size = below.size
+        self.block_size = below.block_size
+        self.rotational = below.rotational
+        self.read_only = below.read_only
+        self.failed = ""
+        self.flush_count = 0
+        """How many flushes succeeded."""
+        self.fail_flushes = 0
+        """How many of the next flushes fail."""
+        self.fail_writes = False
+        self.fail_reads = False
+        self.strict = True
+        """Whether the device refuses everything after a failure, as `BlockDevice` demands."""
+        self._below = below
+        self._unflushed: list[_Unflushed] = []
+        self._lost: list[_Unflushed] = []
+
+    def read(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        if self.fail_reads:
+            raise DeviceError(f"{self.path}: reading at byte {offset} fails, as it was told to")
+        self._below.read(offset, buffers)
+
+    def read_now(self, offset: int, buffers: Sequence[Buffer]) -> bool:
+        return not self.fail_reads and self._below.read_now(offset, buffers)
+
+    def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self._refuse_if_failed()
+        if self.fail_writes:
+            self._fail("a write failed, as it was told to")
+        new = b"".join(buffers)
+        old = bytearray(len(new))
+        self._below.read(offset, (old,))
+        self._unflushed.append(_Unflushed(offset, bytes(old), new))
+        self._below.write(offset, (new,))
+
+    def flush(self) -> None:
+        self._refuse_if_failed()
+        if self.fail_flushes:
+            self.fail_flushes -= 1
+            self._lost += self._unflushed
+            self._unflushed = []
+            self._fail("a flush failed, as it was told to")
+        self.flush_count += 1
+        self._unflushed = []
+
+    def zero(self, offset: int, length: int) -> None:
+        self.write(offset, (bytes(length),))
+
+    def discard(self, offset: int, length: int) -> None:
+        self.write(offset, (b"\xdb" * length,))  # it may read as anything, so not as zeros
+
+    def start_writeback(self, offset: int, length: int) -> None:
+        pass
+
+    def close(self) -> None:
+        self._below.close()
+
+    def cut_power(self, keep: Callable[[int], bool] = lambda offset: False) -> None:
+        """Lose what was not flushed, but for the sectors for whose offset ``keep`` says yes; and close the device."""
+        unflushed = self._lost + self._unflushed
+        self._below.failed = ""
+        for offset, old, _ in reversed(unflushed):
+            self._below.write(offset, (old,))
+        for offset, _, new in unflushed:
+            for at in range(0, len(new), SECTOR_BYTES):
+                if keep(offset + at):
+                    self._below.write(offset + at, (new[at : at + SECTOR_BYTES],))
+        self._below.close()
+
+    def _refuse_if_failed(self) -> None:
+        if self.failed and self.strict:
+            raise DeviceError(f"{self.path} takes no writes any more: {self.failed}")
+
+    def _fail(self, why: str) -> None:
+        self.failed = self.failed or why
+        raise DeviceError(f"{self.path}: {why}")
+
+
+class Simulation:
+    """Makes a pool in ``directory`` and opens it again and again, each time on new `VolatileDevice`s.
+
+    ``paths`` are the image files, ``index`` is the directory of the index, ``devices`` the devices of the store that is
+    open, ``placer`` what the next opening uses.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        sizes: Sequence[int] = (16 * MIB,),
+        *,
+        placer: Placer | None = None,
+        algorithm: str = "xxh3-128",
+        block_size: int = 4096,
+        backend: Callable[[], Backend] = LmdbBackend,
+    ) -> None:
+        """``sizes`` are those of the image files in bytes, ``backend`` makes the backend of each opening."""
+        self.index = directory / "index"
+        self.paths = [directory / f"device{number}.img" for number in range(len(sizes))]
+        self.placer: Placer = placer or Contiguous()
+        self.devices: list[VolatileDevice] = []
+        self._store: ObjectStore | None = None
+        self._keygen = HashKeyGen(algorithm)
+        self._backend = backend
+        for path, size in zip(self.paths, sizes, strict=True):
+            with path.open("wb") as file:
+                file.truncate(size)
+        devices = [open_device(path) for path in self.paths]
+        create_pool(devices, self._keygen, block_size=block_size)
+        for device in devices:
+            device.close()
+
+    def open(self, *, without: Collection[int] = ()) -> ObjectStore:
+        """Open the pool on all devices but those whose numbers are in ``without``. Raises as `open_pool` does."""
+        numbers = [number for number in range(len(self.paths)) if number not in without]
+        self.devices = [VolatileDevice(open_device(self.paths[number])) for number in numbers]
+        self._store = open_pool(
+            self.devices,
+            keygen=self._keygen,
+            placer=self.placer,
+            backend=self._backend(),
+            directory=self.index,
+        )
+        return self._store
+
+    def cut_power(self, keep: Callable[[int], bool] = lambda offset: False) -> None:
+        """End the store that is open as a power cut does.
+
+        Of what was not flushed, sectors stay for whose offset on their device ``keep`` says yes.
+        """
+        assert self._store is not None, "not open"
+        for device in self.devices:
+            device.cut_power(keep)
+        self._store.keystore.close()
+        self._store.blocks.close()
+        self._store = None
+
+    def close(self) -> None:
+        """Close the store that is open, in order."""
+        assert self._store is not None, "not open"
+        self._store.close()
+        self._store = None
+
+    def lose_index(self) -> None:
+        """Remove the index of a pool that is not open."""
+        shutil.rmtree(self.index)
+
+    def read(self, device: int, block: int, count: int) -> bytes:
+        """What an image file holds; blocks have 4 KiB."""
+        with self.paths[device].open("rb") as file:
+            file.seek(block * 4096)
+            return file.read(count * 4096)
+
+
+def live(store: ObjectStore) -> list[Record]:
+    """All Objects of a store, by uuid."""
+    found: list[Record] = []
+    while page := store.objects(found[-1].uuid if found else b""):
+        found += page
+    return found
+
+
+def check_sound(store: ObjectStore) -> None:
+    """Assert that every block is free or one Object's, none both or neither, and that every Object is whole.
+
+    Nothing may be under way: no upload, and no erasure that follows from an earlier cycle.
+    """
+    records = live(store)
+    for index, slot in store.blocks.slots.items():
+        runs = list(store.allocator._free[index])
+        runs += [(block, count) for record in records for device, block, count in record.extents if device == index]
+        assert _joined(runs) == list(slot.geometry.data_runs), f"the blocks of device {index} do not add up"
+    for record in records:
+        store.read(record, 0, record.size)
+        for number, copy in enumerate(record.copies):
+            if all(store.blocks.slots[extent.device].device is not None for extent in copy):
+                assert store.blocks.verify(record, number, 0, record.size), f"copy {number} of {record.key} is damaged"
+    assert (store.stock.count, store.stock.size) == (len(records), sum(record.size for record in records))
+
+
+def _joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for block, count in sorted(runs):
+        if joined and joined[-1][0] + joined[-1][1] == block:
+            joined[-1] = (joined[-1][0], joined[-1][1] + count)
+        else:
+            joined.append((block, count))
+    return joined
