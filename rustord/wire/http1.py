@@ -13,11 +13,13 @@ import re
 import time
 from functools import lru_cache
 from http import HTTPStatus
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rustord.errors import InvalidRequest, TooLarge
 from rustord.manifest import Data
-from rustord.wire.limits import Limits
+
+if TYPE_CHECKING:
+    from rustord.wire.limits import Limits
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([!-~]+) HTTP/1\.([01])")

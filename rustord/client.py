@@ -1,0 +1,499 @@
+"""Client: the object API from Python, over the daemon's Unix socket.
+
+::
+
+    with Client() as client:
+        stored = client.put(b"hello", name="greeting")
+        assert client.get("greeting") == client.get(stored.uuid) == b"hello"
+
+A ``key`` is the uuid of an Object, as text, or its name. Every method raises what the daemon answered as the
+`rustord.errors` class that it is, and Unreachable if nobody answers. Only what is needed is imported, so that a
+command starts quickly: there is no http.client here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import stat as stat_module
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import quote, unquote
+
+from rustord.errors import InvalidRequest, NotFound, Unavailable, Unreachable
+from rustord.manifest import Data
+from rustord.objkey import is_uuid
+from rustord.wire.http1 import ReplyHead, read_reply_head
+from rustord.wire.problem import read_problem
+
+DEFAULT_SOCKET = "/run/rustord/rustord.sock"
+
+_READ_BYTES = 64 << 10
+_PIECE_BYTES = 1 << 20
+_EXPECT_BYTES = 1 << 20
+"""A longer body is announced first: the daemon may refuse it before it is sent."""
+_HEAD_BYTES_MAX = 64 << 10
+
+
+class Stored(NamedTuple):
+    """What the daemon says of an Object that it has stored, or lists."""
+
+    uuid: str
+    name: str
+    size: int
+    algorithm: str
+    digest: str
+    content_type: str = ""
+    created: str = ""
+    """RFC 3339; empty in the answer to a PUT."""
+
+    @property
+    def etag(self) -> str:
+        """The entity tag, for ``if_match``."""
+        return f"{self.algorithm}:{self.digest}"
+
+
+class Info(NamedTuple):
+    """An Object's metadata. ``size`` is that of the whole Object, in bytes."""
+
+    uuid: str
+    name: str
+    size: int
+    etag: str
+    content_type: str
+    modified: str
+    """When it was stored, as an HTTP date."""
+    attributes: Mapping[str, str]
+
+
+class Client:
+    """A connection to the daemon, made when it is needed, and again when it was lost; for one thread at a time."""
+
+    def __init__(self, path: str | os.PathLike[str] = DEFAULT_SOCKET, *, timeout_s: float = 300.0) -> None:
+        """``timeout_s``: how long the daemon may stay silent."""
+        self._path = os.fspath(path)
+        self._timeout_s = timeout_s
+        self._sock: socket.socket | None = None
+        self._received = b""
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; the next request makes a new one."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+        self._received = b""
+
+    # Objects
+
+    def put(
+        self,
+        data: Data | BinaryIO,
+        *,
+        name: str = "",
+        content_type: str = "",
+        attributes: Mapping[str, str] | None = None,
+        replace: bool = True,
+        if_match: str = "",
+        progress: Callable[[int], object] = lambda size: None,
+    ) -> Stored:
+        """Store an Object; it is durable on return.
+
+        ``data`` may be a binary file, from where it stands to its end. Without ``replace`` the name must be new; with
+        ``if_match`` it must belong to an Object with that entity tag. ``progress`` is told the size of each piece that
+        has been sent. Raises PreconditionFailed, NoSpace, InvalidRequest, TooLarge, ReadOnly, ...
+        """
+        fields = [f"Rustor-Meta-{quote(key, safe='')}: {quote(value)}" for key, value in (attributes or {}).items()]
+        if content_type:
+            fields.append(f"Content-Type: {_plain(content_type)}")
+        if not replace:
+            fields.append("If-None-Match: *")
+        if if_match:
+            fields.append(f'If-Match: "{_plain(if_match)}"')
+        if name:
+            head = self._send("PUT", f"/v1/names/{quote(name)}", fields, data, progress)
+        else:
+            head = self._send("POST", "/v1/objects", fields, data, progress)
+        return _stored(self._json(head))
+
+    def get(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
+        """The data of an Object, or the part of it from ``start`` to before ``end``; see `open`."""
+        with self.open(key, start=start, end=end) as download:
+            return download.read()
+
+    def open(self, key: str, *, start: int = 0, end: int | None = None) -> Download:
+        """Begin to read an Object, or its bytes from ``start`` to before ``end``.
+
+        A negative ``start`` counts from its end. Read it all or close it before the next request. Raises NotFound,
+        RangeNotSatisfiable, Damaged, ...
+        """
+        head = self._send("GET", object_path(key), _range_fields(start, end))
+        self._check(head)
+        return Download(self, _info(head), head.fields.content_length or 0)
+
+    def stat(self, key: str) -> Info:
+        """An Object's metadata. Raises NotFound."""
+        head = self._send("HEAD", object_path(key))
+        if head.status == 404:
+            raise NotFound(f"there is no Object {key[:80]!r}", hint="'rustorctl ls' lists what there is")
+        if head.status != 200:
+            raise read_problem(head.status, b"")
+        return _info(head)
+
+    def delete(self, key: str, *, if_match: str = "") -> None:
+        """Delete an Object; on return its blocks have been erased. Raises NotFound, PreconditionFailed."""
+        fields = [f'If-Match: "{_plain(if_match)}"'] if if_match else []
+        self._check(self._send("DELETE", object_path(key), fields))
+
+    def manifest(self, uuid: str) -> dict[str, Any]:
+        """All that is known of an Object, with the extents that hold it."""
+        manifest: dict[str, Any] = self._json(self._send("GET", f"/v1/objects/{quote(uuid, safe='')}/manifest"))
+        return manifest
+
+    def names(self, prefix: str = "", *, after: str = "", limit: int | None = None) -> Iterator[Stored]:
+        """Objects that have a name with this ``prefix``, by name, behind ``after`` on; at most ``limit``."""
+        return self._pages("/v1/names", {"prefix": prefix, "after": after}, limit)
+
+    def objects(self, *, after: str = "", limit: int | None = None) -> Iterator[Stored]:
+        """All Objects by uuid, behind the uuid ``after`` on; at most ``limit``."""
+        return self._pages("/v1/objects", {"after": after}, limit)
+
+    def _pages(self, path: str, parameters: Mapping[str, str], limit: int | None) -> Iterator[Stored]:
+        query = {name: quote(value, safe="") for name, value in parameters.items() if value}
+        while limit is None or limit > 0:
+            query["limit"] = str(min(limit or 1000, 1000))
+            head = self._send("GET", f"{path}?{'&'.join(f'{name}={value}' for name, value in query.items())}")
+            lines = self._body(self._check(head)).splitlines()
+            yield from (_stored(json.loads(line)) for line in lines)
+            if "rustor-next" not in head.fields.by_name:
+                return
+            query["after"] = head.fields.by_name["rustor-next"]
+            limit = None if limit is None else limit - len(lines)
+
+    # The daemon
+
+    def pool(self) -> dict[str, Any]:
+        """The pool's state."""
+        return dict(self._json(self._send("GET", "/v1/pool")))
+
+    def devices(self) -> list[dict[str, Any]]:
+        """The pool's devices."""
+        return list(self._json(self._send("GET", "/v1/devices")))
+
+    def add_device(self, path: str, *, force: bool = False, dry_run: bool = False) -> dict[str, Any]:
+        """Claim a device for the pool. Raises ClaimRefused with every reason."""
+        body = json.dumps({"path": path, "force": force, "dry_run": dry_run}).encode()
+        return dict(self._json(self._send("POST", "/v1/devices", ["Content-Type: application/json"], body)))
+
+    def remove_device(self, device: str) -> dict[str, Any]:
+        """Take a device (its index, uuid or path) out of the pool."""
+        return dict(self._json(self._send("DELETE", f"/v1/devices/{quote(device, safe='')}")))
+
+    def plugins(self) -> list[dict[str, Any]]:
+        """The plugins that are loaded or installed."""
+        return list(self._json(self._send("GET", "/v1/plugins")))
+
+    def metrics(self) -> str:
+        """All metrics, in the text format of Prometheus."""
+        return self._body(self._check(self._send("GET", "/metrics"))).decode()
+
+    # Requests
+
+    def _send(
+        self,
+        method: str,
+        target: str,
+        fields: list[str] | None = None,
+        data: Data | BinaryIO | None = None,
+        progress: Callable[[int], object] = lambda size: None,
+    ) -> ReplyHead:
+        """Send a request, and read the head of its reply. Raises Unreachable."""
+        lines = [f"{method} {target} HTTP/1.1", "Host: rustord", *(fields or ())]
+        try:
+            sock = self._connected()
+            if data is None:
+                sock.sendall(_head(lines))
+                return self._reply_head(sock)
+            if isinstance(data, (bytes, bytearray, memoryview)):
+                return self._send_data(sock, lines, memoryview(data).cast("B"), progress)
+            size = _size_left(data)
+            if size is None:
+                return self._send_chunks(sock, lines, data, progress)
+            return self._send_file(sock, lines, data, size, progress)
+        except (ConnectionError, TimeoutError) as error:
+            self.close()
+            raise self._unreachable(error) from error
+        except BaseException:  # such as an error of the file, in the middle of the request
+            self.close()
+            raise
+
+    def _send_data(
+        self, sock: socket.socket, lines: list[str], data: memoryview, progress: Callable[[int], object]
+    ) -> ReplyHead:
+        if refused := self._announce(sock, lines, len(data)):
+            return refused
+        return self._while_sending(sock, lambda: _send_pieces(sock, data, progress))
+
+    def _send_file(
+        self, sock: socket.socket, lines: list[str], file: BinaryIO, size: int, progress: Callable[[int], object]
+    ) -> ReplyHead:
+        if refused := self._announce(sock, lines, size):
+            return refused
+
+        def send() -> None:
+            left = size
+            while left:
+                sent = sock.sendfile(file, file.tell(), min(left, _PIECE_BYTES))
+                if not sent:
+                    raise InvalidRequest(
+                        "the file became shorter while it was sent", hint="try again when it is at rest"
+                    )
+                left -= sent
+                progress(sent)
+
+        return self._while_sending(sock, send)
+
+    def _send_chunks(
+        self, sock: socket.socket, lines: list[str], file: BinaryIO, progress: Callable[[int], object]
+    ) -> ReplyHead:
+        sock.sendall(_head([*lines, "Transfer-Encoding: chunked"]))
+
+        def send() -> None:
+            while piece := file.read(_PIECE_BYTES):
+                _send_all(sock, [b"%x\r\n" % len(piece), piece, b"\r\n"])
+                progress(len(piece))
+            sock.sendall(b"0\r\n\r\n")
+
+        return self._while_sending(sock, send)
+
+    def _announce(self, sock: socket.socket, lines: list[str], size: int) -> ReplyHead | None:
+        """Send the head. If the body is long, wait until the daemon wants it; its reply if it does not."""
+        lines.append(f"Content-Length: {size}")
+        if size < _EXPECT_BYTES:
+            sock.sendall(_head(lines))
+            return None
+        sock.sendall(_head([*lines, "Expect: 100-continue"]))
+        head = self._reply_head(sock)
+        return None if head.status == 100 else head
+
+    def _while_sending(self, sock: socket.socket, send: Callable[[], None]) -> ReplyHead:
+        with suppress(BrokenPipeError, ConnectionResetError):  # it listens no more, and its reply says why
+            send()
+        return self._reply_head(sock)
+
+    def _connected(self) -> socket.socket:
+        if self._sock is not None and not self._is_fresh(self._sock):
+            self.close()
+        if self._sock is None:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock.settimeout(self._timeout_s)
+                sock.connect(self._path)
+            except OSError as error:
+                sock.close()
+                raise self._unreachable(error) from error
+            self._sock = sock
+        return self._sock
+
+    @staticmethod
+    def _is_fresh(sock: socket.socket) -> bool:
+        """Whether the daemon has sent nothing unasked: neither the rest of a reply that nobody read, nor the end."""
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        return not poll.poll(0)
+
+    # Replies
+
+    def _reply_head(self, sock: socket.socket) -> ReplyHead:
+        while (head := read_reply_head(self._received)) is None:
+            data = sock.recv(_READ_BYTES)
+            if not data or len(self._received) > _HEAD_BYTES_MAX:
+                raise ConnectionResetError("no whole reply came")
+            self._received += data
+        self._received = self._received[head.end :]
+        return head
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Read some bytes of the reply under way; 0 at the end of the connection. For `Download`."""
+        if self._received:
+            count = min(len(buffer), len(self._received))
+            buffer[:count] = self._received[:count]
+            self._received = self._received[count:]
+            return count
+        if self._sock is None:
+            return 0
+        try:
+            return self._sock.recv_into(buffer)
+        except OSError as error:
+            self.close()
+            raise self._unreachable(error) from error
+
+    def _body(self, head: ReplyHead) -> bytes:
+        """The body of a reply that is wanted whole."""
+        length = 0 if head.status in (204, 304) else head.fields.content_length or 0
+        body = memoryview(bytearray(length))
+        done = 0
+        while done < length:
+            count = self.read_into(body[done:])
+            if not count:
+                self.close()
+                raise Unavailable("the daemon broke off its reply", hint="its log says why")
+            done += count
+        if head.fields.closes:
+            self.close()
+        return bytes(body)
+
+    def _check(self, head: ReplyHead) -> ReplyHead:
+        """Raise what the daemon answered if it is an error."""
+        if head.status >= 400:
+            raise read_problem(head.status, self._body(head))
+        return head
+
+    def _json(self, head: ReplyHead) -> Any:
+        return json.loads(self._body(self._check(head)))
+
+    def _unreachable(self, error: OSError) -> Unreachable:
+        if isinstance(error, FileNotFoundError):
+            return Unreachable(f"there is no socket {self._path}", hint="start the daemon, or name its socket")
+        if isinstance(error, ConnectionRefusedError):
+            return Unreachable(f"nobody listens on {self._path}", hint="start the daemon: systemctl start rustord")
+        if isinstance(error, PermissionError):
+            return Unreachable(f"{self._path} may not be used", hint="join the group that owns the socket, or use sudo")
+        if isinstance(error, TimeoutError):
+            return Unreachable(f"the daemon on {self._path} was silent for {self._timeout_s:g} s", hint="see its log")
+        return Unreachable(f"the connection to {self._path} was lost: {error}", hint="see the daemon's log")
+
+
+class Download:
+    """An Object on its way here, or a part of it: ``size`` bytes of the one that ``info`` describes."""
+
+    def __init__(self, client: Client, info: Info, size: int) -> None:
+        self.info = info
+        self.size = size
+        self._client = client
+        self._left = size
+
+    def __enter__(self) -> Download:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Read no more of it."""
+        if self._left:
+            self._left = 0
+            self._client.close()
+
+    def readinto(self, buffer: Data) -> int:
+        """Read some bytes; 0 at the end. Raises Unavailable if the rest does not come: what came is not the Object."""
+        view = memoryview(buffer).cast("B")[: self._left]
+        if not view:
+            return 0
+        count = self._client.read_into(view)
+        if not count:
+            missing, self._left = self._left, 0
+            self._client.close()
+            raise Unavailable(
+                f"the daemon broke off {missing} bytes before the end of the Object", hint="its log says why"
+            )
+        self._left -= count
+        return count
+
+    def read(self) -> bytes:
+        """All that is left."""
+        buffer = memoryview(bytearray(self._left))
+        done = 0
+        while count := self.readinto(buffer[done:]):
+            done += count
+        return bytes(buffer)
+
+    def __iter__(self) -> Iterator[memoryview]:
+        """Pieces of up to 1 MiB, each valid until the next one."""
+        buffer = memoryview(bytearray(min(self.size, _PIECE_BYTES)))
+        while count := self.readinto(buffer):
+            yield buffer[:count]
+
+
+def object_path(key: str) -> str:
+    """The path of an Object in the API, by uuid or name."""
+    return f"/v1/objects/{key}" if is_uuid(key) else f"/v1/names/{quote(key)}"
+
+
+def _head(lines: list[str]) -> bytes:
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+def _plain(value: str) -> str:
+    if not (value.isascii() and value.isprintable()) or '"' in value:
+        raise InvalidRequest(f"{value[:80]!r} cannot be sent", hint="use printable ASCII characters")
+    return value
+
+
+def _range_fields(start: int, end: int | None) -> list[str]:
+    if start == 0 and end is None:
+        return []
+    if end is not None and not 0 <= start < end:
+        raise InvalidRequest(f"there is nothing from {start} to {end}", hint="end must be greater than start")
+    if start < 0:
+        return [f"Range: bytes={start}"]
+    return [f"Range: bytes={start}-{'' if end is None else end - 1}"]
+
+
+def _size_left(file: BinaryIO) -> int | None:
+    """Bytes from where the file stands to its end; None if that cannot be known beforehand."""
+    try:
+        found = os.fstat(file.fileno())
+        # Files of the kernel (in /proc, say) claim to be empty and are not.
+        return found.st_size - file.tell() if stat_module.S_ISREG(found.st_mode) and found.st_size else None
+    except OSError:  # not a file of the system, or one that cannot be sought
+        return None
+
+
+def _send_pieces(sock: socket.socket, data: memoryview, progress: Callable[[int], object]) -> None:
+    for at in range(0, len(data), _PIECE_BYTES):
+        piece = data[at : at + _PIECE_BYTES]
+        sock.sendall(piece)
+        progress(len(piece))
+
+
+def _send_all(sock: socket.socket, buffers: list[Data]) -> None:
+    sent = sock.sendmsg(buffers)
+    for buffer in buffers:
+        if sent < len(buffer):
+            sock.sendall(memoryview(buffer)[sent:])
+        sent = max(0, sent - len(buffer))
+
+
+def _stored(told: Mapping[str, Any]) -> Stored:
+    return Stored(**{name: told[name] for name in Stored._fields if name in told})
+
+
+def _info(head: ReplyHead) -> Info:
+    fields = head.fields.by_name
+    whole = fields.get("content-range", "").rpartition("/")[2]
+    prefix = "rustor-meta-"
+    return Info(
+        uuid=fields.get("rustor-uuid", ""),
+        name=unquote(fields.get("rustor-name", "")),
+        size=int(whole) if whole else head.fields.content_length or 0,
+        etag=fields.get("etag", "").strip('"'),
+        content_type=fields.get("content-type", ""),
+        modified=fields.get("last-modified", ""),
+        attributes={
+            unquote(name[len(prefix) :]): unquote(value) for name, value in fields.items() if name.startswith(prefix)
+        },
+    )
