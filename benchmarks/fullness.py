@@ -61,4 +61,4 @@ def fill_up(pool: Rustord, chance: random.Random) -> None:
 def space(pool: Rustord) -> Space:
     """What the pool says of itself."""
     told = pool.pool()
-    return Space(told["total"], told["free"])
+    return Space(told["size_bytes"], told["free_bytes"])
