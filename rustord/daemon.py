@@ -209,7 +209,8 @@ class _Daemon:
         self._metrics.watch(store, self._writer, self._server.traffic)
         self._stop = asyncio.Event()
         self._hotplug: Hotplug | None = None
-        self._following: asyncio.Task[None] | None = None
+        self._look = asyncio.Event()
+        """There may be something to do for ``_hotplug``."""
 
     async def serve(self, listener: socket.socket) -> None:
         """Serve on ``listener`` until a signal says stop, then let what is under way end."""
@@ -219,7 +220,7 @@ class _Daemon:
         loop.add_signal_handler(signal.SIGHUP, self._apply)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
         watchdog = asyncio.create_task(self._watchdog())
-        hotplug = self._follow_devices()
+        following = self._follow_devices()
         await self._server.serve(listener)
         log.info("serving on %s", listener.getsockname())
         systemd.notify(f"READY=1\nSTATUS={self._status()}")
@@ -227,11 +228,9 @@ class _Daemon:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         systemd.notify("STOPPING=1\nSTATUS=finishing requests")
         log.info("stopping")
-        if hotplug is not None:
-            loop.remove_reader(hotplug)
-            if self._following is not None:
-                await asyncio.wait([self._following], timeout=DRAIN_S)
-            hotplug.close()
+        if following is not None:
+            self._look.set()
+            await asyncio.wait([following], timeout=DRAIN_S)
         try:
             await asyncio.wait_for(self._server.close(DRAIN_S), DRAIN_S + CUT_S)
         except TimeoutError:
@@ -242,28 +241,28 @@ class _Daemon:
         with suppress(asyncio.CancelledError):
             await watchdog
 
-    def _follow_devices(self) -> Hotplug | None:
+    def _follow_devices(self) -> asyncio.Task[None] | None:
         try:
-            hotplug = self._hotplug = Hotplug(self._store, self._writer, self._config)
+            self._hotplug = Hotplug(self._store, self._writer, self._config)
         except RustordError as error:
             log.warning("%s (%s)", error, error.hint)
             return None
-        loop = asyncio.get_running_loop()
+        return asyncio.create_task(self._follow(self._hotplug))
 
-        async def follow() -> None:
+    async def _follow(self, hotplug: Hotplug) -> None:
+        """Follow the devices until we stop: at once, and whenever something has happened."""
+        loop = asyncio.get_running_loop()
+        while not self._stop.is_set():
+            self._look.clear()
             try:
                 await asyncio.to_thread(hotplug.follow)
             except Exception:
                 log.exception("following the devices failed")
-            if not self._stop.is_set():
-                loop.add_reader(hotplug, begin)
-
-        def begin() -> None:
+                await asyncio.sleep(1)
+            loop.add_reader(hotplug, self._look.set)
+            await self._look.wait()
             loop.remove_reader(hotplug)
-            self._following = loop.create_task(follow())
-
-        loop.add_reader(hotplug, begin)
-        return hotplug
+        hotplug.close()
 
     def _status(self) -> str:
         store = self._store
@@ -305,4 +304,5 @@ class _Daemon:
         self._config = config
         if self._hotplug is not None:
             self._hotplug.config = config
+            self._look.set()
         log.info("the configuration was read again")

@@ -11,8 +11,8 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rustord.blockdevice import open_device
-from rustord.blockstore import read_label
+from rustord.blockdevice import RawDevice, open_device
+from rustord.blockstore import Slot, read_label
 from rustord.config import Config
 from rustord.discovery import Candidate, DeviceRemoved, Watcher, candidates, matches
 from rustord.errors import ConfigError, RustordError
@@ -44,9 +44,8 @@ def find_devices(config: Config) -> list[str]:
     found = {path: label for path, label in _labelled(config) if path not in taken}
     pools = {label.pool_uuid for label in found.values()}
     if there:
-        label = peek(there[0])
-        pools = {label.pool_uuid} if label else set()
-    if len(pools) > 1:
+        pools = {label.pool_uuid for label in map(peek, there) if label}
+    elif len(pools) > 1:
         raise ConfigError(
             f"the [[device]] rules find devices of {len(pools)} pools: {', '.join(map(uuid_text, sorted(pools)))}",
             hint="make the rules narrower, or name one device of the pool in pool.devices",
@@ -86,25 +85,35 @@ class Hotplug:
     def __init__(self, store: ObjectStore, writer: Writer, config: Config) -> None:
         """Raises DeviceError if the kernel's events cannot be followed."""
         self.config = config
+        """May be exchanged at any time; the next `follow` then looks at all devices again."""
         self._store = store
         self._writer = writer
         self._watcher = Watcher()
-        self._watcher.wait(0)
+        self._looked_for = config
 
     def fileno(self) -> int:
         """Readable when `follow` has something to do."""
         return self._watcher.fileno()
 
     def follow(self) -> None:
-        """Look at what has changed, and act on it."""
-        for change in self._watcher.wait(0):
+        """Look at what has changed, and act on it. The first time, everything has."""
+        changes = self._watcher.wait(0)
+        log.debug("%d devices have come, gone or changed", len(changes))
+        config, self._looked_for = self._looked_for, self.config
+        for change in changes:
             if isinstance(change, DeviceRemoved):
                 self._removed(change.candidate)
             else:
                 self._appeared(change.candidate)
+        if self._looked_for is not config:
+            for candidate in candidates():
+                self._appeared(candidate)
 
     def _appeared(self, candidate: Candidate) -> None:
-        if all(slot.device is not None for slot in self._store.blocks.slots.values()) or not self._is_meant(candidate):
+        slots = self._store.blocks.slots.values()
+        if all(slot.device is not None for slot in slots) or any(_is_in(slot, candidate) for slot in slots):
+            return
+        if not self._is_meant(candidate):
             return
         label = peek(candidate.path)
         if label is None or label.pool_uuid != self._store.label.pool_uuid:
@@ -125,7 +134,7 @@ class Hotplug:
 
     def _removed(self, candidate: Candidate) -> None:
         for slot in list(self._store.blocks.slots.values()):
-            if slot.device is not None and os.path.realpath(slot.device.path) == candidate.path:
+            if _is_in(slot, candidate):
                 log.error(
                     "device %d has gone: %s", slot.index, candidate.path, extra={"RUSTORD_DEVICE": candidate.path}
                 )
@@ -135,3 +144,9 @@ class Hotplug:
     def close(self) -> None:
         """Follow nothing any more."""
         self._watcher.close()
+
+
+def _is_in(slot: Slot, candidate: Candidate) -> bool:
+    """Whether it is this device that is open there. By number: the link that it was opened by goes before it does."""
+    device = slot.device
+    return isinstance(device, RawDevice) and os.fstat(device.fileno()).st_rdev == candidate.devnum
