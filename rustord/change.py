@@ -90,14 +90,9 @@ class Erase:
 Change = Put | Delete | Undo | Erase
 
 
-def etag(record: Record) -> str:
-    """The entity tag of an Object, without the quotes: the hash of its data."""
-    return f"{record.algorithm}:{record.digest.hex()}"
-
-
 def check_match(record: Record | None, if_match: Sequence[str] | None, what: str) -> None:
     """Raise PreconditionFailed unless ``if_match`` allows a change of ``record``."""
-    if if_match is not None and (record is None or ("*" not in if_match and etag(record) not in if_match)):
+    if if_match is not None and (record is None or ("*" not in if_match and record.etag not in if_match)):
         raise PreconditionFailed(
             f"{what} is not what If-Match asks for", hint="read its entity tag again, and repeat with that"
         )

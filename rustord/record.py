@@ -40,6 +40,9 @@ class Metadata(NamedTuple):
     attributes: Mapping[str, str] = _NO_ATTRIBUTES
 
 
+_NO_METADATA = Metadata()
+
+
 class Record:
     """One stored Object: its ObjKey, Manifest and Metadata; decoded piece by piece, as they are asked for.
 
@@ -144,6 +147,13 @@ class Record:
         return self.raw[at : at + self._algorithm_length].decode("ascii")
 
     @property
+    def etag(self) -> str:
+        """The entity tag of the data: its hash, as "algorithm:hexadecimal digits"."""
+        at = self._texts_at
+        end = at + self._digest_length
+        return f"{str(self.raw[end : end + self._algorithm_length], 'ascii')}:{self.raw[at:end].hex()}"
+
+    @property
     def layout(self) -> str:
         at = self._texts_at + self._digest_length + self._algorithm_length
         return self.raw[at : at + self._layout_length].decode("ascii")
@@ -164,6 +174,8 @@ class Record:
 
     @property
     def metadata(self) -> Metadata:
+        if not self._name_length and not self._metadata_length:
+            return _NO_METADATA
         more = self._metadata
         content_type, attributes = more.get("type", ""), more.get("attributes", _NO_ATTRIBUTES)
         assert isinstance(content_type, str)

@@ -11,7 +11,6 @@ from rustord.change import (
     Put,
     check_match,
     check_name,
-    etag,
 )
 from rustord.errors import InvalidRequest, PreconditionFailed, TooLarge
 from rustord.extent import Extent
@@ -81,7 +80,7 @@ def test_as_many_attributes_as_are_allowed() -> None:
 
 
 def test_an_entity_tag_is_the_hash_of_the_data() -> None:
-    assert etag(record()) == "sha256:1234"
+    assert record().etag == "sha256:1234"
 
 
 @pytest.mark.parametrize("tags", [None, ["*"], ["sha256:1234"], ["sha256:00", "sha256:1234"]])

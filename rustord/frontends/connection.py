@@ -16,8 +16,8 @@ from rustord.frontends.exchange import Exchange
 from rustord.frontends.outbox import Outbox
 from rustord.frontends.transfer import PeerGone, Receiving, Sending, Slots, Wait
 from rustord.record import Record
-from rustord.wire.api import Body, Role, check_body, read_request
-from rustord.wire.http1 import CONTINUE, Reply, RequestHead, RequestTimeout, date_line, read_request_head
+from rustord.wire.api import Body, Role, check_body, read_plain_get, read_request
+from rustord.wire.http1 import CONTINUE, STATUS_LINES, Reply, RequestHead, RequestTimeout, date_line, read_request_head
 from rustord.wire.problem import problem
 
 if TYPE_CHECKING:
@@ -127,6 +127,8 @@ class Connection:
                 if self._outbox.byte_count > self._limits.unsent_bytes:
                     self._server.loop.call_soon(self.proceed)  # others first
                     break
+                if not self._exchanges and self._answer_plain_get():
+                    continue
                 head = read_request_head(self._data, self._at, self._limits)
                 if head is None or not self._begin(Exchange(self, head)):
                     break
@@ -134,6 +136,26 @@ class Connection:
             if not self._exchanges:  # otherwise it is read again when they have been answered
                 self._refuse(error, None)
         self._send()
+
+    def _answer_plain_get(self) -> bool:
+        """Answer the request at hand if it is a plain GET and all is well; otherwise it goes the way of all others."""
+        plain = read_plain_get(self._data, self._at, self._limits)
+        if plain is None or self._role < Role.READER or self._server.draining:
+            return False
+        found = self._server.operations.plain_get(plain[0])
+        if found is None:
+            return False
+        fields, data = found
+        length = len(data)
+        self._at = plain[1]
+        self._phase = _Phase.IDLE
+        head = b"%b%b%bContent-Length: %d\r\n\r\n" % (STATUS_LINES[200], date_line(int(time())), fields, length)
+        self._outbox.add(head)
+        self._outbox.add(data)
+        traffic = self._server.traffic
+        traffic.sent_bytes += length
+        traffic.operations["get_object"].count(200, monotonic() - self.now)
+        return True
 
     def _begin(self, exchange: Exchange) -> bool:
         """Begin a request. False if no other may follow now: this one has to wait, or its body has not arrived."""

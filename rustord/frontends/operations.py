@@ -11,6 +11,7 @@ from urllib.parse import quote
 from rustord.change import Delete, Put, check_match, check_name
 from rustord.errors import NotFound, RustordError
 from rustord.frontends.exchange import Exchange, Handler
+from rustord.manifest import Data
 from rustord.objectstore import ObjectStore
 from rustord.objkey import ObjectId, parse_uuid, uuid_text
 from rustord.record import Record
@@ -18,7 +19,6 @@ from rustord.wire.api import (
     NDJSON,
     ROUTES,
     NewDevice,
-    etag,
     if_match,
     if_none_match_any,
     is_not_modified,
@@ -108,6 +108,17 @@ class Operations:
     def get_object(self, exchange: Exchange) -> Reply | None:
         return self._get(exchange, self._store.stat(parse_uuid(exchange.request.argument)))
 
+    def plain_get(self, uuid: bytes) -> tuple[bytes, Data] | None:
+        """The header fields and the whole data of an Object; None if anything stands in the way of sending it now."""
+        try:
+            record = self._store.keystore.get(bytes.fromhex(str(uuid, "ascii").replace("-", "")))
+        except ValueError:
+            return None
+        if record is None or not 0 < record.size <= self._limits.download_piece_bytes:
+            return None
+        data = self._store.read_now(record, 0, record.size)
+        return None if data is None else (object_fields(record), data)
+
     def head_object(self, exchange: Exchange) -> Reply | None:
         return self._head(exchange, self._store.stat(parse_uuid(exchange.request.argument)))
 
@@ -153,7 +164,7 @@ class Operations:
 
     def _selected(self, exchange: Exchange, record: Record) -> tuple[Reply, int, int]:
         """The head of the reply, and the half-open range of the data that belongs to it."""
-        fields, tag = exchange.head.fields, etag(record)
+        fields, tag = exchange.head.fields, record.etag
         if is_not_modified(fields, tag):
             return Reply(304, object_fields(record)), 0, 0
         part = requested_range(fields, tag, record.size)

@@ -308,6 +308,7 @@ _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct",
 
 
 @lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def http_date(unix_s: int) -> str:
     """Seconds since 1970-01-01 UTC as an HTTP date (RFC 9110, 5.6.7)."""
     year, month, day, hour, minute, second, weekday, _, _ = time.gmtime(unix_s)
