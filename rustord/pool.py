@@ -202,6 +202,8 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
     erased = [entry for entry in entries if entry.kind is Kind.ERASED]
     changes = {entry.sequence: entry for entry in entries if entry.sequence}
     undone = {entry.payload for entry in entries if entry.kind is Kind.UNDO}
+    # What was deleted or replaced was there. Its blocks are not asked: they have been erased since, or given to others.
+    gone = {entry.payload[:16] for entry in entries if entry.kind in (Kind.PUT, Kind.DELETE)}
     durable = sorted({batch.durable for batch in batches})
     kept: list[Entry] = []
     dropped: list[Record] = []
@@ -209,7 +211,8 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
         flushed = _was_flushed(sequence, durable, label)
         if entry.kind is Kind.PUT and (undone or not flushed):
             record = Record(entry.payload[16:])
-            if record.uuid in undone or (not flushed and _is_torn(record, blocks, label)):
+            uuid = record.uuid
+            if uuid in undone or not (flushed or uuid in gone or not _is_torn(record, blocks, label)):
                 dropped.append(record)
                 continue
         kept.append(entry)
