@@ -19,6 +19,9 @@ ATTRIBUTE_BYTES_MAX = 8192
 """Of all attributes of an Object together, keys and values."""
 
 
+_NO_METADATA = Metadata()
+
+
 class Put:
     """Store an Object: its data, or an `Upload` that has taken it in already. ``replaced``: whether it replaced one.
 
@@ -42,7 +45,7 @@ class Put:
         self.if_match = if_match
         self.created_ns = time.time_ns()
         self.replaced = False
-        if metadata is None:
+        if metadata is None or metadata == _NO_METADATA:
             self.name, self.name_bytes, self.metadata = "", b"", b""
         else:
             check_metadata(metadata)

@@ -121,8 +121,19 @@ class Request(NamedTuple):
 _NO_QUERY: Mapping[str, str] = {}
 
 
+_PLAIN_REQUESTS = {
+    (method, path): Request(operation, "", _NO_QUERY)
+    for path, operations in ROUTES.items()
+    for method, operation in operations.items()
+    if "{" not in path
+}
+"""Those whose target has nothing variable, such as the storing of an Object, need no closer look."""
+
+
 def read_request(head: RequestHead) -> Request:
     """What ``head`` asks for. Raises NotFound, MethodNotAllowed or InvalidRequest."""
+    if plain := _PLAIN_REQUESTS.get((head.method, head.target)):
+        return plain
     path, _, query = head.target.partition("?")
     operations, argument = _find_route(path)
     operation = operations.get(head.method)
@@ -260,15 +271,6 @@ def object_fields(record: Record) -> bytes:
     ).encode("ascii")
 
 
-def stored_json(record: Record) -> bytes:
-    """The answer to whoever stored an Object."""
-    name = json.dumps(record.name) if record.name else '""'
-    return (
-        f'{{"uuid":"{uuid_text(record.uuid)}","name":{name},"size":{record.size},'
-        f'"algorithm":"{record.algorithm}","digest":"{record.digest.hex()}"}}\n'
-    ).encode()
-
-
 def created_text(created_ns: int) -> str:
     """Nanoseconds since 1970-01-01 UTC as a timestamp of RFC 3339, to the microsecond."""
     seconds, nanoseconds = divmod(created_ns, 10**9)
@@ -387,8 +389,12 @@ def requested_range(fields: Fields, tag: str, size: int) -> tuple[int, int] | No
 
 def stored(record: Record, status: int) -> Reply:
     """An Object has been stored."""
-    fields = f'Content-Type: {JSON}\r\nLocation: /v1/objects/{uuid_text(record.uuid)}\r\nETag: "{record.etag}"\r\n'
-    return Reply(status, fields.encode("ascii"), stored_json(record))
+    uuid, tag = uuid_text(record.uuid), record.etag
+    algorithm, _, digest = tag.partition(":")
+    name = json.dumps(record.name) if record.name else '""'
+    fields = f'Content-Type: {JSON}\r\nLocation: /v1/objects/{uuid}\r\nETag: "{tag}"\r\n'
+    body = f'{{"uuid":"{uuid}","name":{name},"size":{record.size},"algorithm":"{algorithm}","digest":"{digest}"}}\n'
+    return Reply(status, fields.encode("ascii"), body.encode())
 
 
 # Devices
