@@ -35,7 +35,7 @@ from typing import NoReturn
 
 import click
 
-from rustord.errors import RustordError
+from rustord.errors import InvalidRequest, RustordError
 
 FAULT = 1
 LOCAL_FILE = 74  # EX_IOERR of sysexits.h
@@ -89,6 +89,9 @@ def _status(command: click.Command, program: str) -> int:
     except OSError as error:
         complain(program, os_error_text(error))
         return LOCAL_FILE
+    except UnicodeEncodeError as error:
+        complain(program, f"{error.object[:80]!r} is not UTF-8", "names and attributes are text; give them as UTF-8")
+        return InvalidRequest.exit_status
     except Exception as error:
         return _fault(program, error)
     return 0
@@ -96,6 +99,8 @@ def _status(command: click.Command, program: str) -> int:
 
 def flush_output() -> None:
     """Flush standard output while its errors can still be told."""
+    if sys.stdout is None:  # closed by whoever started us
+        return
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -106,7 +111,7 @@ def flush_output() -> None:
 def _let_go_of_output() -> None:
     # What cannot be written is not tried again (and complained about) by the interpreter while it ends.
     try:
-        sys.stdout.flush()
+        flush_output()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

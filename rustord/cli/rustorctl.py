@@ -1,0 +1,39 @@
+"""rustorctl: the command for people and scripts that use a pool or look after one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rustord.cli import edge, objects, pool, put, setup
+from rustord.cli.edge import Commands
+
+EPILOG = """\b
+Exit status: 0 done, 2 wrong input, 3 not found, 4 precondition failed, 5 bad range,
+6 pool full, 7 not allowed, 8 no daemon, 9 read-only, 10 damaged data, 11 device
+failed, 12 device refused, 13 no pool, 14 plugin, 74 local file, 78 configuration.
+"""
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
+@click.option(
+    "--socket",
+    type=click.Path(path_type=Path),
+    envvar="RUSTORD_SOCKET",
+    help="Where the daemon listens [$RUSTORD_SOCKET, or /run/rustord/rustord.sock].",
+)
+@click.version_option(package_name="rustord", message="%(prog)s %(version)s")
+@click.pass_context
+def rustorctl(context: click.Context, socket: Path | None) -> None:
+    """Store, fetch and delete Objects, and look after the pool that holds them."""
+    context.obj = socket
+
+
+for command in (*put.COMMANDS, *objects.COMMANDS, *pool.COMMANDS, *setup.COMMANDS):
+    rustorctl.add_command(command)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    edge.run(rustorctl, "rustorctl")
