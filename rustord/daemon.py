@@ -206,7 +206,7 @@ class _Daemon:
             roles=roles(config),
             slow_request_s=config.log.slow_request,
         )
-        self._metrics.watch(store, self._writer, self._server.traffic)
+        self._metrics.watch(store, self._server.traffic)
         self._stop = asyncio.Event()
         self._hotplug: Hotplug | None = None
         self._look = asyncio.Event()

@@ -12,7 +12,6 @@ from prometheus_client.process_collector import ProcessCollector
 from rustord.distribution import Distribution
 from rustord.frontends.traffic import Traffic
 from rustord.objectstore import ObjectStore
-from rustord.writer import Writer
 
 _STATES = ("online", "failed", "read-only", "missing")
 _SIZE_BOUNDS = tuple(float(1 << power) for power in range(10))
@@ -27,9 +26,9 @@ class Metrics:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
 
-    def watch(self, store: ObjectStore, writer: Writer, traffic: Traffic) -> None:
+    def watch(self, store: ObjectStore, traffic: Traffic) -> None:
         """Tell of these from now on."""
-        self._store, self._writer, self._traffic = store, writer, traffic
+        self._store, self._traffic = store, traffic
         self._registry.register(self)
 
     def on_cycle(self, changes: int, seconds: float) -> None:
@@ -63,8 +62,8 @@ class Metrics:
         yield requests
         yield latency
         traffic = self._traffic
-        yield CounterMetricFamily("rustord_received_bytes", "Data of Objects taken in", value=traffic.received_bytes)
-        yield CounterMetricFamily("rustord_sent_bytes", "Data of Objects sent out", value=traffic.sent_bytes)
+        yield CounterMetricFamily("rustord_received_bytes", "Bodies of requests", value=traffic.received_bytes)
+        yield CounterMetricFamily("rustord_sent_bytes", "Bodies of replies", value=traffic.sent_bytes)
         yield CounterMetricFamily("rustord_connections", "Connections accepted", value=traffic.connections_total)
         yield CounterMetricFamily(
             "rustord_connections_refused", "Connections beyond the limit", value=traffic.connections_refused
