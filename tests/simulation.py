@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rustord.blockdevice import BlockDevice, Buffer, open_device
-from rustord.errors import DeviceError
+from rustord.change import Change, Put
+from rustord.errors import DeviceError, RustordError
 from rustord.keygen import HashKeyGen
 from rustord.keystore.backend import Backend
 from rustord.keystore.lmdb import LmdbBackend
@@ -127,28 +128,35 @@ class Simulation:
     def __init__(
         self,
         directory: Path,
-        sizes: Sequence[int] = (16 * MIB,),
+        sizes: Sequence[int | Path] = (16 * MIB,),
         *,
         placer: Placer | None = None,
         algorithm: str = "xxh3-128",
         block_size: int = 4096,
         backend: Callable[[], Backend] = LmdbBackend,
     ) -> None:
-        """``sizes`` are those of the image files in bytes, ``backend`` makes the backend of each opening."""
+        """``sizes`` are those of the image files in bytes, or paths of devices to use in their place.
+
+        ``backend`` makes the backend of each opening.
+        """
         self.index = directory / "index"
-        self.paths = [directory / f"device{number}.img" for number in range(len(sizes))]
+        self.paths = [
+            _image(directory / f"device{number}.img", size) if isinstance(size, int) else size
+            for number, size in enumerate(sizes)
+        ]
         self.placer: Placer = placer or Contiguous()
         self.devices: list[VolatileDevice] = []
         self._store: ObjectStore | None = None
         self._keygen = HashKeyGen(algorithm)
         self._backend = backend
-        for path, size in zip(self.paths, sizes, strict=True):
-            with path.open("wb") as file:
-                file.truncate(size)
         devices = [open_device(path) for path in self.paths]
         create_pool(devices, self._keygen, block_size=block_size)
         for device in devices:
             device.close()
+
+    @property
+    def is_open(self) -> bool:
+        return self._store is not None
 
     def open(self, *, without: Collection[int] = ()) -> ObjectStore:
         """Open the pool on all devices but those whose numbers are in ``without``. Raises as `open_pool` does."""
@@ -192,6 +200,12 @@ class Simulation:
             return file.read(count * 4096)
 
 
+def _image(path: Path, size: int) -> Path:
+    with path.open("xb") as file:
+        file.truncate(size)
+    return path
+
+
 def live(store: ObjectStore) -> list[Record]:
     """All Objects of a store, by uuid."""
     found: list[Record] = []
@@ -226,3 +240,47 @@ def _joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             joined.append((block, count))
     return joined
+
+
+def run(store: ObjectStore, *changes: Change) -> list[Record | RustordError]:
+    """Make ``changes`` in one cycle, and then whatever follows from them; returns the outcome of each."""
+    outcomes: dict[Change, Record | RustordError] = {}
+    following: Sequence[Change] = changes
+    while following or store.idle_work():
+        cycle = store.cycle(following)
+        outcomes.update(cycle.outcomes)
+        following = cycle.following
+    return [outcomes[change] for change in changes]
+
+
+def stored(outcome: Record | RustordError) -> Record:
+    """The Record that is the outcome; raises what it is otherwise."""
+    if isinstance(outcome, RustordError):
+        raise outcome
+    return outcome
+
+
+def upload(
+    store: ObjectStore, data: bytes, put: Put | None = None, *, declare: bool = False, piece: int = 300_000
+) -> Record:
+    """Store ``data`` as an upload in pieces, of a size that is declared or not."""
+    put = put or Put(b"")
+    intake = store.upload(put, len(data) if declare else None)
+    try:
+        for at in range(0, len(data), piece):
+            intake.write(data[at : at + piece])
+    except RustordError:
+        intake.abort()
+        run(store)
+        raise
+    return stored(run(store, put)[0])
+
+
+def free_blocks(store: ObjectStore) -> dict[int, list[tuple[int, int]]]:
+    """The free runs (block, count) of each device."""
+    return {index: list(store.allocator._free[index]) for index in store.blocks.slots}
+
+
+def free_count(store: ObjectStore) -> int:
+    """Free blocks of all devices."""
+    return sum(map(store.allocator.free_count, store.blocks.slots))
