@@ -221,7 +221,7 @@ class PostgresBackend:
         if isinstance(error, psycopg.errors.DiskFull):
             return NoSpace(f"no space left for {what}: {why}", hint="make room on the database server")
         if isinstance(error, _DAMAGED):
-            hint = "see the server's log; 'rustorctl pool rebuild' makes the index anew from the devices"
+            hint = "see the server's log, and restore this table; the pool's devices themselves are not affected"
             return Damaged(f"{what} is damaged: {why}", hint=hint)
         return DeviceError(f"{what} cannot be reached: {why}", hint="see that the server runs, and its log")
 

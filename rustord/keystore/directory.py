@@ -11,7 +11,7 @@ from rustord.errors import DeviceBusy, DeviceError, NoSpace, NotFound, RustordEr
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
-REBUILD_HINT = "run 'rustorctl pool rebuild': the index can be made anew from the devices"
+DAMAGED_HINT = "put back the index directory that was last used with this pool; the devices themselves are not affected"
 
 
 class LockedDirectory:

@@ -18,7 +18,7 @@ import lmdb
 
 from rustord.errors import Damaged, DeviceError, RustordError
 from rustord.keystore.backend import check_batch
-from rustord.keystore.directory import REBUILD_HINT, LockedDirectory, no_index, no_space
+from rustord.keystore.directory import DAMAGED_HINT, LockedDirectory, no_index, no_space
 
 _MAP_BYTES: Final = 1 << 40
 """Address space that is reserved for the map: 1 TiB, the records of some billions of Objects. The file grows with what
@@ -88,7 +88,7 @@ class LmdbBackend:
         needed = (self._environment.info()["last_pgno"] + 1) * self._environment.stat()["psize"]
         size = file.stat().st_size
         if size < needed:
-            raise Damaged(f"{file} has {size} bytes, it should have {needed}", hint=REBUILD_HINT)
+            raise Damaged(f"{file} has {size} bytes, it should have {needed}", hint=DAMAGED_HINT)
 
     def get(self, key: bytes) -> bytes | None:
         try:
@@ -176,7 +176,7 @@ class LmdbBackend:
         if isinstance(error, _FULL) or (os.strerror(errno.EIO) in str(error) and _is_full(path)):
             return no_space(path)
         if isinstance(error, _DAMAGED):
-            return Damaged(f"the index at {path} is damaged: {error}", hint=REBUILD_HINT)
+            return Damaged(f"the index at {path} is damaged: {error}", hint=DAMAGED_HINT)
         return DeviceError(f"the index at {path} failed: {error}", hint="see the kernel's log for that device")
 
 

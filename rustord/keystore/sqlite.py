@@ -15,7 +15,7 @@ from typing import Final
 
 from rustord.errors import Damaged, DeviceError, RustordError
 from rustord.keystore.backend import check_batch
-from rustord.keystore.directory import REBUILD_HINT, LockedDirectory, no_index, no_space
+from rustord.keystore.directory import DAMAGED_HINT, LockedDirectory, no_index, no_space
 
 _TABLE: Final = "CREATE TABLE IF NOT EXISTS entries (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID"
 _GET: Final = "SELECT value FROM entries WHERE key = ?"
@@ -152,5 +152,5 @@ class SqliteBackend:
         if code == sqlite3.SQLITE_FULL:
             return no_space(path)
         if code in _DAMAGED:
-            return Damaged(f"the index at {path} is damaged: {error}", hint=REBUILD_HINT)
+            return Damaged(f"the index at {path} is damaged: {error}", hint=DAMAGED_HINT)
         return DeviceError(f"the index at {path} failed: {error}", hint="see the kernel's log for that device")
