@@ -234,10 +234,11 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
 def _was_flushed(sequence: int, durable: Sequence[int], label: Label) -> bool:
     """Whether a later batch of the same opening of the pool shows that this change was made durable.
 
-    Batches of later openings, in which the device was perhaps missing, prove nothing: a void lies between.
+    Batches of later openings, in which the device was perhaps missing, prove nothing: a void lies between. The change
+    may lie within that void, if the device was not there when it was noted.
     """
     at = bisect_left(durable, sequence)
-    return at < len(durable) and not any(sequence < first <= durable[at] for first, _ in label.voids)
+    return at < len(durable) and not any(sequence < end and first <= durable[at] for first, end in label.voids)
 
 
 def _without(voids: Iterable[tuple[int, int]], kept: Sequence[Entry]) -> tuple[tuple[int, int], ...]:
