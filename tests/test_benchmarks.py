@@ -89,5 +89,7 @@ def test_every_work_is_measured(tmp_path: Path) -> None:
     installed = ["redis"] if shutil.which("redis-server") else []
     rows = list(measure(tmp_path, WORKS, (*installed, "files"), SMALLEST))
     assert len(rows) == 20
-    for each in for_programs(rows, "machine")["rows"]:
-        assert all(figure > 0 for figure in each["figures"]["rustord"]), each
+    for each in rows:
+        assert each.figures["rustord"], each
+        assert each.unit == "MiB" or all(figure > 0 for of_one in each.figures.values() for figure in of_one), each
+    assert len(for_programs(rows, "machine")["rows"]) == len(rows)
