@@ -29,6 +29,25 @@ class _Unflushed(NamedTuple):
     new: bytes
 
 
+class PowerCut(Exception):
+    """The power went off; nothing more can be done with any device."""
+
+
+class Power:
+    """Lets the power go off at the n-th operation: after ``left`` more writes and flushes, if that is not None."""
+
+    def __init__(self) -> None:
+        self.left: int | None = None
+        self.used = 0
+
+    def spend(self) -> None:
+        self.used += 1
+        if self.left is not None:
+            if self.left <= 0:
+                raise PowerCut
+            self.left -= 1
+
+
 class VolatileDevice:
     """A `BlockDevice` over another one (an image file, say) that may lose whatever has not been flushed.
 
@@ -38,7 +57,7 @@ class VolatileDevice:
     the first one should have made durable may be lost. It is for the store not to believe it.
     """
 
-    def __init__(self, below: BlockDevice) -> None:
+    def __init__(self, below: BlockDevice, power: Power | None = None) -> None:
         self.path = below.path
         self.size = below.size
         self.block_size = below.block_size
@@ -54,6 +73,7 @@ class VolatileDevice:
         self.strict = True
         """Whether the device refuses everything after a failure, as `BlockDevice` demands."""
         self._below = below
+        self._power = power or Power()
         self._unflushed: list[_Unflushed] = []
         self._lost: list[_Unflushed] = []
 
@@ -66,6 +86,7 @@ class VolatileDevice:
         return not self.fail_reads and self._below.read_now(offset, buffers)
 
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self._power.spend()
         self._refuse_if_failed()
         if self.fail_writes:
             self._fail("a write failed, as it was told to")
@@ -76,6 +97,7 @@ class VolatileDevice:
         self._below.write(offset, (new,))
 
     def flush(self) -> None:
+        self._power.spend()
         self._refuse_if_failed()
         if self.fail_flushes:
             self.fail_flushes -= 1
@@ -95,7 +117,8 @@ class VolatileDevice:
         pass
 
     def close(self) -> None:
-        self._below.close()
+        if self._power.left != 0:  # otherwise `cut_power` is still to come
+            self._below.close()
 
     def cut_power(self, keep: Callable[[int], bool] = lambda offset: False) -> None:
         """Lose what was not flushed, but for the sectors for whose offset ``keep`` says yes; and close the device."""
@@ -122,7 +145,7 @@ class Simulation:
     """Makes a pool in ``directory`` and opens it again and again, each time on new `VolatileDevice`s.
 
     ``paths`` are the image files, ``index`` is the directory of the index, ``devices`` the devices of the store that is
-    open, ``placer`` what the next opening uses.
+    open, ``placer`` what the next opening uses, ``power`` goes off when it is told to.
     """
 
     def __init__(
@@ -146,6 +169,7 @@ class Simulation:
         ]
         self.placer: Placer = placer or Contiguous()
         self.devices: list[VolatileDevice] = []
+        self.power = Power()
         self._store: ObjectStore | None = None
         self._keygen = HashKeyGen(algorithm)
         self._backend = backend
@@ -161,7 +185,7 @@ class Simulation:
     def open(self, *, without: Collection[int] = ()) -> ObjectStore:
         """Open the pool on all devices but those whose numbers are in ``without``. Raises as `open_pool` does."""
         numbers = [number for number in range(len(self.paths)) if number not in without]
-        self.devices = [VolatileDevice(open_device(self.paths[number])) for number in numbers]
+        self.devices = [VolatileDevice(open_device(self.paths[number]), self.power) for number in numbers]
         self._store = open_pool(
             self.devices,
             keygen=self._keygen,
@@ -172,16 +196,17 @@ class Simulation:
         return self._store
 
     def cut_power(self, keep: Callable[[int], bool] = lambda offset: False) -> None:
-        """End the store that is open as a power cut does.
+        """End the store that is open, or the opening that was under way, as a power cut does.
 
         Of what was not flushed, sectors stay for whose offset on their device ``keep`` says yes.
         """
-        assert self._store is not None, "not open"
         for device in self.devices:
             device.cut_power(keep)
-        self._store.keystore.close()
-        self._store.blocks.close()
-        self._store = None
+        self.power = Power()
+        if self._store is not None:
+            self._store.keystore.close()
+            self._store.blocks.close()
+            self._store = None
 
     def close(self) -> None:
         """Close the store that is open, in order."""
