@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 import rustord
-from rustord.change import Change, Delete, Erase, Put, etag
+from rustord.change import Change, Delete, Erase, Put
 from rustord.errors import (
     Damaged,
     DeviceError,
