@@ -14,10 +14,12 @@ command starts quickly: there is no http.client here.
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import socket
 import stat as stat_module
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from types import TracebackType
@@ -298,8 +300,10 @@ class Client:
         if self._sock is None:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                sock.settimeout(self._timeout_s)
+                # A connect that does not block fails at once while the daemon is busy, instead of waiting for it.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(self._timeout_s), 0))
                 sock.connect(self._path)
+                sock.settimeout(self._timeout_s)
             except OSError as error:
                 sock.close()
                 raise self._unreachable(error) from error
@@ -370,7 +374,7 @@ class Client:
             return Unreachable(f"nobody listens on {self._path}", hint="start the daemon: systemctl start rustord")
         if isinstance(error, PermissionError):
             return Unreachable(f"{self._path} may not be used", hint="join the group that owns the socket, or use sudo")
-        if isinstance(error, TimeoutError):
+        if isinstance(error, (TimeoutError, BlockingIOError)):
             return Unreachable(f"the daemon on {self._path} was silent for {self._timeout_s:g} s", hint="see its log")
         return Unreachable(f"the connection to {self._path} was lost: {error}", hint="see the daemon's log")
 

@@ -122,11 +122,9 @@ class Connection:
             exchange = self._exchanges.popleft()
             assert exchange.reply is not None
             self._finish(exchange, exchange.reply)
+        unsent_max = self._limits.unsent_bytes
         try:
-            while self._at < len(self._data) and not self._last and self._collecting is None:
-                if self._outbox.byte_count > self._limits.unsent_bytes:
-                    self._server.loop.call_soon(self.proceed)  # others first
-                    break
+            while self._at < len(self._data) and not self._last and self._outbox.byte_count <= unsent_max:
                 if not self._exchanges and self._answer_plain_get():
                     continue
                 head = read_request_head(self._data, self._at, self._limits)
@@ -135,7 +133,10 @@ class Connection:
         except InvalidRequest as error:
             if not self._exchanges:  # otherwise it is read again when they have been answered
                 self._refuse(error, None)
+        many = self._outbox.byte_count > unsent_max
         self._send()
+        if many and not self._outbox.byte_count:
+            self._server.loop.call_soon(self.proceed)  # with the next ones, after others
 
     def _answer_plain_get(self) -> bool:
         """Answer the request at hand if it is a plain GET and all is well; otherwise it goes the way of all others."""
@@ -286,13 +287,15 @@ class Connection:
         """Send what the peer takes, and wait for whatever must happen next."""
         if self.closed or self._transfer is not None:
             return
+        unsent = self._outbox.byte_count
         try:
             all_sent = self._outbox.send()
         except OSError:
             self.close()
             return
         if not all_sent:
-            self._wait(_Phase.PEER, self.now + self._limits.send_s)
+            if self._phase is not _Phase.PEER or self._outbox.byte_count < unsent:
+                self._wait(_Phase.PEER, self.now + self._limits.send_s)
             self._watch(reading=False, writing=True)
         elif self._exchanges:
             self._wait(_Phase.STORE, math.inf)

@@ -262,7 +262,7 @@ def object_fields(record: Record) -> bytes:
     if metadata.name:
         more = f"Rustor-Name: {quote(metadata.name)}\r\n"
     for key, value in metadata.attributes.items():
-        more += f"Rustor-Meta-{quote(key, safe='')}: {quote(value, safe=' /:;,=+@()<>')}\r\n"
+        more += f"Rustor-Meta-{quote(key, safe='')}: {quote(value, safe='/:;,=+@()<>')}\r\n"
     return (
         f"Content-Type: {metadata.content_type or BINARY}\r\n"
         f'ETag: "{record.etag}"\r\n'

@@ -307,7 +307,6 @@ _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
-@lru_cache(maxsize=4096)
 @lru_cache(maxsize=1024)
 def http_date(unix_s: int) -> str:
     """Seconds since 1970-01-01 UTC as an HTTP date (RFC 9110, 5.6.7)."""

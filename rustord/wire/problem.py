@@ -35,10 +35,11 @@ def problem(error: RustordError) -> Reply:
 
 
 def error_classes() -> Iterator[type[RustordError]]:
-    """Every kind of error that a reply can carry, the most general first."""
+    """Every kind of error that has a code of its own, the most general first."""
     kinds: list[type[RustordError]] = [RustordError]
     for kind in kinds:
-        yield kind
+        if "code" in vars(kind):
+            yield kind
         kinds.extend(kind.__subclasses__())
 
 
