@@ -189,7 +189,11 @@ def _uses(device: _Device) -> Iterator[Reason]:
         for holder in sorted((node / "holders").iterdir()):
             yield _held(name, holder)
     for loop in sorted(Path("/sys/block").glob("loop*/loop/backing_file")):
-        if _is_same(loop.read_text().rstrip("\n"), device):
+        try:
+            backing = loop.read_text().rstrip("\n")
+        except OSError:
+            continue  # detached since
+        if _is_same(backing, device):
             name = f"/dev/{loop.parts[3]}"
             yield Reason(f"the loop device {name} stands on {device.path}", f"detach it (losetup -d {name})")
     for writer in _writers(device):
