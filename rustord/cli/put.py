@@ -97,15 +97,23 @@ def _to_attributes(context: click.Context, parameter: click.Parameter, values: I
 
 @click.command()
 @click.argument("files", metavar="FILE...|-", nargs=-1, required=True, type=click.Path(allow_dash=True))
-@click.option("-n", "--name", default="", help="The Object's name; one that has it already is replaced.")
+@click.option("-n", "--name", metavar="NAME", default="", help="Its name; an Object that has it is replaced.")
 @click.option(
-    "-m", "--meta", "attributes", metavar="KEY=VALUE", multiple=True, callback=_to_attributes, help="Metadata."
+    "-m",
+    "--meta",
+    "attributes",
+    metavar="KEY=VALUE",
+    multiple=True,
+    callback=_to_attributes,
+    help="An attribute to keep; repeatable.",
 )
-@click.option("-t", "--content-type", help="By default it is guessed from the name.")
+@click.option("-t", "--content-type", metavar="TYPE", help="By default it is guessed from the name.")
 @click.option("--no-clobber", is_flag=True, help="Fail if the name is taken.")
-@click.option("-r", "--recursive", is_flag=True, help="Store the files in directories, named by their paths there.")
-@click.option("-p", "--prefix", default="", help="Put this before the names of files; names single files, too.")
-@click.option("-j", "--jobs", type=click.IntRange(1, 64), default=4, show_default=True, help="Files at the same time.")
+@click.option("-r", "--recursive", is_flag=True, help="Store the files in directories, named by path.")
+@click.option("-p", "--prefix", metavar="TEXT", default="", help="Put before names; then single files get theirs.")
+@click.option(
+    "-j", "--jobs", metavar="N", type=click.IntRange(1, 64), default=4, help="Store N files at the same time [4]."
+)
 @json_option
 @click.pass_context
 def put(
@@ -120,9 +128,10 @@ def put(
     jobs: int,
     as_json: bool,
 ) -> None:
-    """Store files as Objects, and print their uuids ("-": standard input).
+    """Store files as Objects, and print their uuids.
 
-    An Object is durable when its uuid is printed. Of several files, each one's path is printed behind its uuid.
+    - is standard input. An Object is durable when its uuid is printed. Of several files, each one's path is printed
+    behind its uuid.
     """
     several = recursive or len(files) > 1
     if name and (several or prefix):

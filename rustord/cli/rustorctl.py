@@ -10,9 +10,9 @@ from rustord.cli import edge, objects, pool, put, setup
 from rustord.cli.edge import Commands
 
 EPILOG = """\b
-Exit status: 0 done, 2 wrong input, 3 not found, 4 precondition failed, 5 bad range,
-6 pool full, 7 not allowed, 8 no daemon, 9 read-only, 10 damaged data, 11 device
-failed, 12 device refused, 13 no pool, 14 plugin, 74 local file, 78 configuration.
+Exit status: 2 wrong input, 3 not found, 4 precondition failed, 5 bad range,
+6 full, 7 not allowed, 8 no daemon, 9 read-only, 10 damaged, 11 bad device,
+12 claim refused, 13 no pool, 14 plugin, 74 local file, 78 configuration.
 """
 
 
@@ -21,7 +21,7 @@ failed, 12 device refused, 13 no pool, 14 plugin, 74 local file, 78 configuratio
     "--socket",
     type=click.Path(path_type=Path),
     envvar="RUSTORD_SOCKET",
-    help="Where the daemon listens [$RUSTORD_SOCKET, or /run/rustord/rustord.sock].",
+    help="The daemon's [$RUSTORD_SOCKET or /run/rustord/rustord.sock].",
 )
 @click.version_option(package_name="rustord", message="%(prog)s %(version)s")
 @click.pass_context

@@ -101,9 +101,9 @@ def completion(context: click.Context, shell: str) -> None:
     It completes commands, options and names of Objects.
 
     \b
-    bash: rustorctl completion bash > ~/.local/share/bash-completion/completions/rustorctl
-    zsh:  rustorctl completion zsh > a file _rustorctl in a directory of $fpath
-    fish: rustorctl completion fish > ~/.config/fish/completions/rustorctl.fish
+    bash: put it into ~/.local/share/bash-completion/completions/rustorctl
+    zsh:  put it into a file _rustorctl in a directory of $fpath
+    fish: put it into ~/.config/fish/completions/rustorctl.fish
     """
     from click.shell_completion import get_completion_class
 

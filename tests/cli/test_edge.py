@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from rustord import errors
 from rustord.cli import edge, rustorctl
-from rustord.errors import ClaimRefused, NotFound, RangeNotSatisfiable, RustordError
+from rustord.errors import ClaimRefused, RangeNotSatisfiable, RustordError
 
 BIN = Path(sys.executable).parent
 
@@ -121,5 +121,4 @@ def test_a_reader_that_went_away_ends_it_quietly() -> None:
 def test_the_statuses_in_the_help_are_those_of_the_errors() -> None:
     shown = CliRunner().invoke(rustorctl.rustorctl, ["--help"]).output
     listed = {int(number) for number in re.findall(r"(\d+) [a-z]", shown[shown.index("Exit status") :])}
-    assert {kind.exit_status for kind in all_errors()} - {1} <= listed
-    assert {NotFound.exit_status, edge.LOCAL_FILE, 0} <= listed
+    assert {edge.LOCAL_FILE, *(kind.exit_status for kind in all_errors())} - {edge.FAULT} == listed
