@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 ErasePolicy = Literal["zero", "discard", "none"]
 
+_REPAIR_BYTES = 1 << 20
+
 
 @dataclass
 class Slot:
@@ -230,6 +232,23 @@ class BlockStore:
         buffer = memoryview(bytearray(length))
         self._fill(copy, offset, buffer)
         return buffer
+
+    def repair(self, record: Record, number: int, footer: bytes) -> None:
+        """Write copy ``number`` anew from the others, with ``footer`` behind the data; durable after the next flush.
+
+        Raises Damaged or DeviceError.
+        """
+        start = 0
+        for device, block, count in record.copies[number]:
+            end = start + count * self.block_size
+            for at in range(start, end, _REPAIR_BYTES):
+                stop = min(at + _REPAIR_BYTES, end)
+                data = self.read(record, at, min(stop, record.size) - at) if at < record.size else b""
+                assert data is not None
+                tail = footer[max(at - record.size, 0) : max(stop - record.size, 0)]
+                skip = (at - start) // self.block_size
+                self.write(Extent(device, block + skip, count - skip), (data, tail))
+            start = end
 
     def _fill(self, copy: Copy, start: int, buffer: memoryview) -> None:
         for index, offset, piece in self._pieces(copy, start, buffer):

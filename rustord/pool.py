@@ -253,16 +253,33 @@ def _without(voids: Iterable[tuple[int, int]], kept: Sequence[Entry]) -> tuple[t
 
 
 def _is_torn(record: Record, blocks: BlockStore, label: Label) -> bool:
-    """Whether no copy of an Object reached its devices whole, and none is on a device that cannot be asked."""
+    """Whether no copy of an Object reached its devices whole, and none is on a device that cannot be asked.
+
+    If some did, the others are made from them: an Object that is kept has all of its copies.
+    """
+    if not record.devices <= blocks.slots.keys():
+        return False  # it was on a device that has been removed, so it has been deleted
     try:
-        return not any(_copy_is_whole(record, number, blocks, label) for number in range(len(record.copies)))
-    except DeviceError:
+        whole = [_copy_is_whole(record, number, blocks, label) for number in range(len(record.copies))]
+        if any(whole) and not all(whole):
+            for number in range(len(whole)):
+                if not whole[number]:
+                    blocks.repair(record, number, _footer(record, number, blocks, label))
+            blocks.flush(record.devices)
+    except DeviceError as error:
+        log.warning("Object %s could not be verified or repaired: %s", uuid_text(record.uuid), error)
         return False
+    return not any(whole)
+
+
+def _footer(record: Record, number: int, blocks: BlockStore, label: Label) -> bytes:
+    copy = record.copies[number]
+    return encode_footer(record.raw, record.size, copy, blocks.device_uuids, label.secret, label.block_size)
 
 
 def _copy_is_whole(record: Record, number: int, blocks: BlockStore, label: Label) -> bool:
     copy = record.copies[number]
-    footer = encode_footer(record.raw, record.size, copy, blocks.device_uuids, label.secret, label.block_size)
+    footer = _footer(record, number, blocks, label)
     for offset in range(0, record.size, _VERIFY_BYTES):
         length = min(_VERIFY_BYTES, record.size - offset)
         if not blocks.verify(record, number, offset, length):
