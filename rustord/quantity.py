@@ -19,7 +19,8 @@ def parse_size(text: str) -> int:
         raise ValueError("a size is a number of bytes or a number with a unit, such as 4096, '64 MiB' or '1.5 GB'")
     whole, _, fraction = found[1].partition(".")
     # Integers throughout: a float would round sizes beyond 2**53.
-    scaled, rest = divmod(int(whole + fraction) * _SIZE_UNITS[found[2]], 10 ** len(fraction))
+    factor: int = 10 ** len(fraction)
+    scaled, rest = divmod(int(whole + fraction) * _SIZE_UNITS[found[2]], factor)
     if rest:
         raise ValueError(f"{text!r} is not a whole number of bytes")
     return scaled
