@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import TypeVar
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Outcome = Record | RustordError
-Done = Callable[[Outcome], None]
+Deliver = Callable[[Sequence[tuple[Change, Outcome]]], None]
 
 CHANGE_COUNT_MAX = 512
 """Changes in one cycle: enough that the flush is shared by all who wait, few enough that nobody waits long."""
@@ -44,8 +44,8 @@ class Writer:
         self.change_count = 0
         self.busy_since = 0.0
         self._on_cycle = on_cycle
-        self._queue: SimpleQueue[Change | Callable[[], None] | None] = SimpleQueue()
-        self._waiting: dict[Change, Done] = {}
+        self._queue: SimpleQueue[Sequence[Change] | Erase | Callable[[], None] | None] = SimpleQueue()
+        self._waiting: dict[Change, Deliver] = {}
         self._following: list[Change] = []
         self._erasing = 0
         self._erasers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="erase")
@@ -58,16 +58,18 @@ class Writer:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, change: Change, done: Done) -> None:
-        """Have ``change`` made; ``done`` is called with its outcome on the writer's thread, with all of its cycle.
+    def submit(self, changes: Sequence[Change], deliver: Deliver) -> None:
+        """Have ``changes`` made; ``deliver`` is called on the writer's thread with the outcomes of each cycle together.
 
-        Any thread may call this. ``done`` must be quick and must not raise.
+        Any thread may call this. ``deliver`` must be quick and must not raise.
         """
         if self._closing.is_set():
-            done(Unavailable("rustord is stopping", hint="try again when it has started"))
+            problem = Unavailable("rustord is stopping", hint="try again when it has started")
+            deliver([(change, problem) for change in changes])
             return
-        self._waiting[change] = done
-        self._queue.put(change)
+        self._waiting.update(dict.fromkeys(changes, deliver))
+        for first in range(0, len(changes), CHANGE_COUNT_MAX):
+            self._queue.put(changes[first : first + CHANGE_COUNT_MAX])
 
     def call(self, function: Callable[[], T], timeout_s: float = 60.0) -> T:
         """Run ``function`` on the writer's thread between two cycles, and return or raise what it does."""
@@ -115,11 +117,13 @@ class Writer:
             while True:
                 if item is None:
                     stop = True
-                elif isinstance(item, Change):
-                    self._erasing -= isinstance(item, Erase)
+                elif isinstance(item, Erase):
+                    self._erasing -= 1
                     changes.append(item)
-                else:
+                elif callable(item):
                     item()
+                else:
+                    changes += item
                 if len(changes) >= CHANGE_COUNT_MAX:
                     break
                 item = self._queue.get_nowait()
@@ -142,9 +146,12 @@ class Writer:
                 self._erasers.submit(self._erase, change)
             else:
                 self._following.append(change)
+        answers: dict[Deliver, list[tuple[Change, Outcome]]] = {}
         for change, outcome in outcomes:
-            if done := self._waiting.pop(change, None):
-                done(outcome)
+            if deliver := self._waiting.pop(change, None):
+                answers.setdefault(deliver, []).append((change, outcome))
+        for deliver, finished in answers.items():
+            deliver(finished)
         self.busy_since = 0.0
         self.cycle_count += 1
         self.change_count += len(changes)

@@ -12,12 +12,12 @@ import errno
 import logging
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import TypeVar
 
-from rustord.change import Delete, Put
+from rustord.change import Change, Delete, Put
 from rustord.errors import RustordError, Unavailable
 from rustord.frontends.connection import Connection
 from rustord.frontends.exchange import Exchange
@@ -35,6 +35,7 @@ from rustord.wire.problem import problem
 log = logging.getLogger(__name__)
 
 Outcome = TypeVar("Outcome")
+Done = Callable[[Record | RustordError], None]
 
 _ACCEPT_AGAIN_S = 1.0
 """After the process ran out of file descriptors."""
@@ -81,6 +82,9 @@ class HttpServer:
         self._sockets: list[socket.socket] = []
         self._outcomes: deque[Callable[[], None]] = deque()
         self._woken = False
+        self._gathered: dict[Change, Done] = {}
+        """Changes of this wake-up, which are handed to the writer together."""
+        self._submitted: dict[Change, Done] = {}
         self._ticking: asyncio.TimerHandle | None = None
         self._empty = asyncio.Event()
         self._empty.set()
@@ -164,11 +168,25 @@ class HttpServer:
             outcome = error
         self._call_soon(lambda: done(outcome))
 
-    def _submit(self, change: Put | Delete, done: Callable[[Record | RustordError], None]) -> None:
-        self._writer.submit(change, lambda outcome: self._call_soon(lambda: done(outcome)))
+    def _submit(self, change: Put | Delete, done: Done) -> None:
+        if not self._gathered:
+            self.loop.call_soon(self._hand_over)  # once all that has become readable in this wake-up has been read
+        self._gathered[change] = done
+
+    def _hand_over(self) -> None:
+        gathered, self._gathered = self._gathered, {}
+        self._submitted |= gathered
+        self._writer.submit(list(gathered), self._deliver)
+
+    def _deliver(self, outcomes: Sequence[tuple[Change, Record | RustordError]]) -> None:
+        self.loop.call_soon_threadsafe(self._take_changes, outcomes)
+
+    def _take_changes(self, outcomes: Sequence[tuple[Change, Record | RustordError]]) -> None:
+        for change, outcome in outcomes:
+            self._submitted.pop(change)(outcome)
+        self._proceed()
 
     def _call_soon(self, callback: Callable[[], None]) -> None:
-        # A writer's cycle brings many at once: only the first of them wakes the event loop.
         self._outcomes.append(callback)
         if not self._woken:
             self._woken = True
@@ -178,6 +196,9 @@ class HttpServer:
         self._woken = False
         while self._outcomes:
             self._outcomes.popleft()()
+        self._proceed()
+
+    def _proceed(self) -> None:
         answered, self.answered = self.answered, set()
         for connection in answered:
             connection.proceed()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
 from typing import Protocol
 from urllib.parse import quote
 
-from rustord.change import Delete, Put, check_match, check_name
+from rustord.change import Change, Delete, Put, check_match, check_name
 from rustord.errors import NotFound, RustordError
 from rustord.frontends.exchange import Exchange, Handler
 from rustord.manifest import Data
@@ -72,8 +72,10 @@ class Admin(Protocol):
 class Submit(Protocol):
     """What is needed of a `rustord.writer.Writer`."""
 
-    def submit(self, change: Put | Delete, done: Callable[[Record | RustordError], None]) -> None:
-        """Make the change in one of the next cycles, then call ``done`` on the writer's thread."""
+    def submit(
+        self, changes: Sequence[Change], deliver: Callable[[Sequence[tuple[Change, Record | RustordError]]], None]
+    ) -> None:
+        """Make the changes in the next cycles; calls ``deliver`` on the writer's thread with each cycle's outcomes."""
 
 
 class Operations:
