@@ -16,7 +16,7 @@ from xxhash import xxh3_64_digest
 from rustord.blockdevice import BlockDevice
 from rustord.distribution import Distribution
 from rustord.errors import Damaged, DeviceError, FormatError, RustordError
-from rustord.extent import Extent
+from rustord.extent import Extent, extend
 from rustord.label import LABEL_BYTES, Geometry, Label, choose_label, decode_label, label_offsets
 from rustord.manifest import CHUNK_BYTES, Copy, Data
 from rustord.objkey import uuid_text
@@ -138,11 +138,14 @@ class BlockStore:
         The last block may hold the trailer of a footer, by which a deleted Object could come back.
         """
         block_size = self.block_size
+        if self.erase_policy == "zero":
+            runs: list[Extent] = []
+            extend(runs, sorted(extents))
+            for index, block, count in runs:
+                self.writable(index).zero(block * block_size, count * block_size)
+            return
         for index, block, count in extents:
             device = self.writable(index)
-            if self.erase_policy == "zero":
-                device.zero(block * block_size, count * block_size)
-                continue
             if self.erase_policy == "discard":
                 device.discard(block * block_size, count * block_size)
             device.zero((block + count - 1) * block_size, block_size)

@@ -460,11 +460,15 @@ class ObjectStore:
 
     def _erase(self, batch: _Batch) -> set[int]:
         """Erase what earlier cycles deleted. Returns the devices that need a flush for it."""
-        devices: set[int] = set()
-        for erase in batch.erases:
-            if not erase.erased:
+        waiting = [erase for erase in batch.erases if not erase.erased]
+        try:
+            self.blocks.erase(extent for erase in waiting for extent in erase.extents)
+            for erase in waiting:
+                erase.erased = True
+        except DeviceError:
+            for erase in waiting:  # each for itself: the error is that of some
                 self.erase(erase)
-            devices.update(extent.device for extent in erase.extents)
+        devices = {extent.device for erase in batch.erases for extent in erase.extents}
         return devices & set(self.blocks.writable_indices())
 
     def erase(self, erase: Erase) -> None:

@@ -39,5 +39,6 @@ def is_uuid(text: str) -> bool:
 def parse_uuid(text: str) -> ObjectId:
     """The 16 bytes of a uuid in text form; hyphens and case do not matter. Raises InvalidRequest."""
     if not is_uuid(text):
-        raise InvalidRequest(f"{text[:80]!r} is not a uuid", hint="a uuid has 32 hexadecimal digits, as 'put' printed it")
+        hint = "a uuid has 32 hexadecimal digits, as 'put' printed it"
+        raise InvalidRequest(f"{text[:80]!r} is not a uuid", hint=hint)
     return bytes.fromhex(text.replace("-", ""))

@@ -164,7 +164,10 @@ class Mirrored:
 
 def _emptiest_first(free: FreeView) -> list[int]:
     """The devices, that with the most free blocks first."""
-    return sorted(free.devices(), key=free.free_count, reverse=True)
+    devices = list(free.devices())
+    if len(devices) > 1:
+        devices.sort(key=free.free_count, reverse=True)
+    return devices
 
 
 def _on_device(device: int, count: int, free: FreeView) -> list[Extent]:
