@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -19,9 +21,10 @@ START_SECONDS_MAX = 30
 class Command:
     """A command with the socket of a daemon in its environment; a call runs it to its end."""
 
-    def __init__(self, program: str, socket: Path) -> None:
+    def __init__(self, program: str, socket_path: Path) -> None:
         self.program = str(BIN / program)
-        self.environment = {**os.environ, "RUSTORD_SOCKET": str(socket)}
+        self.environment = {**os.environ, "RUSTORD_SOCKET": str(socket_path)}
+        self._started: list[subprocess.Popen[bytes]] = []
 
     def __call__(self, *arguments: str | Path, **keywords: Any) -> subprocess.CompletedProcess[str]:
         settings = {"capture_output": True, "text": True, "timeout": 60, "env": self.environment}
@@ -36,8 +39,19 @@ class Command:
         return done.stdout
 
     def start(self, *arguments: str | Path, **keywords: Any) -> subprocess.Popen[bytes]:
+        """The running command. It is killed in the end, whatever became of the test, and its pipes are closed."""
         settings = {"env": self.environment, "stdin": subprocess.DEVNULL}
-        return subprocess.Popen([self.program, *map(str, arguments)], **(settings | keywords))
+        process = subprocess.Popen([self.program, *map(str, arguments)], **(settings | keywords))
+        self._started.append(process)
+        return process
+
+    def close(self) -> None:
+        for process in self._started:
+            process.kill()
+            process.wait()
+            for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
 
 
 @pytest.fixture
@@ -46,8 +60,9 @@ def socket_path(disk_path: Path) -> Path:
 
 
 @pytest.fixture
-def rustorctl(socket_path: Path) -> Command:
-    return Command("rustorctl", socket_path)
+def rustorctl(socket_path: Path) -> Iterator[Command]:
+    with contextlib.closing(Command("rustorctl", socket_path)) as command:
+        yield command
 
 
 @pytest.fixture
@@ -83,8 +98,6 @@ def start_daemon(disk_path: Path, socket_path: Path) -> Iterator[Callable[..., s
 
 
 def _answers(path: Path) -> bool:
-    import socket
-
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(str(path))

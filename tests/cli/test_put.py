@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -157,7 +158,14 @@ def test_an_interrupted_upload_leaves_nothing(daemon: object, rustorctl: Command
     process.stdin.flush()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 130
-    process.stdin.close()
     assert process.stdout.read() == b""
-    process.stdout.close()
     assert rustorctl.ok("ls", "--all") == ""
+
+
+def test_an_interrupt_ends_several_uploads_too(daemon: object, rustorctl: Command, tree: Path) -> None:
+    process = rustorctl.start("put", "/dev/stdin", tree / "a.txt", stdin=subprocess.PIPE)  # type: ignore[attr-defined]
+    process.stdin.write(bytes(1 << 20))
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(BrokenPipeError):  # it reads on until it notices, but not to the end
+        process.stdin.write(bytes(60 << 20))
+    assert process.wait(timeout=30) == 130

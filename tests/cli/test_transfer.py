@@ -42,7 +42,6 @@ def test_a_long_upload_shows_a_bar_on_a_terminal(daemon: object, rustorctl: Any)
         pass
     feeder.join()
     printed = process.stdout.read().decode()
-    process.stdout.close()
     os.close(ours)
     assert process.wait(timeout=30) == 0
     assert shown.is_set(), drawn
