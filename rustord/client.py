@@ -39,6 +39,7 @@ _PIECE_BYTES = 1 << 20
 _EXPECT_BYTES = 1 << 20
 """A longer body is announced first: the daemon may refuse it before it is sent."""
 _HEAD_BYTES_MAX = 64 << 10
+_PAGE = 1000
 
 
 class Stored(NamedTuple):
@@ -174,7 +175,7 @@ class Client:
     def _pages(self, path: str, parameters: Mapping[str, str], limit: int | None) -> Iterator[Stored]:
         query = {name: quote(value, safe="") for name, value in parameters.items() if value}
         while limit is None or limit > 0:
-            query["limit"] = str(min(limit or 1000, 1000))
+            query["limit"] = str(_PAGE if limit is None else min(limit, _PAGE))
             head = self._send("GET", f"{path}?{'&'.join(f'{name}={value}' for name, value in query.items())}")
             lines = self._body(self._check(head)).splitlines()
             yield from (_stored(json.loads(line)) for line in lines)

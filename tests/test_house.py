@@ -14,7 +14,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # Modules without a tests/**/test_NAME.py of their own, and where they are tested instead.
-TESTED_ELSEWHERE: dict[str, str] = {}
+TESTED_ELSEWHERE = {
+    "rustord/frontends/exchange.py": "tests/frontends/test_connection.py",
+    "rustord/frontends/traffic.py": "tests/frontends/test_http.py",
+}
 
 # A module is one noun that users and documents use too.
 NAMES_THAT_SAY_NOTHING = {"common", "constants", "helper", "helpers", "misc", "util", "utils"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import grp
 import logging
 import os
@@ -19,8 +21,7 @@ log = logging.getLogger(__name__)
 _UCRED = struct.Struct("3i")
 _SO_PEERGROUPS = 59
 """Linux 4.13, asm-generic/socket.h; Python has no name for it."""
-_GROUPS_MAX = 65536
-"""NGROUPS_MAX of Linux."""
+_getsockopt = ctypes.CDLL(None, use_errno=True).getsockopt
 
 
 class Peer(NamedTuple):
@@ -40,16 +41,15 @@ def peer_of(sock: socket.socket) -> Peer:
 
 def _groups_of(sock: socket.socket) -> frozenset[int]:
     # From the socket and not from /proc/PID or the group database: those tell of whoever has that pid now, or of what
-    # the user's next login will have, and may wait for a directory server.
-    length = 256
+    # the user's next login will have, and may wait for a directory server. Python's own getsockopt has no room for
+    # more than 256 groups.
+    length = ctypes.c_uint32(4 * 64)
     while True:
-        try:
-            raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, length)
-            return frozenset(struct.unpack(f"{len(raw) // 4}I", raw))
-        except OSError:
-            length *= 16
-            if length > 4 * _GROUPS_MAX:
-                raise
+        groups = (ctypes.c_uint32 * (length.value // 4))()
+        if not _getsockopt(sock.fileno(), socket.SOL_SOCKET, _SO_PEERGROUPS, groups, ctypes.byref(length)):
+            return frozenset(groups[: length.value // 4])
+        if ctypes.get_errno() != errno.ERANGE:  # which comes with the length that it takes
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 @dataclass(frozen=True)
