@@ -142,7 +142,8 @@ def ls(socket: Path | None, prefix: str, long: bool, unnamed: bool, as_json: boo
 def _print_long(listed: Iterable[Stored]) -> None:
     rows: list[tuple[str, ...]] = []
     for stored in listed:
-        rows.append((stored.uuid, str(stored.size), stored.created, stored.content_type or "-", stored.name))
+        created = stored.created.partition(".")[0] + "Z"  # a person needs no microseconds
+        rows.append((stored.uuid, str(stored.size), created, stored.content_type or "-", stored.name))
         if len(rows) == _ROWS_AT_ONCE:
             _print_rows(rows)
             rows.clear()

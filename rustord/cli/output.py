@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Sequence
 
 import click
@@ -23,40 +22,23 @@ def say(text: str) -> None:
 
 
 def print_json(value: object) -> None:
-    """``value`` on one line, so that a program reads line by line whatever it asked for."""
-    click.echo(json.dumps(value, ensure_ascii=False))
+    """``value`` on one line and in ASCII, so that a program reads line by line whatever it asked for."""
+    click.echo(json.dumps(value))
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """Rows under a head, the columns in ``right`` aligned to the right; drawn if standard output is a terminal."""
+    """Rows under a head, the columns in ``right`` aligned to the right.
+
+    Nothing is cut off or folded to fit into a terminal: a uuid or a name that is printed can be copied.
+    """
     cells = [[safe(cell) for cell in row] for row in rows]
-    if sys.stdout.isatty():
-        _draw(head, cells, right)
-    else:
-        _align(head, cells, right)
-
-
-def _draw(head: Sequence[str], rows: list[list[str]], right: Sequence[str]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for name in head:
-        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console(markup=False, highlight=False).print(table)
-
-
-def _align(head: Sequence[str], rows: list[list[str]], right: Sequence[str]) -> None:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
-        aligned = (
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    for row in (head, *cells):
+        line = "  ".join(
             cell.rjust(width) if name in right else cell.ljust(width)
             for name, cell, width in zip(head, row, widths, strict=True)
-        )
-        click.echo("  ".join(aligned).rstrip())
+        ).rstrip()
+        click.echo(click.style(line, bold=True) if row is head else line)
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:

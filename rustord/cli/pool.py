@@ -59,23 +59,21 @@ def _percent(part: int, whole: int) -> str:
     return f"{part / whole:.0%}" if whole else "0%"
 
 
-def _print_devices(devices: Sequence[dict[str, Any]]) -> None:
-    print_table(
-        ("INDEX", "STATE", "SIZE", "FREE", "PATH", "UUID", "REASON"),
-        [
-            (
-                str(device["index"]),
-                device["state"],
-                human_size(device["size_bytes"]),
-                human_size(device["free_bytes"]),
-                device["path"] or "-",
-                device["uuid"],
-                device["reason"],
-            )
-            for device in devices
-        ],
-        right=("INDEX", "SIZE", "FREE"),
-    )
+def _print_devices(devices: Sequence[dict[str, Any]], more: Sequence[str] = ()) -> None:
+    """A table of the devices; ``more`` names further columns."""
+    head = ("INDEX", "STATE", "SIZE", "FREE", *(name.upper() for name in more), "PATH")
+    rows = [
+        (
+            str(device["index"]),
+            device["state"],
+            human_size(device["size_bytes"]),
+            human_size(device["free_bytes"]),
+            *(device[name] for name in more),
+            device["path"] or "-",
+        )
+        for device in devices
+    ]
+    print_table(head, rows, right=("INDEX", "SIZE", "FREE"))
 
 
 @click.group(cls=Commands)
@@ -93,7 +91,7 @@ def list_devices(socket: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(devices)
     else:
-        _print_devices(devices)
+        _print_devices(devices, ("uuid", "reason"))
 
 
 @device.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import sys
+import termios
 
 import pytest
 
@@ -35,13 +36,16 @@ def test_an_empty_table_has_its_head(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == "NAME  SIZE\n"
 
 
-def test_a_table_on_a_terminal_has_all_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_on_a_terminal_keeps_names_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 40))
     with os.fdopen(ours, "rb", buffering=0) as screen, os.fdopen(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
-        output.print_table(("NAME", "SIZE"), [("[bold]\x1b[2J", "5")])
+        output.print_table(("NAME", "SIZE"), [("n" * 80, "5")])
         terminal.flush()
-        assert "[bold]\\u001b[2J" in screen.read(65536).decode()
+        head, row = screen.read(65536).decode().splitlines()
+    assert head.startswith("\x1b[1mNAME ")
+    assert row == "n" * 80 + "  5"
 
 
 def test_facts_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,6 +130,16 @@ def test_bad_input(
     assert rustorctl.ok("ls", "--all") == ""
 
 
+def test_a_file_whose_name_is_no_text_can_be_stored_under_another(
+    daemon: object, rustorctl: Command, tree: Path
+) -> None:
+    path = tree / os.fsdecode(b"\xff")
+    path.write_text("x")
+    told = json.loads(rustorctl.ok("put", path, "--name", "x", "--json"))
+    assert (told["name"], told["file"]) == ("x", str(path))
+    assert rustorctl.ok("put", path, tree / "a.txt").splitlines()[0].endswith("\\udcff")
+
+
 def test_no_standard_input(daemon: object, rustorctl: Command) -> None:
     script = f"exec {rustorctl.program} put - <&-"  # type: ignore[attr-defined]
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, env=rustorctl.environment)  # type: ignore[attr-defined]
