@@ -45,7 +45,8 @@ from rustord.objkey import ObjectId, uuid_text
 from rustord.record import Record
 
 _OBJECT, _GRAVE, _NAME, _POSITION, _STATE = b"o", b"g", b"n", b"p", b"s"
-_STATE_VALUE = struct.Struct("<QQ16s")
+STATE = struct.Struct("<QQ16s")
+"""sequence, generation, pool_uuid"""
 _NAME_KEY_BYTES = 480
 _OVERLAY_MAX = 50_000
 """Changes that wait in memory before a cycle waits for the index: about 20 MiB."""
@@ -85,7 +86,7 @@ class KeyStore:
         self.generation = 0
         """The label's generation when the index was last opened for writing; 0 for a new index."""
         if state := backend.get(_STATE):
-            self.indexed_sequence, self.generation, owner = _STATE_VALUE.unpack(state)
+            self.indexed_sequence, self.generation, owner = STATE.unpack(state)
             if owner != pool_uuid:
                 raise PoolError(
                     f"the index belongs to pool {uuid_text(owner)}, not to {uuid_text(pool_uuid)}",
@@ -293,7 +294,7 @@ class KeyStore:
                 unerased = min(self._unerased.values(), default=overlay.sequence + 1)
             sequence = max(overlay.sequence, self.indexed_sequence)
             puts, deletes = _changes(overlay)
-            puts[_STATE] = _STATE_VALUE.pack(sequence, self.generation, self._pool_uuid)
+            puts[_STATE] = STATE.pack(sequence, self.generation, self._pool_uuid)
             try:
                 self._backend.commit(puts, deletes)
             except BaseException:
