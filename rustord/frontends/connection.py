@@ -6,22 +6,20 @@ import logging
 import math
 import socket
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum, auto
 from time import monotonic, time
-from typing import TYPE_CHECKING
 
 from rustord.errors import Forbidden, InvalidRequest, RustordError
 from rustord.frontends.exchange import Exchange
 from rustord.frontends.outbox import Outbox
+from rustord.frontends.service import Service
 from rustord.frontends.transfer import PeerGone, Receiving, Sending, Slots, Wait
 from rustord.record import Record
 from rustord.wire.api import Body, Role, check_body, read_plain_get, read_request
 from rustord.wire.http1 import CONTINUE, STATUS_LINES, Reply, RequestHead, RequestTimeout, date_line, read_request_head
 from rustord.wire.problem import problem
-
-if TYPE_CHECKING:
-    from rustord.frontends.http import HttpServer
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +49,16 @@ class Connection:
     nothing more is read from it.
     """
 
-    def __init__(self, server: HttpServer, sock: socket.socket, role: Role) -> None:
+    def __init__(self, service: Service, sock: socket.socket, role: Role, on_end: Callable[[Connection], None]) -> None:
+        """``on_end`` is called when the connection has ended, and its socket is closed."""
         self.now = monotonic()
         """When the current wake-up began."""
-        self.deadline = self.now + server.limits.idle_s
+        self.deadline = self.now + service.limits.idle_s
         self.closed = False
         self._phase = _Phase.IDLE
-        self._server = server
-        self._limits = server.limits
+        self._service = service
+        self._on_end = on_end
+        self._limits = service.limits
         self._sock = sock
         self._role = role
         self._outbox = Outbox(sock)
@@ -136,14 +136,14 @@ class Connection:
         many = self._outbox.byte_count > unsent_max
         self._send()
         if many and not self._outbox.byte_count:
-            self._server.loop.call_soon(self.proceed)  # with the next ones, after others
+            self._service.loop.call_soon(self.proceed)  # with the next ones, after others
 
     def _answer_plain_get(self) -> bool:
         """Answer the request at hand if it is a plain GET and all is well; otherwise it goes the way of all others."""
         plain = read_plain_get(self._data, self._at, self._limits)
-        if plain is None or self._role < Role.READER or self._server.draining:
+        if plain is None or self._role < Role.READER or self._service.draining:
             return False
-        found = self._server.operations.plain_get(plain[0])
+        found = self._service.operations.plain_get(plain[0])
         if found is None:
             return False
         fields, data = found
@@ -153,7 +153,7 @@ class Connection:
         head = b"%b%b%bContent-Length: %d\r\n\r\n" % (STATUS_LINES[200], date_line(int(time())), fields, length)
         self._outbox.add(head)
         self._outbox.add(data)
-        traffic = self._server.traffic
+        traffic = self._service.traffic
         traffic.sent_bytes += length
         traffic.operations["get_object"].count(200, monotonic() - self.now)
         return True
@@ -204,14 +204,14 @@ class Connection:
         self._at = exchange.head.end
         self._last = not exchange.head.keep_alive
         self._reply(problem(error), exchange.head)
-        self._server.traffic.requests_refused[error.http_status] += 1
+        self._service.traffic.requests_refused[error.http_status] += 1
         return True
 
     def _refuse(self, error: RustordError, head: RequestHead | None) -> None:
         """Answer with an error, and read no further request: it cannot be told where the next one begins."""
         self._last = self._unread = True
         self._reply(problem(error), head)
-        self._server.traffic.requests_refused[error.http_status] += 1
+        self._service.traffic.requests_refused[error.http_status] += 1
 
     # Small bodies
 
@@ -222,7 +222,7 @@ class Connection:
         start = exchange.head.end
         self._at = start + (exchange.head.fields.content_length or 0)
         exchange.body = self._data[start : self._at]
-        self._server.traffic.received_bytes += len(exchange.body)
+        self._service.traffic.received_bytes += len(exchange.body)
         if self._at <= len(self._data):
             self._dispatch(exchange)
             return True
@@ -236,7 +236,7 @@ class Connection:
     def _collect(self, data: bytes) -> None:
         self._pieces.append(data)
         self._missing -= len(data)
-        self._server.traffic.received_bytes += len(data)
+        self._service.traffic.received_bytes += len(data)
         if self._missing:
             return
         exchange, self._collecting = self._collecting, None
@@ -251,9 +251,9 @@ class Connection:
     def _dispatch(self, exchange: Exchange) -> None:
         self._last = not exchange.head.keep_alive
         try:
-            reply = self._server.handlers[exchange.request.operation.id](exchange)
+            reply = self._service.handlers[exchange.request.operation.id](exchange)
         except Exception as error:
-            reply = self._server.failure(exchange, error)
+            reply = self._service.failure(exchange, error)
         if reply is not None and not self._exchanges:
             self._finish(exchange, reply)
             return
@@ -262,21 +262,21 @@ class Connection:
 
     def has_answer(self) -> None:
         """An exchange has been answered: take it up, together with all others of this wake-up."""
-        self._server.answered.add(self)
+        self._service.has_answer(self)
 
     def _finish(self, exchange: Exchange, reply: Reply) -> None:
         self._reply(reply, exchange.head)
-        self._server.count(exchange, reply.status)
+        self._service.count(exchange, reply.status)
 
     def _reply(self, reply: Reply, head: RequestHead | None) -> None:
         self._outbox.add(self._head(reply, head))
         if reply.body and (head is None or head.method != "HEAD"):
             self._outbox.add(reply.body)
-            self._server.traffic.sent_bytes += len(reply.body)
+            self._service.traffic.sent_bytes += len(reply.body)
 
     def _head(self, reply: Reply, head: RequestHead | None) -> bytes:
         more = date_line(int(time()))
-        if (self._last or self._server.draining) and not self._exchanges:
+        if (self._last or self._service.draining) and not self._exchanges:
             self._last = True
             more += b"Connection: close\r\n"
         elif head is not None and head.old:
@@ -312,7 +312,7 @@ class Connection:
         elif self._at < len(self._data):
             if self._phase is not _Phase.HEAD:
                 self._wait(_Phase.HEAD, self.now + self._limits.head_s)
-        elif self._server.draining:
+        elif self._service.draining:
             self.close()
             return
         else:
@@ -338,26 +338,26 @@ class Connection:
             return  # the peer has to read first what it asked for before
         fields = exchange.head.fields
         try:
-            put = self._server.operations.put_of(exchange)
+            put = self._service.operations.put_of(exchange)
         except RustordError as error:
             self._refuse(error, exchange.head)
             return
         receiving = Receiving(
-            self._sock, self._server.store, put, fields.content_length, self._limits, confirm=fields.expects_continue
+            self._sock, self._service.store, put, fields.content_length, self._limits, confirm=fields.expects_continue
         )
         receiving.begin_with(self._data[exchange.head.end :])
         self._data, self._at = b"", 0
         self._last = not exchange.head.keep_alive
         self._exchanges.append(exchange)
-        self._server.traffic.uploads += 1
-        self._begin_transfer(receiving, self._server.upload_slots)
+        self._service.traffic.uploads += 1
+        self._begin_transfer(receiving, self._service.upload_slots)
 
     def send_object(self, exchange: Exchange, reply: Reply, record: Record, start: int, end: int) -> None:
         """Answer with a range of an Object that is too long for one piece; ``reply`` has its head."""
         exchange.reply = reply
         sending = Sending(
             self._sock,
-            self._server.store,
+            self._service.store,
             record,
             start,
             end,
@@ -365,8 +365,8 @@ class Connection:
             head=self._head(reply, exchange.head),
             limits=self._limits,
         )
-        self._server.traffic.downloads += 1
-        self._begin_transfer(sending, self._server.download_slots)
+        self._service.traffic.downloads += 1
+        self._begin_transfer(sending, self._service.download_slots)
 
     def _begin_transfer(self, transfer: Receiving | Sending, slots: Slots) -> None:
         self._transfer = transfer
@@ -387,7 +387,7 @@ class Connection:
         self._watch(reading=False, writing=False)
         self._wait(_Phase.STORE, math.inf)
         self._in_thread = True
-        self._server.in_thread(self._transfer.step, self._turned)
+        self._service.in_thread(self._transfer.step, self._turned)
 
     def _turned(self, outcome: Wait | BaseException) -> None:
         self._in_thread = False
@@ -413,7 +413,7 @@ class Connection:
 
     def _end_transfer(self) -> None:
         transfer, self._transfer = self._transfer, None
-        traffic = self._server.traffic
+        traffic = self._service.traffic
         if isinstance(transfer, Receiving):
             traffic.uploads -= 1
             traffic.received_bytes += transfer.received
@@ -432,10 +432,10 @@ class Connection:
         if failure is None:
             self._data = receiving.leftover
             exchange.complete = monotonic()
-            self._server.operations.submit(exchange, receiving.put)
+            self._service.operations.submit(exchange, receiving.put)
         else:
             self._last = self._unread = True
-            exchange.reply = self._server.failure(exchange, failure)
+            exchange.reply = self._service.failure(exchange, failure)
         self.proceed()
 
     def _sent(self, sending: Sending, failure: BaseException | None) -> None:
@@ -443,14 +443,14 @@ class Connection:
         if failure is None:
             assert exchange.reply is not None
             self._exchanges.popleft()
-            self._server.count(exchange, exchange.reply.status)
+            self._service.count(exchange, exchange.reply.status)
         elif sending.started or isinstance(failure, OSError):
             # A cut is the only way to say that what the peer has got is not the whole Object.
             self._break_off(exchange, failure)
             return
         else:
             self._outbox.add(sending.before)
-            exchange.reply = self._server.failure(exchange, failure)
+            exchange.reply = self._service.failure(exchange, failure)
         self.proceed()
 
     def _break_off(self, exchange: Exchange, why: BaseException) -> None:
@@ -462,7 +462,7 @@ class Connection:
             exchange.head.target,
             str(why) or "the peer is gone",
         )
-        self._server.traffic.broken_off += 1
+        self._service.traffic.broken_off += 1
         self.close()
 
     # Waiting and ending
@@ -480,18 +480,20 @@ class Connection:
         if reading is not self._reading:
             self._reading = reading
             if reading:
-                self._server.loop.add_reader(self._sock, self._readable)
+                self._service.loop.add_reader(self._sock, self._readable)
             else:
-                self._server.loop.remove_reader(self._sock)
+                self._service.loop.remove_reader(self._sock)
         if writing is not self._writing:
             self._writing = writing
             if writing:
-                self._server.loop.add_writer(self._sock, self._writable)
+                self._service.loop.add_writer(self._sock, self._writable)
             else:
-                self._server.loop.remove_writer(self._sock)
+                self._service.loop.remove_writer(self._sock)
 
     def expire(self) -> None:
         """The deadline has passed: say so to a peer that is still sending, and end."""
+        if self.closed:
+            return
         self.now = monotonic()
         if self._phase not in (_Phase.HEAD, _Phase.BODY):
             if self._transfer is not None:
@@ -502,7 +504,7 @@ class Connection:
             self._transfer.abort()
             self._end_transfer()
             self._exchanges.clear()
-            self._server.traffic.broken_off += 1
+            self._service.traffic.broken_off += 1
         self._collecting = None
         self._refuse(RequestTimeout("the request came too slowly", hint="send it faster, or in smaller parts"), None)
         self._send()
@@ -529,4 +531,4 @@ class Connection:
             self._transfer.abort()
             self._end_transfer()
         self._sock.close()
-        self._server.forget(self)
+        self._on_end(self)

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from rustord.manifest import Data
+from rustord.record import Record
 from rustord.wire.api import Request
 from rustord.wire.http1 import Reply, RequestHead
 
-if TYPE_CHECKING:
-    from rustord.frontends.connection import Connection
+
+class Exchanging(Protocol):
+    """What an exchange needs of its `Connection`."""
+
+    now: float
+    """The `monotonic` time at which the current wake-up began."""
+
+    def has_answer(self) -> None:
+        """An exchange has been answered."""
+
+    def proceed(self) -> None:
+        """Send what can be sent, and begin what can begin."""
+
+    def send_object(self, exchange: Exchange, reply: Reply, record: Record, start: int, end: int) -> None:
+        """Answer with a range of an Object that is too long for one piece; ``reply`` has its head."""
 
 
 class Exchange:
@@ -20,7 +34,7 @@ class Exchange:
 
     request: Request
 
-    def __init__(self, connection: Connection, head: RequestHead) -> None:
+    def __init__(self, connection: Exchanging, head: RequestHead) -> None:
         self.connection = connection
         self.head = head
         self.body: Data = b""

@@ -69,6 +69,10 @@ class Admin(Protocol):
         """All metrics in the text format of Prometheus."""
 
 
+Done = Callable[[Record | RustordError], None]
+"""Is told what came of a change."""
+
+
 class Submit(Protocol):
     """What is needed of a `rustord.writer.Writer`."""
 
@@ -84,7 +88,7 @@ class Operations:
     def __init__(
         self,
         store: ObjectStore,
-        submit: Callable[[Put | Delete, Callable[[Record | RustordError], None]], None],
+        submit: Callable[[Put | Delete, Done], None],
         admin: Admin,
         limits: Limits,
         in_thread: Background,

@@ -152,6 +152,10 @@ class Served:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._stop.set)
 
+    def has_ended(self) -> bool:
+        """Whether the server and its event loop have."""
+        return not self._thread.is_alive()
+
     def connect(self) -> Peering:
         return Peering(self.path)
 

@@ -207,12 +207,3 @@ def test_traffic_is_counted(served: Served) -> None:
     small_uuid = served.ask("HEAD", "/v1/names/s").headers["rustor-uuid"]
     assert served.ask("GET", f"/v1/objects/{small_uuid}").body == small
     assert traffic.operations["get_object"].statuses == {206: 1, 200: 1}
-
-
-def test_a_slow_request_is_logged(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    served = serve(slow_request_s=0.0)
-    served.ask("PUT", "/v1/names/slow", b"data")
-    assert "slow request: PUT /v1/names/slow took" in caplog.text
-    served.server.slow_request_s = 60.0
-    served.ask("PUT", "/v1/names/quick", b"data")
-    assert "quick" not in caplog.text

@@ -1,0 +1,152 @@
+"""Service: what all connections of a server share: the operations, the threads and the writer behind them, counters."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from time import monotonic
+from typing import TypeVar
+
+from rustord.change import Change, Delete, Put
+from rustord.errors import RustordError
+from rustord.frontends.exchange import Exchange, Exchanging
+from rustord.frontends.operations import Admin, Done, Operations, Submit
+from rustord.frontends.traffic import Traffic
+from rustord.frontends.transfer import Slots
+from rustord.objectstore import ObjectStore
+from rustord.record import Record
+from rustord.wire.api import ROUTES
+from rustord.wire.http1 import Reply
+from rustord.wire.limits import Limits
+from rustord.wire.problem import problem
+
+log = logging.getLogger(__name__)
+
+Outcome = TypeVar("Outcome")
+
+
+class Service:
+    """Belongs to the event loop that runs when it is made; all but `close` is for that loop's thread.
+
+    ``draining`` tells connections to end with what they have begun.
+    """
+
+    def __init__(self, store: ObjectStore, writer: Submit, admin: Admin, limits: Limits, slow_request_s: float) -> None:
+        self.store = store
+        self.limits = limits
+        self.slow_request_s = slow_request_s
+        self.loop = asyncio.get_running_loop()
+        self.draining = False
+        self.upload_slots = Slots(limits.uploads)
+        self.download_slots = Slots(limits.downloads)
+        self.traffic = Traffic(operation.id for methods in ROUTES.values() for operation in methods.values())
+        self._writer = writer
+        self._threads = ThreadPoolExecutor(limits.transfer_threads, "http-transfer")
+        self._admin_threads = ThreadPoolExecutor(limits.admin_threads, "http-admin")
+        self.operations = Operations(
+            store, self._submit, admin, limits, self.in_thread, self._in_admin_thread, self.failure
+        )
+        self.handlers = self.operations.handlers()
+        self._gathered: dict[Change, Done] = {}
+        """Changes of this wake-up, which are handed to the writer together."""
+        self._submitted: dict[Change, Done] = {}
+        self._outcomes: deque[Callable[[], None]] = deque()
+        self._woken = False
+        self._answered: set[Exchanging] = set()
+        """Connections that have been answered in this wake-up."""
+
+    # The writer
+
+    def _submit(self, change: Put | Delete, done: Done) -> None:
+        if not self._gathered:
+            self.loop.call_soon(self._hand_over)  # once all that has become readable in this wake-up has been read
+        self._gathered[change] = done
+
+    def _hand_over(self) -> None:
+        gathered, self._gathered = self._gathered, {}
+        self._submitted |= gathered
+        self._writer.submit(list(gathered), self._deliver)
+
+    def _deliver(self, outcomes: Sequence[tuple[Change, Record | RustordError]]) -> None:
+        self._wake(lambda: self._take_changes(outcomes))
+
+    def _take_changes(self, outcomes: Sequence[tuple[Change, Record | RustordError]]) -> None:
+        for change, outcome in outcomes:
+            self._submitted.pop(change)(outcome)
+        self._proceed()
+
+    # Threads
+
+    def in_thread(self, work: Callable[[], Outcome], done: Callable[[Outcome | BaseException], None]) -> None:
+        """Do ``work`` in a thread, then call ``done`` with what it returned or raised, on the event loop."""
+        self._threads.submit(self._run, work, done)
+
+    def _in_admin_thread(self, work: Callable[[], Outcome], done: Callable[[Outcome | BaseException], None]) -> None:
+        self._admin_threads.submit(self._run, work, done)
+
+    def _run(self, work: Callable[[], Outcome], done: Callable[[Outcome | BaseException], None]) -> None:
+        outcome: Outcome | BaseException
+        try:
+            outcome = work()
+        except BaseException as error:
+            outcome = error
+        self._outcomes.append(lambda: done(outcome))
+        if not self._woken:
+            self._woken = True
+            self._wake(self._take_outcomes)
+
+    def _take_outcomes(self) -> None:
+        self._woken = False
+        while self._outcomes:
+            self._outcomes.popleft()()
+        self._proceed()
+
+    def _wake(self, callback: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # the event loop has ended, and everybody has been cut off
+            self.loop.call_soon_threadsafe(callback)
+
+    # Answers
+
+    def has_answer(self, connection: Exchanging) -> None:
+        """Let the connection take up its answers, once all that are known in this wake-up are there."""
+        self._answered.add(connection)
+
+    def _proceed(self) -> None:
+        answered, self._answered = self._answered, set()
+        for connection in answered:
+            connection.proceed()
+
+    def failure(self, exchange: Exchange, error: BaseException) -> Reply:
+        """The reply to a request that failed. What is the server's fault is logged."""
+        what = f"{exchange.head.method} {exchange.head.target}"
+        if not isinstance(error, RustordError):
+            log.error("%s failed", what, exc_info=error)
+            error = RustordError("an unexpected error", hint="the daemon's log tells more; please report it")
+        elif error.http_status == 500:
+            log.error("%s failed: %s", what, error)
+        return problem(error)
+
+    def count(self, exchange: Exchange, status: int) -> None:
+        """An exchange has been answered."""
+        now = monotonic()
+        taken_s = now - exchange.began
+        self.traffic.operations[exchange.request.operation.id].count(status, taken_s)
+        if taken_s > self.slow_request_s:
+            log.warning(
+                "slow request: %s %s took %.3f s (%.3f s for its body, %.3f s for the reply), status %d",
+                exchange.head.method,
+                exchange.head.target,
+                taken_s,
+                exchange.complete - exchange.began,
+                now - exchange.complete,
+                status,
+            )
+
+    def close(self) -> None:
+        """End the threads. Those that answer for the daemon may be stuck in there, and are left to it."""
+        self._threads.shutdown()
+        self._admin_threads.shutdown(wait=False, cancel_futures=True)
