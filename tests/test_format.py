@@ -6,6 +6,7 @@ import ast
 import importlib
 import re
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def fields_in_code(name: str) -> list[str]:
     """The field names that stand below the struct's definition."""
     module, _, attribute = name.partition(".")
     body = ast.parse(Path(importlib.import_module(MODULES[module]).__file__ or "").read_text()).body
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in pairwise(body):
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == attribute:
             assert isinstance(following, ast.Expr)
             text = ast.literal_eval(following.value).partition(":")[0]
@@ -97,8 +98,8 @@ def test_kinds_of_entries() -> None:
         (r"at least 4 MiB, at most 1 GiB", (label.JOURNAL_BYTES_MIN, label.JOURNAL_BYTES_MAX) == (4 << 20, 1 << 30)),
         (r"4,096 to 65,536, a power of two", tuple(4096 << power for power in range(5)) == label.BLOCK_SIZES),
         (r"a checksum for each 65,536 bytes of data", CHUNK_BYTES == 65536),
-        (r"`block_size` − 72 bytes", footer.TRAILER.size == 72),
-        (r"40 × `member_count` \+ 16 × `void_count`", (label.MEMBER.size, label.VOID.size) == (40, 16)),
+        (r"`block_size` . 72 bytes", footer.TRAILER.size == 72),
+        (r"40 . `member_count` \+ 16 . `void_count`", (label.MEMBER.size, label.VOID.size) == (40, 16)),
         (r"of the bytes from 8 to `length`", record.RECORD.size == 64),
     ],
 )
