@@ -1,0 +1,385 @@
+"""The Writer: changes from many threads, in cycles; and a process that is killed in the middle of them."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+
+import pytest
+
+import rustord
+from rustord.change import Change, Delete, Put
+from rustord.errors import DeviceError, NotFound, ReadOnly, RustordError, Unavailable
+from rustord.objectstore import ObjectStore
+from rustord.record import Metadata, Record
+from rustord.writer import CHANGE_COUNT_MAX, Writer
+from tests.simulation import MIB, Simulation, check_sound, free_blocks, live, stored
+
+DATA = random.Random(4).randbytes(4 * MIB)
+SECONDS_MAX = 30
+"""What takes longer has failed."""
+
+
+@pytest.fixture
+def simulation(disk_path: Path) -> Iterator[Simulation]:
+    simulation = Simulation(disk_path, (32 * MIB,))
+    yield simulation
+    if simulation.is_open:
+        simulation.close()
+
+
+@pytest.fixture
+def store(simulation: Simulation) -> ObjectStore:
+    return simulation.open()
+
+
+@pytest.fixture
+def writer(store: ObjectStore) -> Iterator[Writer]:
+    writer = Writer(store)
+    yield writer
+    assert writer.close(SECONDS_MAX)
+
+
+class Answers:
+    """Takes the outcomes that a Writer delivers."""
+
+    def __init__(self) -> None:
+        self._outcomes: SimpleQueue[Record | RustordError] = SimpleQueue()
+
+    def __call__(self, finished: Sequence[tuple[Change, Record | RustordError]]) -> None:
+        for _, outcome in finished:
+            self._outcomes.put(outcome)
+
+    def count(self) -> int:
+        return self._outcomes.qsize()
+
+    def get(self) -> Record | RustordError:
+        return self._outcomes.get(timeout=SECONDS_MAX)
+
+
+def submit(writer: Writer, change: Put | Delete) -> Record | RustordError:
+    """Have a change made, and wait for its outcome."""
+    answers = Answers()
+    writer.submit([change], answers)
+    return answers.get()
+
+
+def until_free(writer: Writer, expected: dict[int, list[tuple[int, int]]]) -> None:
+    """Wait until these runs are free."""
+    for _ in range(3000):
+        if writer.call(lambda: free_blocks(writer.store)) == expected:
+            return
+        threading.Event().wait(0.01)
+    assert free_blocks(writer.store) == expected
+
+
+def test_changes_from_many_threads(store: ObjectStore, writer: Writer, seed: int) -> None:
+    before = free_blocks(store)
+    kept: dict[bytes, bytes] = {}
+
+    def work(chance: random.Random) -> None:
+        mine: list[tuple[bytes, bytes]] = []
+        for _ in range(60):
+            if mine and chance.random() < 0.4:
+                uuid, _ = mine.pop(chance.randrange(len(mine)))
+                assert stored(submit(writer, Delete(uuid))).uuid == uuid
+                assert isinstance(submit(writer, Delete(uuid)), NotFound)
+            else:
+                at = chance.randrange(MIB)
+                data = DATA[at : at + chance.choice([0, 10, 5000, 70_000])]
+                mine.append((stored(submit(writer, Put(data))).uuid, data))
+        kept.update(mine)
+
+    threads = [threading.Thread(target=work, args=(random.Random(seed + number),)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {record.uuid: store.get(record.uuid) for record in live(store)} == kept
+    check_sound(store)
+    assert writer.cycle_count < writer.change_count
+    for uuid in kept:
+        submit(writer, Delete(uuid))
+    assert free_blocks(store) == before
+
+
+def test_what_arrives_together_shares_a_cycle(store: ObjectStore) -> None:
+    cycles: list[int] = []
+    writer = Writer(store, lambda count, seconds: cycles.append(count))
+    answers = Answers()
+    hold, held = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        held.set()
+        hold.wait(SECONDS_MAX)
+
+    holder = threading.Thread(target=writer.call, args=(wait,))
+    holder.start()
+    assert held.wait(SECONDS_MAX)
+    for number in range(CHANGE_COUNT_MAX + 100):
+        writer.submit([Put(bytes([number % 256]))], answers)
+    hold.set()
+    outcomes = [answers.get() for _ in range(CHANGE_COUNT_MAX + 100)]
+    holder.join()
+    assert writer.close(SECONDS_MAX)
+    assert all(isinstance(outcome, Record) for outcome in outcomes)
+    assert cycles[:2] == [CHANGE_COUNT_MAX, 100]
+    assert writer.change_count == sum(cycles)
+
+
+def test_a_function_runs_between_two_cycles(writer: Writer) -> None:
+    assert writer.call(threading.current_thread).name == "writer"
+    with pytest.raises(ZeroDivisionError):
+        writer.call(lambda: 1 // 0)
+    assert writer.is_alive()
+
+
+def test_a_long_object_is_erased_beside_the_cycles(
+    simulation: Simulation, store: ObjectStore, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = free_blocks(store)
+    record = stored(submit(writer, Put(DATA)))
+    go = threading.Event()
+    erase = store.erase
+    monkeypatch.setattr(store, "erase", lambda change: (go.wait(SECONDS_MAX), erase(change)))
+    answers = Answers()
+    writer.submit([Delete(record.uuid)], answers)
+    small = stored(submit(writer, Put(b"is not held up")))
+    assert answers.count() == 0
+    go.set()
+    assert stored(answers.get()).uuid == record.uuid
+    (extent,) = record.extents
+    assert not any(simulation.read(0, extent.block, extent.count))
+    submit(writer, Delete(small.uuid))
+    assert free_blocks(store) == before
+
+
+@pytest.mark.parametrize("length", [5000, 3 * MIB])
+def test_a_reader_is_not_cut_off_by_who_replaces_the_name(store: ObjectStore, writer: Writer, length: int) -> None:
+    before = free_blocks(store)
+    record = stored(submit(writer, Put(DATA[:length], Metadata("name"))))
+    store.pin(record.uuid)
+    new = stored(submit(writer, Put(b"new", Metadata("name"))))
+    for _ in range(5):
+        submit(writer, Delete(stored(submit(writer, Put(b"x"))).uuid))
+    assert store.read(record, 0, length) == DATA[:length]
+    store.unpin(record.uuid)
+    submit(writer, Delete(new.uuid))
+    until_free(writer, before)
+
+
+def test_an_upload_that_breaks_off_is_erased_without_further_changes(
+    simulation: Simulation, store: ObjectStore, writer: Writer
+) -> None:
+    before = free_blocks(store)
+    intake = store.upload(Put(b""), None)
+    intake.write(DATA)
+    (extent,) = intake.copies[0]
+    intake.abort()
+    until_free(writer, before)
+    assert not any(simulation.read(0, extent.block, extent.count))
+
+
+def test_the_index_follows_by_itself(store: ObjectStore, writer: Writer) -> None:
+    for _ in range(10):
+        submit(writer, Put(b"x"))
+    for _ in range(3000):
+        if store.keystore.lag() == 0:
+            break
+        threading.Event().wait(0.01)
+    assert store.keystore.info()["entries"] == 12  # the state and the position are entries, too
+
+
+def test_closing_finishes_what_was_submitted(simulation: Simulation, store: ObjectStore) -> None:
+    writer = Writer(store)
+    keys = [stored(submit(writer, Put(DATA[: 2 * MIB]))) for _ in range(3)]
+    answers = Answers()
+    writer.submit([Delete(key.uuid) for key in keys], answers)
+    writer.submit([Put(b"x") for _ in range(1000)], answers)
+    assert writer.close(SECONDS_MAX)
+    assert answers.count() == 1003
+    assert isinstance(submit(writer, Put(b"too late")), Unavailable)
+    assert not writer.is_alive()
+    simulation.close()
+    store = simulation.open()
+    assert len(live(store)) == 1000
+    check_sound(store)
+
+
+def test_an_internal_error_is_answered_and_stops_changes_but_not_reads(
+    store: ObjectStore, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = stored(submit(writer, Put(b"x")))
+    with monkeypatch.context() as patch:
+        patch.setattr(store.keygen, "uuid", lambda: 1 // 0)
+        outcome = submit(writer, Put(b"y"))
+    assert isinstance(outcome, RustordError)
+    assert "ZeroDivisionError" in outcome.message
+    assert isinstance(submit(writer, Put(b"z")), ReadOnly)
+    assert store.get(record.uuid) == b"x"
+
+
+def test_an_erasure_that_raises_is_not_lost(
+    store: ObjectStore, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = stored(submit(writer, Put(DATA)))
+
+    def erase(extents: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(store.blocks, "erase", erase)
+    answers = Answers()
+    writer.submit([Delete(record.uuid)], answers)
+    for _ in range(3000):
+        if store.read_only:
+            break
+        threading.Event().wait(0.01)
+    assert "ZeroDivisionError" in store.read_only
+
+
+def test_a_device_that_fails(simulation: Simulation, store: ObjectStore, writer: Writer) -> None:
+    record = stored(submit(writer, Put(b"x")))
+    simulation.devices[0].fail_flushes = 1
+    assert isinstance(submit(writer, Put(b"y")), DeviceError)
+    assert isinstance(submit(writer, Put(b"z")), RustordError)
+    assert isinstance(submit(writer, Delete(record.uuid)), DeviceError)
+    assert store.get(record.uuid) == b"x"
+
+
+# Killed
+
+WORKER = """
+import os, random, sys, threading
+from queue import SimpleQueue
+import rustord
+from rustord.change import Delete, Put
+from rustord.record import Metadata, Record
+from rustord.writer import Writer
+
+image, index, seed = sys.argv[1], sys.argv[2], int(sys.argv[3])
+store = rustord.open(image, directory=index)
+writer = Writer(store)
+
+def say(*words):
+    os.write(1, (" ".join(words) + "\\n").encode())  # short enough to be written whole
+
+def change(change):
+    answer = SimpleQueue()
+    writer.submit([change], lambda finished: answer.put(finished[0][1]))
+    return answer.get()
+
+def work(number):
+    chance = random.Random(seed * 100 + number)
+    mine = []
+    for turn in range(10**9):
+        if len(mine) > 15 or (mine and chance.random() < 0.3):
+            uuid = mine.pop(chance.randrange(len(mine)))
+            say("deleting", uuid.hex())
+            outcome = change(Delete(uuid))
+            if isinstance(outcome, Record):
+                say("deleted", uuid.hex())
+            continue
+        size = chance.choice([0, 100, 4000, 5000, 70_000, 300_000])
+        word = f"{seed}/{number}/{turn}"
+        name = f"name{number}/{chance.randrange(3)}" if chance.random() < 0.3 else ""
+        data = random.Random(word).randbytes(size)
+        put = Put(data, Metadata(name, "", {"word": word}))
+        if chance.random() < 0.3:
+            upload = store.upload(put, chance.choice([size, None]))
+            for at in range(0, size, 50_000):
+                upload.write(data[at : at + 50_000])
+            if chance.random() < 0.3:
+                upload.abort()
+                continue
+        say("putting", name or "-", word)
+        record = change(put)
+        say("put", record.uuid.hex(), name or "-", word, str(size))
+        if not name:
+            mine.append(record.uuid)
+
+for number in range(4):
+    threading.Thread(target=work, args=(number,), daemon=True).start()
+threading.Event().wait()
+"""
+
+
+class Witness:
+    """What the worker said, and so what a store must hold that is opened after it was killed."""
+
+    def __init__(self) -> None:
+        self.objects: dict[bytes, tuple[str, str, int]] = {}
+        self.deleted: set[bytes] = set()
+        self.deleting: set[bytes] = set()
+        self.putting: set[tuple[str, str]] = set()
+
+    def hear(self, line: str) -> None:
+        word, *rest = line.split()
+        if word == "putting":
+            self.putting.add((rest[0], rest[1]))
+        elif word == "put":
+            name = rest[1]
+            self.putting.remove((name, rest[2]))
+            if name != "-":
+                for uuid, what in list(self.objects.items()):
+                    if what[0] == name:
+                        del self.objects[uuid]
+                        self.deleted.add(uuid)
+            self.objects[bytes.fromhex(rest[0])] = (name, rest[2], int(rest[3]))
+        elif word == "deleting":
+            self.deleting.add(bytes.fromhex(rest[0]))
+        else:
+            del self.objects[bytes.fromhex(rest[0])]
+            self.deleted.add(bytes.fromhex(rest[0]))
+
+    def check(self, store: ObjectStore) -> None:
+        """Assert what P1 promises, and go on from what the store holds."""
+        check_sound(store)
+        found = {record.uuid: record for record in live(store)}
+        for uuid, record in found.items():
+            word = record.attributes["word"]
+            assert store.get(uuid) == random.Random(word).randbytes(record.size)
+            assert uuid not in self.deleted
+            assert uuid in self.objects or (record.name or "-", word) in self.putting
+            assert not record.name or store.resolve(record.name) == uuid
+        replaced = {record.name for uuid, record in found.items() if uuid not in self.objects and record.name}
+        for uuid, (name, word, size) in self.objects.items():
+            if uuid in found:
+                assert (found[uuid].attributes["word"], found[uuid].size) == (word, size)
+            else:
+                assert uuid in self.deleting or name in replaced
+        self.objects = {
+            uuid: (record.name or "-", record.attributes["word"], record.size) for uuid, record in found.items()
+        }
+        self.putting.clear()
+        self.deleting.clear()
+
+
+@pytest.mark.parametrize("lose_index", [False, True], ids=["", "and the index lost"])
+def test_killed_at_random_moments(disk_path: Path, seed: int, lose_index: bool) -> None:
+    simulation = Simulation(disk_path, (64 * MIB,))
+    image, index = os.fspath(simulation.paths[0]), os.fspath(simulation.index)
+    chance = random.Random(seed)
+    witness = Witness()
+    for turn in range(3 if lose_index else 8):
+        command = [sys.executable, "-c", WORKER, image, index, str(seed + turn)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+            assert worker.stdout is not None
+            for _ in range(chance.randrange(20, 700 if not lose_index else 200)):
+                line = worker.stdout.readline()
+                assert line, "the worker ended by itself"
+                witness.hear(line)
+            worker.send_signal(signal.SIGKILL)
+            for line in worker.stdout:
+                witness.hear(line)
+        if lose_index:
+            simulation.lose_index()
+        with rustord.open(image, directory=index) as store:
+            witness.check(store)
+    assert len(witness.objects) + len(witness.deleted) > 30
