@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
@@ -32,6 +33,7 @@ BLKPBSZGET = 0x127B
 BLKROTATIONAL = 0x127E
 BLKZEROOUT = 0x127F
 BLKGETSIZE64 = 0x80081272
+BLKGETDISKSEQ = 0x80081280
 
 # linux/falloc.h and linux/fs.h
 FALLOC_FL_KEEP_SIZE = 0x01
@@ -281,7 +283,13 @@ class _OpenDevice:
 
 
 class RawDevice(_OpenDevice):
-    """A block device: disk, partition, logical volume, loop device."""
+    """A block device: disk, partition, logical volume, loop device.
+
+    ``disk`` is its number and the kernel's count of disks when it was opened (0 before Linux 5.15): by these it is told
+    from another one that was there before, or is later, under the same number.
+    """
+
+    disk: tuple[int, int]
 
     def _identify(self) -> None:
         size = self._ask(BLKGETSIZE64, "Q")
@@ -289,6 +297,7 @@ class RawDevice(_OpenDevice):
         self.physical_block_size = self._ask(BLKPBSZGET, "I")
         self.rotational = bool(self._ask(BLKROTATIONAL, "H"))
         self.size = size - size % self.block_size
+        self.disk = (os.fstat(self._fd).st_rdev, self._diskseq())
         if not self.read_only and self._ask(BLKROGET, "i"):
             raise _read_only_error(self.path)
 
@@ -298,6 +307,12 @@ class RawDevice(_OpenDevice):
         except OSError as error:
             raise DeviceError(f"{self.path} does not say what it is: {error.strerror}", hint=_HEALTH_HINT) from error
         return int(struct.unpack(form, answer)[0])
+
+    def _diskseq(self) -> int:
+        try:
+            return int.from_bytes(fcntl.ioctl(self._fd, BLKGETDISKSEQ, bytes(8)), sys.byteorder)
+        except OSError:
+            return 0
 
     def _zero_range(self, offset: int, length: int) -> None:
         fcntl.ioctl(self._fd, BLKZEROOUT, struct.pack("QQ", offset, length))

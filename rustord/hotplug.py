@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from rustord.blockdevice import RawDevice, open_device
@@ -40,6 +41,7 @@ def find_devices(config: Config) -> list[str]:
         log.warning("%s is not there", path)
     if named and not there:
         raise ConfigError(f"none of {', '.join(named)} is there", hint="see whether the devices are attached")
+    there = _without_faulty(there)
     taken = {os.path.realpath(path) for path in there}
     found = {path: label for path, label in _labelled(config) if path not in taken}
     pools = {label.pool_uuid for label in found.values()}
@@ -53,6 +55,29 @@ def find_devices(config: Config) -> list[str]:
     if not there and not found:
         raise ConfigError("no device that a [[device]] rule means bears a label", hint="see 'rustorctl pool create'")
     return there + [path for path, label in found.items() if label.pool_uuid in pools]
+
+
+def _without_faulty(paths: list[str]) -> list[str]:
+    """Those whose label can be read or that bear none; all of them if that is true of none.
+
+    A disk that has died is not there, as one that was taken out: the pool does without it.
+    """
+    faults = {path: fault for path in paths if (fault := _fault(path))}
+    if len(faults) == len(paths):
+        return paths
+    for path, fault in faults.items():
+        log.error("%s is left out: %s", path, fault, extra={"RUSTORD_DEVICE": path})
+    return [path for path in paths if path not in faults]
+
+
+def _fault(path: str) -> str:
+    """Why nobody can tell what the device is; "" if one can."""
+    try:
+        with closing(open_device(path, read_only=True, exclusive=False)) as device:
+            read_label(device)
+    except RustordError as error:
+        return str(error)
+    return ""
 
 
 def _labelled(config: Config) -> Iterable[tuple[str, Label]]:
@@ -85,45 +110,49 @@ class Hotplug:
     def __init__(self, store: ObjectStore, writer: Writer, config: Config) -> None:
         """Raises DeviceError if the kernel's events cannot be followed."""
         self.config = config
-        """May be exchanged at any time; the next `follow` then looks at all devices again."""
+        """May be exchanged at any time; the next `follow` goes by it."""
         self._store = store
         self._writer = writer
         self._watcher = Watcher()
-        self._looked_for = config
+        self._refusals: dict[str, str] = {}  # what was said about a path, so that it is not said at every event
 
     def fileno(self) -> int:
         """Readable when `follow` has something to do."""
         return self._watcher.fileno()
 
     def follow(self) -> None:
-        """Look at what has changed, and act on it. The first time, everything has."""
+        """Let go of what has vanished, and look at everything that may be a device of the pool that is missing.
+
+        At everything, and not only at what has come: a link to a device may be made after it was seen first.
+        """
         changes = self._watcher.wait(0)
         log.debug("%d devices have come, gone or changed", len(changes))
-        config, self._looked_for = self._looked_for, self.config
         for change in changes:
             if isinstance(change, DeviceRemoved):
                 self._removed(change.candidate)
-            else:
-                self._appeared(change.candidate)
-        if self._looked_for is not config:
+        if any(slot.device is None for slot in self._slots()):
             for candidate in candidates():
                 self._appeared(candidate)
 
+    def _slots(self) -> list[Slot]:
+        return list(self._store.blocks.slots.values())
+
     def _appeared(self, candidate: Candidate) -> None:
-        slots = self._store.blocks.slots.values()
-        if all(slot.device is not None for slot in slots) or any(_is_in(slot, candidate) for slot in slots):
+        path = candidate.path
+        if any(_is_in(slot, candidate) for slot in self._slots()) or not self._is_meant(candidate):
             return
-        if not self._is_meant(candidate):
-            return
-        label = peek(candidate.path)
+        label = peek(path)
         if label is None or label.pool_uuid != self._store.label.pool_uuid:
             return
         try:
-            index = self._writer.call(lambda: attach_device(self._store, candidate.path))
+            index = self._writer.call(lambda: attach_device(self._store, path))
         except RustordError as error:
-            log.error("%s is not taken in: %s", candidate.path, error, extra={"RUSTORD_DEVICE": candidate.path})
+            if self._refusals.get(path) != str(error):
+                log.error("%s is not taken in: %s", path, error, extra={"RUSTORD_DEVICE": path})
+                self._refusals[path] = str(error)
         else:
-            log.info("device %d is back: %s", index, candidate.path, extra={"RUSTORD_DEVICE": candidate.path})
+            log.info("device %d is back: %s", index, path, extra={"RUSTORD_DEVICE": path})
+            self._refusals.pop(path, None)
 
     def _is_meant(self, candidate: Candidate) -> bool:
         names = {candidate.path, *candidate.by_id}
@@ -133,7 +162,8 @@ class Hotplug:
         )
 
     def _removed(self, candidate: Candidate) -> None:
-        for slot in list(self._store.blocks.slots.values()):
+        self._refusals.pop(candidate.path, None)
+        for slot in self._slots():
             if _is_in(slot, candidate):
                 log.error(
                     "device %d has gone: %s", slot.index, candidate.path, extra={"RUSTORD_DEVICE": candidate.path}
@@ -147,6 +177,8 @@ class Hotplug:
 
 
 def _is_in(slot: Slot, candidate: Candidate) -> bool:
-    """Whether it is this device that is open there. By number: the link that it was opened by goes before it does."""
-    device = slot.device
-    return isinstance(device, RawDevice) and os.fstat(device.fileno()).st_rdev == candidate.devnum
+    """Whether it is this disk that is open there, by whatever name: the link that it was opened by goes before it does.
+
+    Another disk may get its number at once, so that is not enough to tell them apart.
+    """
+    return isinstance(slot.device, RawDevice) and slot.device.disk == (candidate.devnum, candidate.diskseq)

@@ -10,11 +10,18 @@ import struct
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import LoopDevices
+import rustord
+from rustord.config import Config, PoolTable
+from rustord.discovery import DeviceRemoved, Watcher, candidates
+from rustord.hotplug import Hotplug
+from rustord.label import label_offsets
+from rustord.writer import Writer
+from tests.conftest import FaultyLoop, LoopDevices
 from tests.daemon import MIB, Daemon, make_pool, until
 
 MakeDaemon = Callable[..., Daemon]
@@ -230,6 +237,44 @@ def device_of(daemon: Daemon, uuid: str) -> int:
     return int(index)
 
 
+def test_a_disk_that_has_died_is_done_without(
+    make_loop: LoopDevices, faulty_loop: FaultyLoop, make_daemon: MakeDaemon
+) -> None:
+    devices = [faulty_loop.path, make_loop(16 * MIB)]
+    make_pool(*devices)
+    daemon = make_daemon(*devices, config=MIRRORED).start()
+    objects = {daemon.put(data): data for data in (b"x", os.urandom(100_000))}
+    daemon.stop()
+    with faulty_loop.failing():
+        daemon.start()
+        assert states(daemon) == ["missing", "online"]
+        assert f"{devices[0]} is left out: " in daemon.log
+        assert {uuid: daemon.get(uuid) for uuid in objects} == objects
+        daemon.stop()
+    daemon.start()
+    assert states(daemon) == ["online", "online"]
+    assert daemon.pool()["state"] == "ok"
+    assert {uuid: daemon.get(uuid) for uuid in objects} == objects
+
+
+def test_a_disk_whose_labels_are_all_damaged_is_done_without(make_image: MakeImage, make_daemon: MakeDaemon) -> None:
+    images = [make_image(16 * MIB) for _ in range(2)]
+    make_pool(*images)
+    daemon = make_daemon(*images, config=MIRRORED).start()
+    uuid = daemon.put(b"data")
+    daemon.stop()
+    with images[0].open("r+b") as opened:
+        for offset in label_offsets(16 * MIB):
+            opened.seek(offset + 100)
+            opened.write(b"\xff" * 8)
+    before = sha256(images[0])
+    daemon.start()
+    assert states(daemon) == ["missing", "online"]
+    assert daemon.get(uuid) == b"data"
+    daemon.stop()
+    assert sha256(images[0]) == before
+
+
 def test_a_device_that_came_while_the_pool_was_opened_is_taken_in(
     make_daemon: MakeDaemon, disks: Disks, pair: list[Path]
 ) -> None:
@@ -297,3 +342,22 @@ def test_a_mirrored_pool_goes_on_without_a_device_that_is_pulled(
     assert states(daemon) == ["online", "online"]
     assert {uuid: daemon.get(uuid) for uuid in objects} == objects
     daemon.delete(next(iter(objects)))
+
+
+def test_another_disk_of_the_same_number_that_has_gone_is_not_ours(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel hands out the number of a disk that went at once; the news of it may come later than the next disk."""
+    config = Config(pool=PoolTable(devices=tuple(pair)))
+    with rustord.open(pair, directory=tmp_path / "index") as store:
+        writer = Writer(store)
+        hotplug = Hotplug(store, writer, config)
+        ours = next(candidate for candidate in candidates() if candidate.path == str(pair[1]))
+        news = [[DeviceRemoved(replace(ours, diskseq=ours.diskseq - 1))], [DeviceRemoved(ours)]]
+        monkeypatch.setattr(Watcher, "wait", lambda self, timeout: news.pop(0))
+        hotplug.follow()
+        assert store.blocks.writable_indices() == [0, 1]
+        hotplug.follow()
+        assert store.blocks.writable_indices() == [0]
+        hotplug.close()
+        assert writer.close()
