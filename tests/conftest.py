@@ -310,5 +310,6 @@ def make_daemon(disk_path: Path) -> Iterator[Callable[..., Daemon]]:
     yield make
     for daemon in made:
         daemon.end()
+        print(f"--- {daemon.log_file}\n{daemon.log[-4000:]}")  # shown if the test has failed
     for daemon in made:
         assert "Traceback" not in daemon.log, daemon.log

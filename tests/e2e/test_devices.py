@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -555,10 +555,3 @@ def test_a_device_that_fails_while_the_daemon_ends_is_put_in_order_at_the_next_s
     faulty.daemon.start()
     assert {uuid: faulty.daemon.get(uuid) for uuid in stored} == stored
     assert faulty.status()["state"] == "ok"
-
-
-@pytest.fixture(autouse=True)
-def show_log_of_failures(request: pytest.FixtureRequest, disk_path: Path) -> Iterator[None]:
-    yield
-    for log in disk_path.glob("daemon*/log"):
-        print(f"--- {log}\n{log.read_text()[-3000:]}")
