@@ -319,6 +319,16 @@ def test_an_answer_that_is_none_is_an_error(tmp_path: Path, answer: bytes, error
         client.get("n")
 
 
+def test_a_reply_is_read_though_the_rest_of_the_body_was_not_taken(tmp_path: Path) -> None:
+    answer = b'{"code": "no-space", "detail": "full"}'
+    head = b"HTTP/1.1 507 Full\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(answer)
+    for data in (bytes(900_000), io.BytesIO(bytes(20 * MIB))):
+        with Liar(tmp_path / "s", head + answer) as liar, Client(liar.path) as client:
+            with pytest.raises(NoSpace, match="full"):
+                client.put(data)
+            liar.path.unlink()
+
+
 def test_a_download_that_is_cut_is_not_the_object(tmp_path: Path) -> None:
     with Liar(tmp_path / "s", OK + b"12345") as liar, Client(liar.path) as client, client.open("n") as download:
         assert download.readinto(bytearray(5)) == 5
