@@ -163,7 +163,7 @@ def test_peers_that_send_slowly_hold_up_nobody(serve: Serve, monkeypatch: pytest
             peer.send(request("PUT", "/v1/names/slow", bytes(2 * MIB))[:MIB])
 
         def dribble() -> None:
-            while not stop.is_set():
+            while not stop.wait(0.01):
                 for peer in slow:
                     peer.send(b"x")
 
