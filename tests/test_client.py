@@ -266,8 +266,9 @@ def test_who_may_not_use_the_socket_is_told_so(daemon: Daemon, plain_user: Plain
         listener.bind(str(path))
         os.chmod(path, 0o600)
         listener.listen()
-        code = f"import os; os.setgroups([]); os.setgid({plain_user.gid}); os.setuid({plain_user.uid})\n"
-        code += f"from rustord.client import Client\nClient({str(path)!r}).pool()"
+        code = "import os\nfrom rustord.client import Client\n"  # first: our files may be closed to that user
+        code += f"os.setgroups([]); os.setgid({plain_user.gid}); os.setuid({plain_user.uid})\n"
+        code += f"Client({str(path)!r}).pool()"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "Unreachable" in done.stderr
     assert "may not be used" in done.stderr

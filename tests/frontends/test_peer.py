@@ -30,17 +30,14 @@ def test_a_peer_is_who_connected_with_all_its_groups(tmp_path: Path, group_count
         listener.bind(str(path))
         os.chmod(path, 0o777)
         listener.listen()
-        # The place of the socket may be closed to others: they come by way of a directory that they are given.
-        directory = os.open(tmp_path, os.O_PATH)
-        code = f"import socket; s = socket.socket(socket.AF_UNIX); s.connect('/proc/self/fd/{directory}/s'); s.recv(1)"
-        with subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", code], user=1234, group=5678, extra_groups=groups, pass_fds=[directory]
-        ) as child:
+        # The places of the socket and of this Python may be closed to others: they begin as we do, and in there.
+        code = f"import os, socket; os.setgroups({groups}); os.setgid(5678); os.setuid(1234)\n"
+        code += "s = socket.socket(socket.AF_UNIX); s.connect('s'); s.recv(1)"
+        with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) as child:
             listener.settimeout(20)
             sock, _ = listener.accept()
             with sock:
                 assert peer_of(sock) == (1234, 5678, child.pid, set(groups))
-        os.close(directory)
 
 
 def test_what_is_no_unix_socket_has_no_peer() -> None:
