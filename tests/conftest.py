@@ -171,6 +171,8 @@ class LoopDevices:
         """The path of a new loop device over an image file."""
         attach = ["losetup", "--find", "--show", "--sector-size", str(sector_size), os.fspath(image)]
         device = Path(subprocess.run(attach, check=True, capture_output=True, text=True).stdout.strip())
+        # Write protection stays with the number of a loop device, for whoever gets it next.
+        subprocess.run(["blockdev", "--setrw", device], check=True)
         descriptor = os.open(device, os.O_RDONLY)
         subprocess.run(["losetup", "--detach", device], check=True)
         self._held[device] = (image, descriptor)
