@@ -16,6 +16,7 @@ import stat
 import struct
 import sys
 from collections.abc import Callable, Sequence
+from glob import iglob
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias
@@ -365,7 +366,7 @@ def openers(path: str) -> list[Opener]:
     target = os.stat(path)
     name = os.path.realpath(path)
     found = set()
-    for fd in Path("/proc").glob("[0-9]*/fd/*"):
+    for fd in map(Path, iglob("/proc/[0-9]*/fd/*")):  # unlike Path.glob, it minds no process that ends meanwhile
         try:
             link = os.readlink(fd)
             # The names are looked at first: to stat whatever anybody has open could hang on a dead file server.
