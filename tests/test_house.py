@@ -23,7 +23,7 @@ TESTED_ELSEWHERE = {
 NAMES_THAT_SAY_NOTHING = {"common", "constants", "helper", "helpers", "misc", "util", "utils"}
 
 # Below these, code is synchronous and all changes are made by one writer thread.
-ASYNCHRONOUS = ("rustord/frontends/", "rustord/client.py", "rustord/daemon.py")
+ASYNCHRONOUS = ("rustord/frontends/", "rustord/client/aio.py", "rustord/daemon.py")
 
 # The daemon's paths (/run, /var/lib, /etc) are the same everywhere; these are somebody's own.
 PATH_OF_ONE_MACHINE = re.compile(r"(?<![\w.~}])/(home|work|Users)/\w")

@@ -26,6 +26,7 @@ from rustord.errors import (
     Unavailable,
     Unreachable,
 )
+from tests.client.liar import Liar
 from tests.conftest import PlainUser
 from tests.daemon import Daemon, make_pool
 
@@ -149,7 +150,7 @@ def test_conditions(client: Client) -> None:
 
 
 def test_listings_go_on_over_their_pages(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rustord.client._PAGE", 3)
+    monkeypatch.setattr("rustord.wire.request._PAGE", 3)
     names = sorted([f"a/{index} &=ü" for index in range(8)] + ["b"])
     stored = {name: client.put(name.encode(), name=name) for name in names}
     unnamed = client.put(b"x", content_type="a/b")
@@ -272,32 +273,6 @@ def test_who_may_not_use_the_socket_is_told_so(daemon: Daemon, plain_user: Plain
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "Unreachable" in done.stderr
     assert "may not be used" in done.stderr
-
-
-class Liar:
-    """A server that answers anything with ``answer``, and then ends the connection."""
-
-    def __init__(self, path: Path, answer: bytes) -> None:
-        self.path = path
-        self._answer = answer
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(path))
-        self._listener.listen()
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        sock, _ = self._listener.accept()
-        with sock:
-            sock.recv(1 << 16)
-            sock.sendall(self._answer)
-
-    def __enter__(self) -> Liar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._thread.join()
-        self._listener.close()
 
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n"

@@ -1,14 +1,6 @@
-"""Client: the object API from Python, over the daemon's Unix socket.
+"""The client for everybody who may wait.
 
-::
-
-    with Client() as client:
-        stored = client.put(b"hello", name="greeting")
-        assert client.get("greeting") == client.get(stored.uuid) == b"hello"
-
-A ``key`` is the uuid of an Object, as text, or its name. Every method raises what the daemon answered as the
-`rustord.errors` class that it is, and Unreachable if nobody answers. Only what is needed is imported, so that a
-command starts quickly: there is no http.client here.
+Only what is needed is imported, so that a command starts quickly: there is no http.client here.
 """
 
 from __future__ import annotations
@@ -23,14 +15,31 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple
-from urllib.parse import quote, unquote
+from typing import Any, BinaryIO
 
 from rustord.errors import InvalidRequest, NotFound, Unavailable, Unreachable
 from rustord.manifest import Data
-from rustord.objkey import is_uuid
 from rustord.wire.http1 import ReplyHead, read_reply_head
 from rustord.wire.problem import read_problem
+from rustord.wire.request import (
+    DEVICES,
+    METRICS,
+    PLUGINS,
+    POOL,
+    Info,
+    Listing,
+    Request,
+    Stored,
+    add_device,
+    delete,
+    fetch,
+    look,
+    manifest,
+    read_info,
+    read_stored,
+    remove_device,
+    store,
+)
 
 DEFAULT_SOCKET = "/run/rustord/rustord.sock"
 
@@ -39,38 +48,6 @@ _PIECE_BYTES = 1 << 20
 _EXPECT_BYTES = 1 << 20
 """A longer body is announced first: the daemon may refuse it before it is sent."""
 _HEAD_BYTES_MAX = 64 << 10
-_PAGE = 1000
-
-
-class Stored(NamedTuple):
-    """What the daemon says of an Object that it has stored, or lists."""
-
-    uuid: str
-    name: str
-    size: int
-    algorithm: str
-    digest: str
-    content_type: str = ""
-    created: str = ""
-    """RFC 3339; empty in the answer to a PUT."""
-
-    @property
-    def etag(self) -> str:
-        """The entity tag, for ``if_match``."""
-        return f"{self.algorithm}:{self.digest}"
-
-
-class Info(NamedTuple):
-    """An Object's metadata. ``size`` is that of the whole Object, in bytes."""
-
-    uuid: str
-    name: str
-    size: int
-    etag: str
-    content_type: str
-    modified: str
-    """When it was stored, as an HTTP date."""
-    attributes: Mapping[str, str]
 
 
 class Client:
@@ -117,18 +94,8 @@ class Client:
         ``if_match`` it must belong to an Object with that entity tag. ``progress`` is told the size of each piece that
         has been sent. Raises PreconditionFailed, NoSpace, InvalidRequest, TooLarge, ReadOnly, ...
         """
-        fields = [f"Rustor-Meta-{quote(key, safe='')}: {quote(value)}" for key, value in (attributes or {}).items()]
-        if content_type:
-            fields.append(f"Content-Type: {_plain(content_type)}")
-        if not replace:
-            fields.append("If-None-Match: *")
-        if if_match:
-            fields.append(f'If-Match: "{_plain(if_match)}"')
-        if name:
-            head = self._send("PUT", f"/v1/names/{quote(name)}", fields, data, progress)
-        else:
-            head = self._send("POST", "/v1/objects", fields, data, progress)
-        return _stored(self._json(head))
+        request = store(name, content_type, attributes or {}, replace, if_match)
+        return read_stored(self._body(self._check(self._send(request, data, progress))))
 
     def get(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
         """The data of an Object, or the part of it from ``start`` to before ``end``; see `open`."""
@@ -141,117 +108,103 @@ class Client:
         A negative ``start`` counts from its end. Read it all or close it before the next request. Raises NotFound,
         RangeNotSatisfiable, Damaged, ...
         """
-        head = self._send("GET", object_path(key), _range_fields(start, end))
-        self._check(head)
-        return Download(self, _info(head), head.fields.content_length or 0)
+        head = self._check(self._send(fetch(key, start, end)))
+        return Download(self, read_info(head), head.fields.content_length or 0)
 
     def stat(self, key: str) -> Info:
         """An Object's metadata. Raises NotFound."""
-        head = self._send("HEAD", object_path(key))
+        head = self._send(look(key))
         if head.status == 404:
             raise NotFound(f"there is no Object {key[:80]!r}", hint="'rustorctl ls' lists what there is")
         if head.status != 200:
             raise read_problem(head.status, b"")
-        return _info(head)
+        return read_info(head)
 
     def delete(self, key: str, *, if_match: str = "") -> None:
         """Delete an Object; on return its blocks have been erased. Raises NotFound, PreconditionFailed."""
-        fields = [f'If-Match: "{_plain(if_match)}"'] if if_match else []
-        self._check(self._send("DELETE", object_path(key), fields))
+        self._check(self._send(delete(key, if_match)))
 
     def manifest(self, uuid: str) -> dict[str, Any]:
         """All that is known of an Object, with the extents that hold it."""
-        manifest: dict[str, Any] = self._json(self._send("GET", f"/v1/objects/{quote(uuid, safe='')}/manifest"))
-        return manifest
+        return dict(self._json(manifest(uuid)))
 
     def names(self, prefix: str = "", *, after: str = "", limit: int | None = None) -> Iterator[Stored]:
         """Objects that have a name with this ``prefix``, by name, behind ``after`` on; at most ``limit``."""
-        return self._pages("/v1/names", {"prefix": prefix, "after": after}, limit)
+        return self._list(Listing("/v1/names", {"prefix": prefix, "after": after}, limit))
 
     def objects(self, *, after: str = "", limit: int | None = None) -> Iterator[Stored]:
-        """All Objects by uuid, behind the uuid ``after`` on; at most ``limit``."""
-        return self._pages("/v1/objects", {"after": after}, limit)
+        """All Objects by uuid, from behind the uuid ``after`` on; at most ``limit``."""
+        return self._list(Listing("/v1/objects", {"after": after}, limit))
 
-    def _pages(self, path: str, parameters: Mapping[str, str], limit: int | None) -> Iterator[Stored]:
-        query = {name: quote(value, safe="") for name, value in parameters.items() if value}
-        while limit is None or limit > 0:
-            query["limit"] = str(_PAGE if limit is None else min(limit, _PAGE))
-            head = self._send("GET", f"{path}?{'&'.join(f'{name}={value}' for name, value in query.items())}")
-            lines = self._body(self._check(head)).splitlines()
-            yield from (_stored(json.loads(line)) for line in lines)
-            if "rustor-next" not in head.fields.by_name:
-                return
-            query["after"] = head.fields.by_name["rustor-next"]
-            limit = None if limit is None else limit - len(lines)
+    def _list(self, listing: Listing) -> Iterator[Stored]:
+        while not listing.done:
+            head = self._check(self._send(listing.request))
+            yield from listing.feed(head, self._body(head))
 
     # The daemon
 
     def pool(self) -> dict[str, Any]:
         """The pool's state."""
-        return dict(self._json(self._send("GET", "/v1/pool")))
+        return dict(self._json(POOL))
 
     def devices(self) -> list[dict[str, Any]]:
         """The pool's devices."""
-        return list(self._json(self._send("GET", "/v1/devices")))
+        return list(self._json(DEVICES))
 
     def add_device(self, path: str, *, force: bool = False, dry_run: bool = False) -> dict[str, Any]:
         """Claim a device for the pool. Raises ClaimRefused with every reason."""
-        body = json.dumps({"path": path, "force": force, "dry_run": dry_run}).encode()
-        return dict(self._json(self._send("POST", "/v1/devices", ["Content-Type: application/json"], body)))
+        return dict(self._json(*add_device(path, force, dry_run)))
 
     def remove_device(self, device: str) -> dict[str, Any]:
         """Take a device (its index, uuid or path) out of the pool."""
-        return dict(self._json(self._send("DELETE", f"/v1/devices/{quote(device, safe='')}")))
+        return dict(self._json(remove_device(device)))
 
     def plugins(self) -> list[dict[str, Any]]:
         """The plugins that are loaded or installed."""
-        return list(self._json(self._send("GET", "/v1/plugins")))
+        return list(self._json(PLUGINS))
 
     def metrics(self) -> str:
         """All metrics, in the text format of Prometheus."""
-        return self._body(self._check(self._send("GET", "/metrics"))).decode()
+        return self._body(self._check(self._send(METRICS))).decode()
 
     # Requests
 
     def _send(
         self,
-        method: str,
-        target: str,
-        fields: list[str] | None = None,
+        request: Request,
         data: Data | BinaryIO | None = None,
         progress: Callable[[int], object] = lambda size: None,
     ) -> ReplyHead:
         """Send a request, and read the head of its reply. Raises Unreachable."""
-        lines = [f"{method} {target} HTTP/1.1", "Host: rustord", *(fields or ())]
         try:
             sock = self._connected()
             if data is None:
-                sock.sendall(_head(lines))
+                sock.sendall(request.head())
                 return self._reply_head(sock)
             if isinstance(data, (bytes, bytearray, memoryview)):
-                return self._send_data(sock, lines, memoryview(data).cast("B"), progress)
+                return self._send_data(sock, request, memoryview(data).cast("B"), progress)
             size = _size_left(data)
             if size is None:
-                return self._send_chunks(sock, lines, data, progress)
-            return self._send_file(sock, lines, data, size, progress)
+                return self._send_chunks(sock, request, data, progress)
+            return self._send_file(sock, request, data, size, progress)
         except (ConnectionError, TimeoutError) as error:
             self.close()
-            raise self._unreachable(error) from error
+            raise unreachable(error, self._path, self._timeout_s) from error
         except BaseException:  # such as an error of the file, in the middle of the request
             self.close()
             raise
 
     def _send_data(
-        self, sock: socket.socket, lines: list[str], data: memoryview, progress: Callable[[int], object]
+        self, sock: socket.socket, request: Request, data: memoryview, progress: Callable[[int], object]
     ) -> ReplyHead:
-        if refused := self._announce(sock, lines, len(data)):
+        if refused := self._announce(sock, request, len(data)):
             return refused
         return self._while_sending(sock, lambda: _send_pieces(sock, data, progress))
 
     def _send_file(
-        self, sock: socket.socket, lines: list[str], file: BinaryIO, size: int, progress: Callable[[int], object]
+        self, sock: socket.socket, request: Request, file: BinaryIO, size: int, progress: Callable[[int], object]
     ) -> ReplyHead:
-        if refused := self._announce(sock, lines, size):
+        if refused := self._announce(sock, request, size):
             return refused
 
         def send() -> None:
@@ -268,9 +221,9 @@ class Client:
         return self._while_sending(sock, send)
 
     def _send_chunks(
-        self, sock: socket.socket, lines: list[str], file: BinaryIO, progress: Callable[[int], object]
+        self, sock: socket.socket, request: Request, file: BinaryIO, progress: Callable[[int], object]
     ) -> ReplyHead:
-        sock.sendall(_head([*lines, "Transfer-Encoding: chunked"]))
+        sock.sendall(request.head("Transfer-Encoding: chunked"))
 
         def send() -> None:
             while piece := file.read(_PIECE_BYTES):
@@ -280,13 +233,13 @@ class Client:
 
         return self._while_sending(sock, send)
 
-    def _announce(self, sock: socket.socket, lines: list[str], size: int) -> ReplyHead | None:
+    def _announce(self, sock: socket.socket, request: Request, size: int) -> ReplyHead | None:
         """Send the head. If the body is long, wait until the daemon wants it; its reply if it does not."""
-        lines.append(f"Content-Length: {size}")
+        length = f"Content-Length: {size}"
         if size < _EXPECT_BYTES:
-            sock.sendall(_head(lines))
+            sock.sendall(request.head(length))
             return None
-        sock.sendall(_head([*lines, "Expect: 100-continue"]))
+        sock.sendall(request.head(length, "Expect: 100-continue"))
         head = self._reply_head(sock)
         return None if head.status == 100 else head
 
@@ -296,7 +249,7 @@ class Client:
         return self._reply_head(sock)
 
     def _connected(self) -> socket.socket:
-        if self._sock is not None and not self._is_fresh(self._sock):
+        if self._sock is not None and not is_fresh(self._sock):
             self.close()
         if self._sock is None:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -307,16 +260,9 @@ class Client:
                 sock.settimeout(self._timeout_s)
             except OSError as error:
                 sock.close()
-                raise self._unreachable(error) from error
+                raise unreachable(error, self._path, self._timeout_s) from error
             self._sock = sock
         return self._sock
-
-    @staticmethod
-    def _is_fresh(sock: socket.socket) -> bool:
-        """Whether the daemon has sent nothing unasked: neither the rest of a reply that nobody read, nor the end."""
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        return not poll.poll(0)
 
     # Replies
 
@@ -342,7 +288,7 @@ class Client:
             return self._sock.recv_into(buffer)
         except OSError as error:
             self.close()
-            raise self._unreachable(error) from error
+            raise unreachable(error, self._path, self._timeout_s) from error
 
     def _body(self, head: ReplyHead) -> bytes:
         """The body of a reply that is wanted whole."""
@@ -365,19 +311,8 @@ class Client:
             raise read_problem(head.status, self._body(head))
         return head
 
-    def _json(self, head: ReplyHead) -> Any:
-        return json.loads(self._body(self._check(head)))
-
-    def _unreachable(self, error: OSError) -> Unreachable:
-        if isinstance(error, FileNotFoundError):
-            return Unreachable(f"there is no socket {self._path}", hint="start the daemon, or name its socket")
-        if isinstance(error, ConnectionRefusedError):
-            return Unreachable(f"nobody listens on {self._path}", hint="start the daemon: systemctl start rustord")
-        if isinstance(error, PermissionError):
-            return Unreachable(f"{self._path} may not be used", hint="join the group that owns the socket, or use sudo")
-        if isinstance(error, (TimeoutError, BlockingIOError)):
-            return Unreachable(f"the daemon on {self._path} was silent for {self._timeout_s:g} s", hint="see its log")
-        return Unreachable(f"the connection to {self._path} was lost: {error}", hint="see the daemon's log")
+    def _json(self, request: Request, body: bytes | None = None) -> Any:
+        return json.loads(self._body(self._check(self._send(request, body))))
 
 
 class Download:
@@ -433,31 +368,6 @@ class Download:
             yield buffer[:count]
 
 
-def object_path(key: str) -> str:
-    """The path of an Object in the API, by uuid or name."""
-    return f"/v1/objects/{key}" if is_uuid(key) else f"/v1/names/{quote(key)}"
-
-
-def _head(lines: list[str]) -> bytes:
-    return "\r\n".join([*lines, "", ""]).encode("latin-1")
-
-
-def _plain(value: str) -> str:
-    if not (value.isascii() and value.isprintable()) or '"' in value:
-        raise InvalidRequest(f"{value[:80]!r} cannot be sent", hint="use printable ASCII characters")
-    return value
-
-
-def _range_fields(start: int, end: int | None) -> list[str]:
-    if start == 0 and end is None:
-        return []
-    if end is not None and not 0 <= start < end:
-        raise InvalidRequest(f"there is nothing from {start} to {end}", hint="end must be greater than start")
-    if start < 0:
-        return [f"Range: bytes={start}"]
-    return [f"Range: bytes={start}-{'' if end is None else end - 1}"]
-
-
 def _size_left(file: BinaryIO) -> int | None:
     """Bytes from where the file stands to its end; None if that cannot be known beforehand."""
     try:
@@ -483,22 +393,21 @@ def _send_all(sock: socket.socket, buffers: list[Data]) -> None:
         sent = max(0, sent - len(buffer))
 
 
-def _stored(told: Mapping[str, Any]) -> Stored:
-    return Stored(**{name: told[name] for name in Stored._fields if name in told})
+def is_fresh(sock: socket.socket) -> bool:
+    """Whether the daemon has sent nothing unasked: neither the rest of a reply that nobody read, nor the end."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return not poll.poll(0)
 
 
-def _info(head: ReplyHead) -> Info:
-    fields = head.fields.by_name
-    whole = fields.get("content-range", "").rpartition("/")[2]
-    prefix = "rustor-meta-"
-    return Info(
-        uuid=fields.get("rustor-uuid", ""),
-        name=unquote(fields.get("rustor-name", "")),
-        size=int(whole) if whole else head.fields.content_length or 0,
-        etag=fields.get("etag", "").strip('"'),
-        content_type=fields.get("content-type", ""),
-        modified=fields.get("last-modified", ""),
-        attributes={
-            unquote(name[len(prefix) :]): unquote(value) for name, value in fields.items() if name.startswith(prefix)
-        },
-    )
+def unreachable(error: OSError, path: str, timeout_s: float) -> Unreachable:
+    """What an error of the connection to the socket at ``path`` means."""
+    if isinstance(error, FileNotFoundError):
+        return Unreachable(f"there is no socket {path}", hint="start the daemon, or name its socket")
+    if isinstance(error, ConnectionRefusedError):
+        return Unreachable(f"nobody listens on {path}", hint="start the daemon: systemctl start rustord")
+    if isinstance(error, PermissionError):
+        return Unreachable(f"{path} may not be used", hint="join the group that owns the socket, or use sudo")
+    if isinstance(error, (TimeoutError, BlockingIOError)):
+        return Unreachable(f"the daemon on {path} was silent for {timeout_s:g} s", hint="see its log")
+    return Unreachable(f"the connection to {path} was lost: {error}", hint="see the daemon's log")

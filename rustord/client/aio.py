@@ -1,0 +1,236 @@
+"""The client for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from types import TracebackType
+from typing import Any
+
+from rustord.client.blocking import DEFAULT_SOCKET, is_fresh, unreachable
+from rustord.errors import NotFound, Unavailable
+from rustord.manifest import Data
+from rustord.wire import request as ask
+from rustord.wire.http1 import ReplyHead, read_reply_head
+from rustord.wire.problem import read_problem
+from rustord.wire.request import Info, Listing, Request, Stored
+
+_READ_BYTES = 256 << 10
+_HEAD_BYTES_MAX = 64 << 10
+_EXPECT_BYTES = 1 << 20
+"""A longer body is announced first: the daemon may refuse it before it is sent."""
+
+
+class AsyncClient:
+    """A connection to the daemon, made when it is needed, and again when it was lost.
+
+    Any number of tasks may use it: their requests take turns. Use several for requests at the same time.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] = DEFAULT_SOCKET, *, timeout_s: float = 300.0) -> None:
+        """``timeout_s``: how long the daemon may stay silent."""
+        self._path = os.fspath(path)
+        self._timeout_s = timeout_s
+        self._turn = asyncio.Lock()
+        self._sock: socket.socket | None = None
+        self._received = b""
+        self._left = 0
+        """Bytes of the reply under way that are still to be read; -1 before its head."""
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; the next request makes a new one."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+        self._received = b""
+
+    # Objects
+
+    async def put(
+        self,
+        data: Data | AsyncIterable[Data],
+        *,
+        name: str = "",
+        content_type: str = "",
+        attributes: Mapping[str, str] | None = None,
+        replace: bool = True,
+        if_match: str = "",
+    ) -> Stored:
+        """Store an Object, as `rustord.client.Client.put`; ``data`` may come piece by piece."""
+        request = ask.store(name, content_type, attributes or {}, replace, if_match)
+        return ask.read_stored(await self._whole(request, data))
+
+    async def get(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
+        """The data of an Object, or the part of it from ``start`` to before ``end``."""
+        return await self._whole(ask.fetch(key, start, end))
+
+    async def pieces(self, key: str, *, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+        """The same piece by piece. Raises Unavailable if the rest does not come: what came is not the Object."""
+        async with self._reply(ask.fetch(key, start, end)):
+            while self._left:
+                yield await self._some()
+
+    async def stat(self, key: str) -> Info:
+        """An Object's metadata. Raises NotFound."""
+        async with self._reply(ask.look(key)) as head:
+            pass
+        if head.status == 404:
+            raise NotFound(f"there is no Object {key[:80]!r}", hint="'rustorctl ls' lists what there is")
+        if head.status != 200:
+            raise read_problem(head.status, b"")
+        return ask.read_info(head)
+
+    async def delete(self, key: str, *, if_match: str = "") -> None:
+        """Delete an Object; on return its blocks have been erased. Raises NotFound, PreconditionFailed."""
+        await self._whole(ask.delete(key, if_match))
+
+    async def manifest(self, uuid: str) -> dict[str, Any]:
+        """All that is known of an Object, with the extents that hold it."""
+        return dict(json.loads(await self._whole(ask.manifest(uuid))))
+
+    def names(self, prefix: str = "", *, after: str = "", limit: int | None = None) -> AsyncIterator[Stored]:
+        """Objects that have a name with this ``prefix``, by name, from behind ``after`` on; at most ``limit``."""
+        return self._list(Listing("/v1/names", {"prefix": prefix, "after": after}, limit))
+
+    def objects(self, *, after: str = "", limit: int | None = None) -> AsyncIterator[Stored]:
+        """All Objects by uuid, from behind the uuid ``after`` on; at most ``limit``."""
+        return self._list(Listing("/v1/objects", {"after": after}, limit))
+
+    async def _list(self, listing: Listing) -> AsyncIterator[Stored]:
+        while not listing.done:
+            async with self._reply(listing.request) as head:
+                page = listing.feed(head, await self._body())
+            for stored in page:
+                yield stored
+
+    async def pool(self) -> dict[str, Any]:
+        """The pool's state."""
+        return dict(json.loads(await self._whole(ask.POOL)))
+
+    # Requests
+
+    async def _whole(self, request: Request, data: Data | AsyncIterable[Data] | None = None) -> bytes:
+        async with self._reply(request, data):
+            return await self._body()
+
+    @asynccontextmanager
+    async def _reply(
+        self, request: Request, data: Data | AsyncIterable[Data] | None = None
+    ) -> AsyncIterator[ReplyHead]:
+        """The head of the reply, and the connection for its body. Raises what the daemon answered if it is an error."""
+        async with self._turn:
+            self._left = -1
+            try:
+                head = await self._ask(request, data)
+                self._left = 0 if request.method == "HEAD" else head.fields.content_length or 0
+                if head.status >= 400 and request.method != "HEAD":
+                    raise read_problem(head.status, await self._body())
+                yield head
+                if head.fields.closes:
+                    self.close()
+            finally:
+                if self._left:  # broken off somewhere in between
+                    self.close()
+
+    async def _ask(self, request: Request, data: Data | AsyncIterable[Data] | None) -> ReplyHead:
+        try:
+            await self._connect()
+            if data is None:
+                await self._send(request.head())
+            elif isinstance(data, (bytes, bytearray, memoryview)):
+                if refused := await self._send_data(request, memoryview(data).cast("B")):
+                    return refused
+            else:
+                await self._send(request.head("Transfer-Encoding: chunked"))
+                with suppress(BrokenPipeError, ConnectionResetError):  # it listens no more, and its reply says why
+                    await self._send_chunks(data)
+            return await self._head()
+        except OSError as error:
+            raise unreachable(error, self._path, self._timeout_s) from error
+
+    async def _send_data(self, request: Request, data: memoryview) -> ReplyHead | None:
+        length = f"Content-Length: {len(data)}"
+        if len(data) < _EXPECT_BYTES:
+            await self._send(request.head(length))
+        else:
+            await self._send(request.head(length, "Expect: 100-continue"))
+            head = await self._head()
+            if head.status != 100:
+                return head
+        with suppress(BrokenPipeError, ConnectionResetError):
+            for at in range(0, len(data), _READ_BYTES):
+                await self._send(data[at : at + _READ_BYTES])
+        return None
+
+    async def _send_chunks(self, data: AsyncIterable[Data]) -> None:
+        async for piece in data:
+            if piece:
+                await self._send(b"%x\r\n" % len(piece))
+                await self._send(piece)
+                await self._send(b"\r\n")
+        await self._send(b"0\r\n\r\n")
+
+    async def _head(self) -> ReplyHead:
+        while (head := read_reply_head(self._received)) is None:
+            data = await self._receive()
+            if not data or len(self._received) > _HEAD_BYTES_MAX:
+                raise ConnectionResetError("no whole reply came")
+            self._received += data
+        self._received = self._received[head.end :]
+        return head
+
+    async def _body(self) -> bytes:
+        pieces = []
+        while self._left:
+            pieces.append(await self._some())
+        return b"".join(pieces)
+
+    async def _some(self) -> bytes:
+        """A piece of the body of the reply under way."""
+        try:
+            data, self._received = self._received or await self._receive(), b""
+        except OSError as error:
+            raise unreachable(error, self._path, self._timeout_s) from error
+        if not data:
+            raise Unavailable(f"the daemon broke off {self._left} bytes before the end", hint="its log says why")
+        data, self._received = data[: self._left], data[self._left :]
+        self._left -= len(data)
+        return data
+
+    # The socket
+
+    async def _connect(self) -> None:
+        if self._sock is not None and not is_fresh(self._sock):
+            self.close()
+        if self._sock is not None:
+            return None
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.setblocking(False)
+        async with asyncio.timeout(self._timeout_s):
+            while True:
+                try:
+                    return await asyncio.get_running_loop().sock_connect(self._sock, self._path)
+                except BlockingIOError:  # the daemon has not yet accepted those who came before
+                    await asyncio.sleep(0.01)
+
+    async def _send(self, data: Data) -> None:
+        assert self._sock is not None
+        async with asyncio.timeout(self._timeout_s):
+            await asyncio.get_running_loop().sock_sendall(self._sock, data)
+
+    async def _receive(self) -> bytes:
+        assert self._sock is not None
+        async with asyncio.timeout(self._timeout_s):
+            return await asyncio.get_running_loop().sock_recv(self._sock, _READ_BYTES)
