@@ -770,10 +770,12 @@ class TestFailingDevices:
         record = store.stat(store.put(DATA[:9000]).uuid)
         delete = Delete(record.uuid)
         first = store.cycle([delete])
+        free = free_blocks(store)
         simulation.devices[0].fail_flushes = 1
         ((done, outcome),) = store.cycle(first.following).outcomes
         assert done is delete
         assert isinstance(outcome, DeviceError)
+        assert free_blocks(store) == free
         with pytest.raises(NotFound):
             store.get(record.uuid)
         simulation.cut_power()

@@ -133,6 +133,10 @@ class Connection:
         except InvalidRequest as error:
             if not self._exchanges:  # otherwise it is read again when they have been answered
                 self._refuse(error, None)
+        except Exception:
+            log.exception("a connection is cut, since its requests could not be read")
+            self.close()
+            return
         many = self._outbox.byte_count > unsent_max
         self._send()
         if many and not self._outbox.byte_count:

@@ -12,6 +12,7 @@ import errno
 import logging
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 
 from rustord.errors import Unavailable
@@ -110,7 +111,7 @@ class HttpServer:
                 f"there are {self._limits.connections} connections already", hint="try again later, or use fewer"
             )
             reply = problem(error)
-            with sock:
+            with sock, suppress(OSError):  # it may be gone already
                 sock.send(reply.head(b"Connection: close\r\n") + reply.body)
             return
         try:

@@ -103,6 +103,7 @@ class Receiving:
     def _open(self) -> None:
         if not self._view:
             self._view = memoryview(bytearray(self._limits.upload_piece_bytes))
+            self._piece_began = monotonic()
         if self._size is not None and self._upload is None:
             self._upload = self._store.upload(self.put, self._size)
         if self._confirm:

@@ -319,6 +319,22 @@ def test_many_who_say_nothing_hold_up_nobody(serve: Serve) -> None:
     until(lambda: served.server.traffic.connections == 0, "all are gone")
 
 
+def test_a_fault_of_ours_ends_one_connection_and_is_logged(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise ZeroDivisionError
+
+    with served.connect() as good, served.connect() as bad, monkeypatch.context() as patched:
+        assert good.ask(request("GET", "/v1/names")).status == 200
+        patched.setattr("rustord.frontends.connection.read_request_head", fail)
+        bad.send(request("GET", "/v1/names"))
+        assert bad.is_ended()
+        patched.undo()
+        assert good.ask(request("GET", "/v1/names")).status == 200
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_garbage_ends_in_an_answer_or_the_end(served: Served, seed: int) -> None:
     chance = random.Random(seed)
     good = [sent for sent, *_ in mixed_requests(20, chance)]

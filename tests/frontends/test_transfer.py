@@ -214,6 +214,22 @@ def test_only_so_many_uploads_are_under_way_and_the_others_wait(serve: Serve) ->
     until(lambda: not served.is_busy(), "all have ended")
 
 
+def test_the_time_that_an_upload_waits_for_its_turn_is_not_held_against_it(serve: Serve) -> None:
+    served = serve(limits=Limits(uploads=1, body_s=1.5))
+    data = request("PUT", "/v1/names/n", bytes(MIB))
+    with served.connect() as first, served.connect() as second:
+        first.send(data[:-1])
+        until(served.is_busy, "the first has begun")
+        second.send(data[:1000])
+        until(lambda: served.server.traffic.uploads == 2, "the second waits")
+        threading.Event().wait(1.0)
+        first.send(data[-1:])
+        assert first.reply().status == 201
+        threading.Event().wait(1.0)
+        second.send(data[1000:])
+        assert second.reply().status == 200
+
+
 def test_many_transfers_at_once(served: Served, seed: int) -> None:
     chance = random.Random(seed)
     failures: list[BaseException] = []
