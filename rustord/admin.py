@@ -8,7 +8,7 @@ from typing import Any
 
 from rustord.blockstore import Slot
 from rustord.claim import check, claim
-from rustord.errors import NotFound, ReadOnly
+from rustord.errors import NotFound
 from rustord.objectstore import ObjectStore
 from rustord.objkey import is_uuid, parse_uuid, uuid_text
 from rustord.plugins import PluginManager
@@ -88,8 +88,7 @@ class Admin:
             verdict = check(path)
             verdict.require(force=force)
             return {"path": path, "size_bytes": verdict.size, "would_erase": list(verdict.erasures) if force else []}
-        if self._store.read_only:
-            raise ReadOnly(f"the pool takes no changes: {self._store.read_only}", hint="see 'rustorctl status'")
+        self._store.check_changeable()
         device = claim(path, force=force, announce=lambda erasure: log.warning("%s: erasing %s", path, erasure))
         try:
             member = self._writer.call(lambda: add_device(self._store, device))

@@ -30,7 +30,6 @@ Buffer: TypeAlias = bytes | bytearray | memoryview | mmap
 BLKROGET = 0x125E
 BLKSSZGET = 0x1268
 BLKDISCARD = 0x1277
-BLKPBSZGET = 0x127B
 BLKROTATIONAL = 0x127E
 BLKZEROOUT = 0x127F
 BLKGETSIZE64 = 0x80081272
@@ -143,7 +142,6 @@ class _OpenDevice:
     path: str
     size: int
     block_size: int
-    physical_block_size: int
     rotational: bool
 
     def __init__(self, path: str, *, read_only: bool, exclusive: bool) -> None:
@@ -295,7 +293,6 @@ class RawDevice(_OpenDevice):
     def _identify(self) -> None:
         size = self._ask(BLKGETSIZE64, "Q")
         self.block_size = self._ask(BLKSSZGET, "i")
-        self.physical_block_size = self._ask(BLKPBSZGET, "I")
         self.rotational = bool(self._ask(BLKROTATIONAL, "H"))
         self.size = size - size % self.block_size
         self.disk = (os.fstat(self._fd).st_rdev, self._diskseq())
@@ -326,7 +323,7 @@ class ImageFile(_OpenDevice):
     """A regular file in place of a device, for development and tests."""
 
     def _identify(self) -> None:
-        self.block_size = self.physical_block_size = IMAGE_BLOCK_SIZE
+        self.block_size = IMAGE_BLOCK_SIZE
         self.rotational = False
         size = os.fstat(self._fd).st_size
         self.size = size - size % IMAGE_BLOCK_SIZE

@@ -92,7 +92,6 @@ class _Batch:
     names: set[str] = field(default_factory=set)
     gone: set[ObjectId] = field(default_factory=set)
     length: int = 0
-    journalled: set[int] = field(default_factory=set)
     outcomes: list[tuple[Change, Record | RustordError]] = field(default_factory=list)
     following: list[Change] = field(default_factory=list)
 
@@ -223,8 +222,7 @@ class ObjectStore:
 
         Raises what would make the Put fail in the end: PreconditionFailed, NoSpace if the size is known, ReadOnly.
         """
-        if self.read_only:
-            raise ReadOnly(f"the pool is read-only: {self.read_only}", hint="see 'rustorctl status'")
+        self.check_changeable()
         self._check_name(put)
         hasher = self.keygen.hasher()
         needed = 0
@@ -240,6 +238,11 @@ class ObjectStore:
                 raise
         put.source = upload
         return upload
+
+    def check_changeable(self) -> None:
+        """Raise ReadOnly, which says why, if the pool takes no changes."""
+        if self.read_only:
+            raise ReadOnly(f"the pool is read-only: {self.read_only}", hint="see 'rustorctl status'")
 
     def _abandon(self, used: list[Extent], unused: list[Extent]) -> None:
         self.allocator.release(unused)
@@ -265,7 +268,7 @@ class ObjectStore:
         times.append(perf_counter())
         failed |= self.blocks.flush((committed | erased) - failed.keys())
         times.append(perf_counter())
-        cycle = self._settle(batch, failed)
+        cycle = self._settle(batch, failed, committed - failed.keys())
         times.append(perf_counter())
         for phase, began, ended in zip(self.phase_s.values(), times, times[1:], strict=False):
             phase.observe(ended - began)
@@ -411,9 +414,8 @@ class ObjectStore:
 
     def _refusal(self) -> RustordError | None:
         """Why the pool takes no changes now; None if it does. Waits for the index if that lags far behind."""
-        if self.read_only:
-            return ReadOnly(f"the pool is read-only: {self.read_only}", hint="see 'rustorctl status'")
         try:
+            self.check_changeable()
             self.keystore.make_room()
         except RustordError as error:
             return error
@@ -488,12 +490,10 @@ class ObjectStore:
             puts, deletes, undone, self._erased, self._durable, self.blocks.writable_indices()
         )
         failed |= refused
-        batch.journalled = written
         return written
 
-    def _settle(self, batch: _Batch, failed: dict[int, RustordError]) -> Cycle:
-        """After the flush: know what is durable, free what is erased, and answer."""
-        durable = batch.journalled - failed.keys()
+    def _settle(self, batch: _Batch, failed: dict[int, RustordError], durable: set[int]) -> Cycle:
+        """After the flush: know what is durable (on which devices), free what is erased, and answer."""
         for device in durable:
             self._erased.pop(device, None)
         puts = self._settle_puts(batch, failed)

@@ -20,6 +20,7 @@ import hypothesis
 import pytest
 
 from tests.daemon import Daemon
+from tests.simulation import Simulation
 
 MIB = 1 << 20
 # pytest must not see it: in CI it prints whole differences, and takes minutes to find those of large values.
@@ -315,3 +316,26 @@ def make_daemon(disk_path: Path) -> Iterator[Callable[..., Daemon]]:
         print(f"--- {daemon.log_file}\n{daemon.log[-4000:]}")  # shown if the test has failed
     for daemon in made:
         assert "Traceback" not in daemon.log, daemon.log
+
+
+@pytest.fixture
+def simulate(disk_path: Path) -> Iterator[Callable[..., Simulation]]:
+    """Makes simulations; closes at the end what is open."""
+    made: list[Simulation] = []
+
+    def make(*sizes: int, **settings: Any) -> Simulation:
+        directory = disk_path / f"pool{len(made)}"
+        directory.mkdir()
+        made.append(Simulation(directory, sizes or (16 << 20,), **settings))
+        return made[-1]
+
+    yield make
+    for simulation in made:
+        if simulation.is_open:
+            simulation.close()
+
+
+@pytest.fixture
+def simulation(simulate: Callable[..., Simulation]) -> Simulation:
+    """A pool on one device of 16 MiB."""
+    return simulate()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -49,29 +49,6 @@ from tests.simulation import (
 BLOCK = 4096
 SIZES = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 300, 65535, 65536, 65537, 131072, MIB, 3 * MIB + 12345]
 DATA = random.Random(3).randbytes(6 * MIB)
-
-
-@pytest.fixture
-def simulate(disk_path: Path) -> Iterator[Callable[..., Simulation]]:
-    """Makes simulations; closes at the end what is open."""
-    made: list[Simulation] = []
-
-    def make(*sizes: int, **settings: Any) -> Simulation:
-        directory = disk_path / f"pool{len(made)}"
-        directory.mkdir()
-        made.append(Simulation(directory, sizes or (16 * MIB,), **settings))
-        return made[-1]
-
-    yield make
-    for simulation in made:
-        if simulation.is_open:
-            simulation.close()
-
-
-@pytest.fixture
-def simulation(simulate: Callable[..., Simulation]) -> Simulation:
-    """A pool on one device of 16 MiB."""
-    return simulate()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -57,29 +57,6 @@ BLOCK = 4096
 KEYGEN = HashKeyGen("xxh3-128")
 DATA = random.Random(3).randbytes(4 * MIB)
 GEOMETRY = Geometry(16 * MIB // BLOCK, BLOCK)
-
-
-@pytest.fixture
-def simulate(disk_path: Path) -> Iterator[Callable[..., Simulation]]:
-    """Makes simulations; closes at the end what is open."""
-    made: list[Simulation] = []
-
-    def make(*sizes: int, **settings: Any) -> Simulation:
-        directory = disk_path / f"pool{len(made)}"
-        directory.mkdir()
-        made.append(Simulation(directory, sizes or (16 * MIB,), **settings))
-        return made[-1]
-
-    yield make
-    for simulation in made:
-        if simulation.is_open:
-            simulation.close()
-
-
-@pytest.fixture
-def simulation(simulate: Callable[..., Simulation]) -> Simulation:
-    """A pool on one device of 16 MiB."""
-    return simulate()
 
 
 class On:
