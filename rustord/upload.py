@@ -7,8 +7,9 @@ from collections.abc import Callable
 from itertools import accumulate
 
 from rustord.allocator import Allocator
+from rustord.blockdevice import BlockDevice
 from rustord.blockstore import BlockStore, chunk_sums
-from rustord.errors import InvalidRequest, NoSpace
+from rustord.errors import DeviceError, InvalidRequest, NoSpace
 from rustord.extent import Extent, block_count, extend
 from rustord.keygen import Hasher
 from rustord.manifest import CHUNK_BYTES, Data
@@ -42,6 +43,7 @@ class Upload:
         self.declared_size = size
         self.sums = bytearray()
         self.rest = bytearray()
+        self._devices: dict[int, BlockDevice] = {}
         self._written = 0
         self._touched = 0  # as far as a write got that failed, these blocks are not clean any more
         self.copies: list[list[Extent]] = [[] for _ in range(allocator.placer.copies)]
@@ -114,13 +116,24 @@ class Upload:
             skip = at - starts[number]
             take = min(len(view), (count - skip) * block_size)
             extent = Extent(device, block + skip, count - skip)
+            self._devices.setdefault(device, self._blocks.writable(device))
             self._blocks.write(extent, (view[:take],))
             self._blocks.start_writeback(extent, take)
             view = view[take:]
             at += -(-take // block_size)
 
     def finish(self) -> None:
-        """Hash and sum the rest; the size is known now. Raises InvalidRequest if it is not the declared one."""
+        """Hash and sum the rest; the size is known now. Raises InvalidRequest if it is not the declared one.
+
+        Raises DeviceError if a device that was written to has gone: one that is back in its place has lost what was not
+        flushed, and the flush of the cycle would not tell.
+        """
+        for index, device in self._devices.items():
+            if self._blocks.device(index) is not device:
+                raise DeviceError(
+                    f"device {index} was away while the data came in, and may have lost what it had of it",
+                    hint="send the data again",
+                )
         if self.declared_size is not None and self.size != self.declared_size:
             raise InvalidRequest(
                 f"{self.size} bytes instead of the {self.declared_size} that were declared",

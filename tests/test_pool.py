@@ -479,6 +479,24 @@ class TestDevices:
         simulation.close()
         check_sound(simulation.open())
 
+    def test_an_upload_ends_with_the_device_that_it_began_on(self, simulate: Callable[..., Simulation]) -> None:
+        simulation = simulate()
+        store = simulation.open()
+        kept = store.put(b"kept")
+        store.keystore.checkpoint()
+        free = free_blocks(store)
+        put = Put(b"")
+        store.upload(put, None).write(DATA[:MIB])
+        detach_device(store, 0)
+        simulation.devices[0].close()  # what was not flushed is lost
+        attach_device(store, str(simulation.paths[0]))
+        with pytest.raises(DeviceError, match="was away while the data came in"):
+            stored(run(store, put)[0])
+        assert [record.uuid for record in store.objects()] == [kept.uuid]
+        assert free_blocks(store) == free
+        check_sound(store)
+        assert upload(store, DATA[:MIB]).size == MIB
+
     def test_what_cannot_be_attached(self, simulate: Callable[..., Simulation]) -> None:
         simulation = simulate(16 * MIB, 16 * MIB)
         store = simulation.open()
