@@ -71,6 +71,7 @@ def set_up_logging(config: Config) -> None:
     handler: logging.Handler
     if _stderr_is_journal():
         handler = JournalHandler(SYSLOG_IDENTIFIER="rustord")
+        handler.setFormatter(logging.Formatter("%(message)s"))  # the fields say the rest
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

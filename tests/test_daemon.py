@@ -599,6 +599,7 @@ def test_the_journal_gets_fields_when_standard_error_leads_to_it(
     assert daemon.log == ""
     (opened,) = (entry for entry in entries if " is open after " in entry["MESSAGE"])
     assert opened["SYSLOG_IDENTIFIER"] == "rustord"
+    assert opened["MESSAGE"].startswith("pool ")
     assert opened["PRIORITY"] == "6"
     (removed,) = (entry for entry in entries if "was removed" in entry["MESSAGE"])
     assert removed["RUSTORD_DEVICE"] == str(images[1])
