@@ -7,7 +7,8 @@ All changes go through `ObjectStore.cycle`, a batch of them and one flush per de
 A crash before the flush has returned leaves each Object of the batch whole or absent: the journal's entry and the data
 verify, or they do not. A failure before it gives the blocks back. A DELETE takes two cycles: in the first its tombstone
 is made durable (the commit point: readers no longer find the Object), in the second its blocks are erased, footer and
-all; then they are free and it is answered. So a free block is never named by a live Record, and never holds old data.
+all; then they are free and it is answered. So a free block is never named by a live Record, and never holds
+what was deleted.
 """
 
 from __future__ import annotations
