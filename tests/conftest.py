@@ -19,13 +19,15 @@ from typing import Any, TypeVar
 import hypothesis
 import pytest
 
+from tests import container as containers
+from tests.container import Container
 from tests.daemon import Daemon
 from tests.simulation import Simulation
 
 MIB = 1 << 20
 # pytest must not see it: in CI it prints whole differences, and takes minutes to find those of large values.
 IN_CI = os.environ.pop("CI", "").lower() == "true"
-LOOP_FIXTURES = {"loop_device", "make_loop", "faulty_loop"}
+LOOP_FIXTURES = {"loop_device", "make_loop", "faulty_loop", "container"}
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
 # mkfs and its like are there, too, which the PATH of a plain user often lacks.
@@ -65,6 +67,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if LOOP_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("root")
+        if "debian" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(900))  # the first one may have to make the root filesystem
     if not config.option.long:
         later = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=later)
@@ -339,3 +343,18 @@ def simulate(disk_path: Path) -> Iterator[Callable[..., Simulation]]:
 def simulation(simulate: Callable[..., Simulation]) -> Simulation:
     """A pool on one device of 16 MiB."""
     return simulate()
+
+
+@pytest.fixture(scope="session")
+def debian() -> Path:
+    """The files of a Debian machine, for `tests.container.booted`; nobody changes them."""
+    if lacking := containers.lacking():
+        pytest.skip(f"this test boots a container: {lacking}")
+    return containers.root_filesystem()
+
+
+@pytest.fixture
+def container(debian: Path) -> Iterator[Container]:
+    """A Debian machine that has booted, with systemd, udevd and the packages that rustord depends on."""
+    with containers.booted(debian) as machine:
+        yield machine
