@@ -11,6 +11,8 @@
     ├── RangeNotSatisfiable       a range that begins beyond the end
     ├── Forbidden                 the peer's role does not allow it
     ├── NoSpace                   not enough free blocks
+    ├── InUse                     an Object or volume that clients have open as a block device
+    ├── Unsupported               what cannot be done here, or not in the way that was asked for
     ├── Unavailable               shutting down, overloaded, or not yet started
     │   └── Unreachable           (client) nothing answers on the socket
     ├── ReadOnly                  the pool takes no writes, and why
@@ -100,6 +102,20 @@ class NoSpace(RustordError):
     http_status = 507
     nbd_error = errno.ENOSPC
     exit_status = 6
+
+
+class InUse(RustordError):
+    code = "in-use"
+    http_status = 409
+    nbd_error = errno.EPERM
+    exit_status = 15
+
+
+class Unsupported(RustordError):
+    code = "unsupported"
+    http_status = 501
+    nbd_error = errno.EOPNOTSUPP
+    exit_status = 16
 
 
 class Forbidden(RustordError):

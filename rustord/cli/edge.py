@@ -18,6 +18,8 @@ status  meaning
 12      a device was refused, since it is not proven free
 13      the devices do not make up a pool that can be opened
 14      a plugin is missing, broken or of the wrong version
+15      an Object or volume is in use as a block device
+16      this cannot be done here
 74      a local file cannot be read or written
 78      the configuration is wrong
 130     interrupted (Ctrl-C)
