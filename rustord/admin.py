@@ -74,6 +74,7 @@ class Admin:
             "reason": slot.reason,
             "size_bytes": slot.geometry.data_block_count * block_size,
             "free_bytes": self._free_blocks(slot) * block_size,
+            "bad_bytes": slot.bad.block_count * block_size,
             "device_bytes": slot.geometry.size,
             "rotational": slot.device.rotational if slot.device else None,
         }

@@ -87,6 +87,18 @@ class Allocator:
             if device in self._free:
                 self._free[device].release(block, count)
 
+    def condemn(self, extents: Iterable[Extent]) -> None:
+        """Never give out these blocks again, whether they are free now or only later."""
+        with self._lock:
+            for device, block, count in extents:
+                if device in self._free:
+                    self._free[device].condemn(block, count)
+
+    def is_empty(self, device: int) -> bool:
+        """Whether nothing is on the device: each of its blocks is free, or would be if it were not bad."""
+        free = self._free[device]
+        return free.free_count + free.lost_count == self._sizes[device]
+
     def fragments(self) -> int:
         """How many runs of free blocks there are."""
         return sum(len(free) for free in self._free.values())

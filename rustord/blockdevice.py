@@ -15,6 +15,7 @@ import re
 import stat
 import struct
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from glob import iglob
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
@@ -58,6 +59,7 @@ thin volumes) the next 4 KiB write costs 440 instead of 257. So only where it wi
 """
 
 _ZEROS = memoryview(mmap(-1, 1 << 20, flags=MAP_PRIVATE | MAP_ANONYMOUS)).toreadonly()  # never touched: no memory
+_DIRECT_ALIGNMENT = 4096  # of what is read past the page cache: no device and no filesystem here asks for more
 _UNSUPPORTED = frozenset((errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.ENOSYS))
 _HEALTH_HINT = "look into the kernel log (dmesg) and at the device's health (smartctl), then replace the device"
 
@@ -86,6 +88,10 @@ class BlockDevice(Protocol):
     def read_now(self, offset: int, buffers: Sequence[Buffer]) -> bool:
         """Fills all buffers from the page cache. False, never an error, if that would have to wait or falls short."""
 
+    def reread(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """As ``read``, but from the medium itself and not from the page cache, where that is possible, and without
+        leaving anything there."""
+
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """Writes all buffers to ``offset``; durable after the next ``flush``.
 
@@ -100,6 +106,10 @@ class BlockDevice(Protocol):
 
     def zero(self, offset: int, length: int) -> None:
         """Makes the range read as zeros; durable after the next ``flush``. Raises as ``write`` does."""
+
+    def scratch(self, offset: int, length: int) -> None:
+        """Makes a range that may be bad read as zeros, durably. Raises DeviceError if that is impossible, which does
+        not make the device ``failed``: for whom a bad block must not cost the whole device."""
 
     def discard(self, offset: int, length: int) -> None:
         """Tells the device that the range's content is no longer needed; it reads as anything then. Does nothing
@@ -149,6 +159,8 @@ class _OpenDevice:
         self.read_only = read_only
         self.failed = ""
         self._zeroes_ranges = True
+        self._direct_fd = -1
+        self._opening = threading.Lock()
         self._fd = _open_locked(path, read_only=read_only, exclusive=exclusive)
         try:
             self._identify()
@@ -171,6 +183,25 @@ class _OpenDevice:
             return os.preadv(self._fd, buffers, offset, os.RWF_NOWAIT) == sum(map(len, buffers))
         except OSError:
             return False  # EAGAIN; whatever else is wrong, the blocking read will say
+
+    def reread(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        want = sum(map(len, buffers))
+        length = want + -want % _DIRECT_ALIGNMENT
+        with mmap(-1, max(length, _DIRECT_ALIGNMENT), flags=MAP_PRIVATE | MAP_ANONYMOUS) as aligned:
+            try:
+                got = os.preadv(self._direct(), (memoryview(aligned)[:length],), offset)
+            except OSError as error:
+                if error.errno in _UNSUPPORTED:
+                    self.read(offset, buffers)
+                    return
+                raise self._read_error(offset, want, error) from error
+            if got < want:
+                self.read(offset, buffers)  # which says what is wrong
+                return
+            at = 0
+            for buffer in buffers:
+                memoryview(buffer)[:] = aligned[at : at + len(buffer)]
+                at += len(buffer)
 
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         want = sum(map(len, buffers))
@@ -201,6 +232,28 @@ class _OpenDevice:
         for start in range(offset, end, len(_ZEROS)):
             self.write(start, (_ZEROS[: end - start],))
 
+    def scratch(self, offset: int, length: int) -> None:
+        if self.failed or self.read_only or not 0 <= offset <= self.size - length:
+            raise self._refusal("zero", offset, length)
+        end = offset + length
+        try:
+            for start in range(offset, end, len(_ZEROS)):
+                zeros = _ZEROS[: end - start]
+                if os.pwritev(self._direct(), (zeros,), start) != len(zeros):
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+        except OSError as error:
+            reason = f"{self.path}: zeroing {length} bytes at byte {offset} failed: {error.strerror}"
+            raise DeviceError(reason, hint=_HEALTH_HINT) from error
+
+    def _direct(self) -> int:
+        """A descriptor of the same device that goes past the page cache and makes each write durable."""
+        with self._opening:
+            if self._direct_fd < 0:
+                flags = (os.O_RDONLY if self.read_only else os.O_RDWR) | os.O_DIRECT | os.O_DSYNC | os.O_CLOEXEC
+                # Through what we hold open and not by its name, under which another device may be found by now.
+                self._direct_fd = os.open(f"/proc/self/fd/{self._fd}", flags)
+            return self._direct_fd
+
     def discard(self, offset: int, length: int) -> None:
         self._change_range("discard", self._discard_range, offset, length)
 
@@ -212,9 +265,10 @@ class _OpenDevice:
         return self._fd
 
     def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        for fd in (self._fd, self._direct_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._direct_fd = -1
 
     def _identify(self) -> None:
         raise NotImplementedError

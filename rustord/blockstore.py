@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from time import perf_counter
 from typing import Literal
 
 from xxhash import xxh3_64_digest
 
+from rustord.badblocks import RUN_COUNT_MAX, TABLE_BYTES, BadBlocks, choose_bad_blocks, decode_bad_blocks
 from rustord.blockdevice import BlockDevice
 from rustord.distribution import Distribution
 from rustord.errors import Damaged, DeviceError, FormatError, RustordError
@@ -31,13 +33,17 @@ _REPAIR_BYTES = 1 << 20
 
 @dataclass
 class Slot:
-    """The place of one device in the pool. ``device`` is None while it is missing; then ``why`` says why."""
+    """The place of one device in the pool. ``device`` is None while it is missing; then ``why`` says why.
+
+    ``bad`` are its blocks that are never used again.
+    """
 
     index: int
     uuid: bytes
     geometry: Geometry
     device: BlockDevice | None
     why: str = ""
+    bad: BadBlocks = field(default_factory=BadBlocks)
     flush_s: Distribution = field(default_factory=Distribution)
     """How long its flushes took, in seconds."""
 
@@ -65,6 +71,7 @@ class BlockStore:
         """The uuid of each device, by index."""
         self.erase_policy = erase_policy
         self._retired: list[BlockDevice] = []
+        self._condemning = threading.Lock()
         self._flushers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="flush")
         for slot in slots:
             self.add(slot)
@@ -132,11 +139,31 @@ class BlockStore:
         self.slots[index].flush_s.observe(perf_counter() - began)
         return None
 
+    def condemn(self, extents: Iterable[Extent], *, dead: bool = False) -> None:
+        """Note blocks as bad on their devices, durably; ``dead`` if what they hold is deleted and cannot be erased.
+
+        Raises DeviceError if a device cannot note them, or has no room for more.
+        """
+        with self._condemning:
+            for index, block, count in extents:
+                slot = self.slots[index]
+                bad = slot.bad.adding(block, count, dead=dead)
+                if len(bad.runs) > RUN_COUNT_MAX:
+                    raise DeviceError(
+                        f"device {index} has more bad extents than its table holds ({RUN_COUNT_MAX:,})",
+                        hint="replace the device: blocks that were found bad now are used again after a restart",
+                    )
+                if bad.runs != slot.bad.runs:
+                    slot.bad = replace(bad, number=bad.number + 1)
+                    write_bad_blocks(self.writable(index), slot)
+
     def erase(self, extents: Iterable[Extent]) -> None:
         """Do to the blocks of deleted Objects what the policy says. The last block of an extent is always zeroed.
 
-        The last block may hold the trailer of a footer, by which a deleted Object could come back.
+        The last block may hold the trailer of a footer, by which a deleted Object could come back. Bad blocks are
+        zeroed as far as they can be; what cannot be is logged, and is dead.
         """
+        extents = [part for extent in extents for part in self._without_bad(extent)]
         block_size = self.block_size
         if self.erase_policy == "zero":
             runs: list[Extent] = []
@@ -149,6 +176,28 @@ class BlockStore:
             if self.erase_policy == "discard":
                 device.discard(block * block_size, count * block_size)
             device.zero((block + count - 1) * block_size, block_size)
+
+    def _without_bad(self, extent: Extent) -> Iterable[Extent]:
+        """The good part of what is to be erased; the bad part has been seen to."""
+        slot = self.slots.get(extent.device)
+        if slot is None or not slot.bad:
+            return (extent,)
+        for block, count, dead in slot.bad.within(extent.block, extent.count):
+            if not dead:
+                self._scratch(Extent(extent.device, block, count))
+        good = slot.bad.without(extent.block, extent.count)
+        return [Extent(extent.device, block, count) for block, count in good]
+
+    def _scratch(self, bad: Extent) -> None:
+        try:
+            self.writable(bad.device).scratch(bad.block * self.block_size, bad.count * self.block_size)
+        except DeviceError as error:
+            log.warning(
+                "bad blocks %d to %d of device %d keep what was deleted there, and are never used again: %s",
+                *(bad.block, bad.end - 1, bad.device, error),
+                extra={"RUSTORD_DEVICE": bad.device},
+            )
+            self.condemn((bad,), dead=True)
 
     # Reading
 
@@ -336,3 +385,31 @@ def write_label(device: BlockDevice, label: Label) -> None:
     for offset in others:
         device.write(offset, (data,))
     device.flush()
+
+
+def read_bad_blocks(device: BlockDevice, slot: Slot) -> BadBlocks:
+    """What the device in ``slot`` has noted as bad. If no copy of the table can be used, that is logged: reads are
+    verified whatever is bad, but blocks that were found bad may be used again."""
+    copies: list[BadBlocks | FormatError | None] = []
+    for offset in slot.geometry.bad_table_offsets:
+        data = bytearray(TABLE_BYTES)
+        try:
+            device.read(offset, (data,))
+            copies.append(decode_bad_blocks(memoryview(data), slot.uuid))
+        except FormatError as error:
+            copies.append(error)
+        except DeviceError as error:
+            copies.append(FormatError(error.message, hint=error.hint))
+    try:
+        return choose_bad_blocks(copies)
+    except FormatError as error:
+        log.error("device %d has lost its table of bad blocks: %s", slot.index, error)
+        return BadBlocks()
+
+
+def write_bad_blocks(device: BlockDevice, slot: Slot) -> None:
+    """Write both copies of the table, the first one durably before the second. Raises DeviceError."""
+    data = slot.bad.encode(slot.uuid)
+    for offset in slot.geometry.bad_table_offsets:
+        device.write(offset, (data,))
+        device.flush()

@@ -8,6 +8,8 @@ from itertools import islice
 
 from BTrees.LLBTree import LLBTree, LLTreeSet
 
+from rustord.badblocks import BadBlocks
+
 BLOCKS_MAX = 2**40
 """A device has at most this many blocks (4 PiB of 4 KiB)."""
 
@@ -32,10 +34,11 @@ class FreeList:
 
     Every run is held twice, by place (first block and count) and by length, in B-trees of plain integers: 24 bytes a
     run, and about 50 with what is unused in the trees' nodes. Blocks are numbers below `BLOCKS_MAX`, counts are in
-    blocks; ``free_count`` is the sum of all counts. Not thread-safe.
+    blocks; ``free_count`` is the sum of all counts, ``lost_count`` how many blocks are bad and would be free otherwise.
+    Not thread-safe.
     """
 
-    __slots__ = ("_by_length", "_counts", "_long", "free_count")
+    __slots__ = ("_bad", "_by_length", "_counts", "_long", "free_count", "lost_count")
 
     def __init__(self, extents: Iterable[tuple[int, int]] = ()) -> None:
         """``extents`` are (block, count), ascending; raises ValueError if they are not, or overlap."""
@@ -49,6 +52,8 @@ class FreeList:
         self._by_length = LLTreeSet(entries)
         self._by_length.insert(_NO_ENTRY)
         self.free_count: int = sum(self._counts.values())
+        self.lost_count = 0
+        self._bad = BadBlocks()
 
     def __len__(self) -> int:
         """How many runs there are. Walks over the leaves: well under a millisecond for a million runs."""
@@ -130,6 +135,9 @@ class FreeList:
 
         Raises ValueError if one of them was free already, or is no block of any device; then nothing has changed.
         """
+        if self._bad and self._bad.within(block, count):
+            self._release_good(block, count)
+            return
         end = block + count
         if not 0 <= block < end <= BLOCKS_MAX:
             raise ValueError(f"{count} blocks from {block} on are on no device")
@@ -152,6 +160,25 @@ class FreeList:
             run_count += next_count
         self._add_run(run_block, run_count)
         self.free_count += count
+
+    def _release_good(self, block: int, count: int) -> None:
+        good = self._bad.without(block, count)
+        for run in good:
+            self.release(*run)
+        self.lost_count += count - sum(good_count for _, good_count in good)
+
+    def condemn(self, block: int, count: int) -> None:
+        """The ``count`` blocks from ``block`` on are never free again: at once those that are, the others from the
+        moment that they would be."""
+        end = block + count
+        run_block, run_count = self._run_before(block)
+        runs = [(run_block, run_count), *self._counts.items(block + 1, end)] if count else []
+        for run_block, run_count in runs:
+            first, last = max(run_block, block), min(run_block + run_count, end)
+            if first < last:
+                self.take(first, last - first)
+                self.lost_count += last - first
+        self._bad = self._bad.adding(block, count)
 
     def _run_before(self, block: int) -> tuple[int, int]:
         """The last run that does not begin behind ``block``; an empty one at ``block`` if there is none."""

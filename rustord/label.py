@@ -84,6 +84,12 @@ class Geometry:
         return label_offsets(self.size)
 
     @property
+    def bad_table_offsets(self) -> tuple[int, int]:
+        """Where the copies of the table of bad blocks stand: behind the first and the last copy of the label."""
+        head, _, tail = self.label_offsets
+        return head + LABEL_BYTES, tail + LABEL_BYTES
+
+    @property
     def journal_offset(self) -> int:
         return _MIB
 

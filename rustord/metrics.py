@@ -98,14 +98,17 @@ class Metrics:
         yield GaugeMetricFamily("rustord_read_only", "1 if the pool takes no changes", value=bool(store.read_only))
         size = GaugeMetricFamily("rustord_device_size_bytes", "Room for data on a device", labels=["device"])
         free = GaugeMetricFamily("rustord_device_free_bytes", "Free room on a device", labels=["device"])
+        bad = GaugeMetricFamily("rustord_device_bad_bytes", "Bad blocks, which are never used again", labels=["device"])
         state = GaugeMetricFamily("rustord_device_state", "1 for the state that it is in", labels=["device", "state"])
         for index, slot in list(store.blocks.slots.items()):
             size.add_metric([str(index)], slot.geometry.data_block_count * block_size)
             free.add_metric([str(index)], store.allocator.free_count(index) * block_size)
+            bad.add_metric([str(index)], slot.bad.block_count * block_size)
             for name in _STATES:
                 state.add_metric([str(index), name], slot.state == name)
         yield size
         yield free
+        yield bad
         yield state
 
 

@@ -245,6 +245,14 @@ class ObjectStore:
         if self.read_only:
             raise ReadOnly(f"the pool is read-only: {self.read_only}", hint="see 'rustorctl status'")
 
+    def condemn(self, extents: Sequence[Extent]) -> None:
+        """Never use these blocks again, in this life or another; what is on them stays there. Called between cycles.
+
+        Raises DeviceError if a device cannot note it durably.
+        """
+        self.allocator.condemn(extents)
+        self.blocks.condemn(extents)
+
     def _abandon(self, used: list[Extent], unused: list[Extent]) -> None:
         self.allocator.release(unused)
         if used:

@@ -13,7 +13,15 @@ from pathlib import Path
 
 from rustord.allocator import Allocator
 from rustord.blockdevice import BlockDevice, open_device
-from rustord.blockstore import BlockStore, ErasePolicy, Slot, read_label, write_label
+from rustord.blockstore import (
+    BlockStore,
+    ErasePolicy,
+    Slot,
+    read_bad_blocks,
+    read_label,
+    write_bad_blocks,
+    write_label,
+)
 from rustord.errors import DeviceError, InvalidRequest, PoolError, RustordError
 from rustord.extent import Extent, block_count
 from rustord.footer import encode_footer
@@ -168,7 +176,10 @@ def _assemble(devices: Sequence[BlockDevice], erase_policy: ErasePolicy) -> tupl
                 f"{found.path} has {found.size} bytes, but its label speaks of {geometry.size}: it was cut short",
                 hint="restore the device or image file to its full size; do not write to it meanwhile",
             )
-        slots.append(Slot(member.device_index, member.device_uuid, geometry, found, "" if found else "not found"))
+        slot = Slot(member.device_index, member.device_uuid, geometry, found, "" if found else "not found")
+        if found is not None:
+            slot.bad = read_bad_blocks(found, slot)
+        slots.append(slot)
     return newest, BlockStore(newest.block_size, slots, erase_policy)
 
 
@@ -311,6 +322,7 @@ def _take_stock(
         if overlap:
             problem = f"two Objects claim block {overlap} of device {index}"
         allocator.add(index, FreeList(free), slot.geometry.data_block_count)
+        allocator.condemn(Extent(index, run.block, run.count) for run in slot.bad.runs)
     return stock, stale, problem
 
 
@@ -411,6 +423,8 @@ def write_labels(blocks: BlockStore, label: Label) -> None:
         slot = blocks.slots.get(member.device_index)
         if slot is not None and slot.state == "online":
             assert slot.device is not None
+            if slot.bad.number and label.state is State.OPEN:
+                write_bad_blocks(slot.device, slot)  # a copy that was damaged is good again
             write_label(slot.device, label.for_member(member))
 
 
@@ -462,6 +476,8 @@ def attach_device(store: ObjectStore, path: str) -> int:
                 f"{path} holds changes that the index does not know", hint="restart rustord, which replays them"
             )
         write_label(device, store.label.for_member(member))
+        slot.bad = read_bad_blocks(device, slot)
+        store.allocator.condemn(Extent(slot.index, run.block, run.count) for run in slot.bad.runs)
     except BaseException:
         device.close()
         raise
@@ -485,7 +501,7 @@ def remove_device(store: ObjectStore, index: int) -> None:
     if len(store.blocks.slots) == 1:
         raise InvalidRequest(f"device {index} is the pool's only one", hint="add another device first")
     device = store.blocks.writable(index)
-    if store.allocator.free_count(index) != slot.geometry.data_block_count:
+    if not store.allocator.is_empty(index):
         raise DeviceError(
             f"device {index} ({device.path}) holds Objects", hint="delete or copy them elsewhere before it is removed"
         )

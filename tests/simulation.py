@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rustord.badblocks import BadBlocks, BadRun
 from rustord.blockdevice import BlockDevice, Buffer, open_device
 from rustord.change import Change, Put
 from rustord.errors import DeviceError, RustordError
@@ -70,6 +71,7 @@ class VolatileDevice:
         """How many of the next flushes fail."""
         self.fail_writes = False
         self.fail_reads = False
+        self.fail_scratches = False
         self.strict = True
         """Whether the device refuses everything after a failure, as `BlockDevice` demands."""
         self._below = below
@@ -84,6 +86,9 @@ class VolatileDevice:
 
     def read_now(self, offset: int, buffers: Sequence[Buffer]) -> bool:
         return not self.fail_reads and self._below.read_now(offset, buffers)
+
+    def reread(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self.read(offset, buffers)
 
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self._power.spend()
@@ -109,6 +114,11 @@ class VolatileDevice:
 
     def zero(self, offset: int, length: int) -> None:
         self.write(offset, (bytes(length),))
+
+    def scratch(self, offset: int, length: int) -> None:
+        if self.fail_scratches:
+            raise DeviceError(f"{self.path}: zeroing at byte {offset} fails, as it was told to")
+        self._below.write(offset, (bytes(length),))
 
     def discard(self, offset: int, length: int) -> None:
         self.write(offset, (b"\xdb" * length,))  # it may read as anything, so not as zeros
@@ -240,7 +250,7 @@ def live(store: ObjectStore) -> list[Record]:
 
 
 def check_sound(store: ObjectStore) -> None:
-    """Assert that every block is free or one Object's, none both or neither, and that every Object is whole.
+    """Assert that every block is free, bad or one Object's, none both or neither, and that every Object is whole.
 
     Nothing may be under way: no upload, and no erasure that follows from an earlier cycle.
     """
@@ -248,6 +258,8 @@ def check_sound(store: ObjectStore) -> None:
     for index, slot in store.blocks.slots.items():
         runs = list(store.allocator._free[index])
         runs += [(block, count) for record in records for device, block, count in record.extents if device == index]
+        used = BadBlocks(tuple(BadRun(block, count) for block, count in sorted(runs)))
+        runs += [run for bad in slot.bad.runs for run in used.without(bad.block, bad.count)]
         assert _joined(runs) == list(slot.geometry.data_runs), f"the blocks of device {index} do not add up"
     for record in records:
         store.read(record, 0, record.size)

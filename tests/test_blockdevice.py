@@ -93,6 +93,35 @@ class TestReadAndWrite:
             assert device.read_now(1 << 62, [bytearray(1024)]) is False
             assert device.read_now(0, [bytearray(1)] * (IOV_MAX + 1)) is False
 
+    def test_reread_asks_the_medium(self, path: Path, seed: int) -> None:
+        content = fill(path, seed)
+        with closing(open_device(path)) as device:
+            for offset, length in ((0, 4096), (MIB, 100), (4096, MIB + 1), (SIZE - 4096, 4096)):
+                pieces = [bytearray(length // 3), bytearray(length - length // 3)]
+                device.reread(offset, pieces)
+                assert b"".join(pieces) == content[offset : offset + length]
+            with pytest.raises(DeviceError, match=r"ends at byte|reading"):
+                device.reread(SIZE, [bytearray(512)])
+            assert not device.failed
+
+    def test_reread_sees_what_was_just_written(self, path: Path) -> None:
+        buffer = bytearray(10)
+        with closing(open_device(path)) as device:
+            device.write(8192, [b"0123456789"])
+            device.reread(8192, [buffer])
+        assert buffer == b"0123456789"
+
+    def test_scratch_zeroes_and_nothing_else(self, path: Path, seed: int) -> None:
+        content = fill(path, seed)
+        with closing(open_device(path)) as device:
+            buffer = bytearray(SIZE)
+            device.read(0, [buffer])  # now it is in the page cache
+            device.scratch(8192, 4096 + MIB)
+            device.read(0, [buffer])
+            assert buffer == content[:8192] + bytes(4096 + MIB) + content[8192 + 4096 + MIB :]
+            with pytest.raises(DeviceError, match="beyond the end"):
+                device.scratch(SIZE, 4096)
+
     def test_start_writeback_never_fails(self, path: Path) -> None:
         device = open_device(path)
         device.write(0, [bytes(MIB)])

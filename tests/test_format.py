@@ -68,7 +68,7 @@ def module_of(name: str) -> Any:
 def structs_of_the_code() -> dict[str, str]:
     """What is said under each struct.Struct of the modules that write to a device or to the index, by name."""
     found = {}
-    for path in ("label", "journal", "record", "footer", "keystore/ring", "keystore/store"):
+    for path in ("label", "badblocks", "journal", "record", "footer", "keystore/ring", "keystore/store"):
         body = ast.parse((PACKAGE / f"{path}.py").read_text()).body
         for number, node in enumerate(body):
             if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("struct.Struct("):

@@ -53,6 +53,22 @@ def test_first_fit_finds_the_lowest_run_behind_many_short_ones() -> None:
     assert [free.first_fit(count) for count in (2, 5, 6, 7)] == [1010, 1010, 1020, None]
 
 
+def test_a_bad_block_is_never_free_again() -> None:
+    free = FreeList([(0, 10), (20, 10)])
+    free.take(4, 4)
+    free.condemn(2, 20)  # of these, 4 to 7 are taken, 10 to 19 are not ours
+    assert list(free) == [(0, 2), (22, 8)]
+    assert (free.free_count, free.lost_count) == (10, 6)
+    free.release(4, 4)
+    assert (list(free), free.free_count, free.lost_count) == ([(0, 2), (22, 8)], 10, 10)
+    free.take(22, 8)
+    free.condemn(25, 1)
+    free.release(22, 8)
+    assert (list(free), free.free_count, free.lost_count) == ([(0, 2), (22, 3), (26, 4)], 9, 11)
+    free.condemn(0, 40)
+    assert (list(free), free.free_count, free.lost_count) == ([], 0, 20)
+
+
 def test_longest_first_descends() -> None:
     free = FreeList([(0, 2), (10, 4), (20, 3), (30, LONG), (30 + 2 * LONG, LONG + 1)])
     assert list(free.longest_first()) == [(30 + 2 * LONG, LONG + 1), (30, LONG), (10, 4), (20, 3), (0, 2)]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import rustord
+from rustord.badblocks import RUN_COUNT_MAX, BadBlocks, BadRun
 from rustord.blockdevice import open_device
 from rustord.blockstore import read_label, write_label
 from rustord.change import Change, Delete, Put
@@ -26,6 +27,7 @@ from rustord.errors import (
     PoolError,
     RustordError,
 )
+from rustord.extent import Extent
 from rustord.keygen import HashKeyGen
 from rustord.label import DEVICE_BYTES_MIN, LABEL_BYTES, Geometry, Label, State
 from rustord.objectstore import ObjectStore
@@ -911,3 +913,132 @@ def test_labels_that_a_crash_left_different(simulate: Callable[..., Simulation])
     store = simulation.open()
     assert store.get(key.uuid) == b"x"
     check_sound(store)
+
+
+class TestBadBlocks:
+    def test_they_are_never_used_again(self, simulation: Simulation) -> None:
+        store = simulation.open()
+        free, (record,) = free_count(store), [store.stat(store.put(DATA[:200_000]).uuid)]
+        used, spare = Extent(0, record.extents[0].block + 3, 5), Extent(0, 3000, 10)
+        store.condemn([used, spare])
+        assert store.get(record.uuid) == DATA[:200_000]  # it is not moved
+        for end in (simulation.cut_power, simulation.close, simulation.cut_power):
+            end()
+            store = simulation.open()
+            check_sound(store)
+            if store.keystore.get(record.uuid):
+                store.delete(record.uuid)
+            assert free_count(store) == free - 15
+            fill = store.put(bytes(store.allocator.largest(0) * BLOCK - BLOCK))
+            taken = [extent for entry in live(store) for extent in entry.extents]
+            taken += [Extent(0, block, count) for block, count in free_blocks(store)[0]]
+            assert all(extent.end <= bad.block or bad.end <= extent.block for extent in taken for bad in (used, spare))
+            store.delete(fill.uuid)
+        check_sound(store)
+
+    def test_they_are_zeroed_with_their_object(self, simulation: Simulation) -> None:
+        store = simulation.open()
+        record = store.stat(store.put(DATA[:50_000]).uuid)
+        ((_, block, count),) = record.extents
+        store.condemn([Extent(0, block, 2), Extent(0, block + count - 1, 1)])
+        store.delete(record.uuid)
+        assert simulation.read(0, block, count) == bytes(count * BLOCK)
+
+    def test_one_that_cannot_be_zeroed_is_dead_and_delays_no_delete(
+        self, simulation: Simulation, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        store = simulation.open()
+        record = store.stat(store.put(DATA[:50_000]).uuid)
+        ((_, block, count),) = record.extents
+        store.condemn([Extent(0, block + 1, 2)])
+        simulation.devices[0].fail_scratches = True
+        store.delete(record.uuid)
+        assert f"bad blocks {block + 1} to {block + 2} of device 0 keep what was deleted there" in caplog.text
+        assert simulation.read(0, block, count).strip(b"\0") == DATA[BLOCK : 3 * BLOCK]
+        store.put(b"the device takes writes")
+        simulation.cut_power()
+        store = simulation.open()
+        assert store.blocks.slots[0].bad.runs == ((block + 1, 2, True),)
+        check_sound(store)
+
+    @pytest.mark.parametrize("damaged", [0, 1])
+    def test_a_damaged_copy_of_the_table_loses_nothing_and_is_healed(
+        self, simulation: Simulation, damaged: int
+    ) -> None:
+        simulation.open().condemn([Extent(0, 3000, 10)])
+        simulation.cut_power()
+        places = GEOMETRY.bad_table_offsets
+        with simulation.paths[0].open("r+b") as file:
+            file.seek(places[damaged])
+            file.write(b"?" * 100)
+        assert simulation.open().blocks.slots[0].bad.runs == ((3000, 10, False),)
+        simulation.cut_power()
+        copies = [simulation.read(0, place // BLOCK, 1) for place in places]
+        assert copies[0] == copies[1] != bytes(BLOCK)
+
+    def test_a_table_that_is_lost_is_logged_and_opens(
+        self, simulation: Simulation, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        store = simulation.open()
+        key = store.put(DATA)
+        store.condemn([Extent(0, 3000, 10)])
+        simulation.close()
+        with simulation.paths[0].open("r+b") as file:
+            for place in GEOMETRY.bad_table_offsets:
+                file.seek(place)
+                file.write(b"?" * 100)
+        assert simulation.open().get(key.uuid) == DATA
+        assert "lost its table of bad blocks" in caplog.text
+
+    def test_a_power_cut_leaves_the_table_before_or_after(self, simulation: Simulation, seed: int) -> None:
+        chance = random.Random(seed)
+        store = simulation.open()
+        store.condemn([Extent(0, block, 1) for block in range(2200, 2400, 2)])  # more than a sector of them
+        before = store.blocks.slots[0].bad.runs
+        simulation.close()
+        for block in range(3000, 3100, 2):
+            store = simulation.open()
+            simulation.power.left = chance.randrange(5)
+            try:
+                store.condemn([Extent(0, block, 1)])
+            except PowerCut:
+                done = False
+            else:
+                done = True
+            simulation.cut_power(lambda offset: chance.random() < 0.5)
+            runs = simulation.open().blocks.slots[0].bad.runs
+            after = BadBlocks(before).adding(block, 1).runs
+            assert runs == after or (runs == before and not done)
+            before = runs
+            simulation.close()
+
+    def test_a_full_table_is_a_clear_error(self, simulation: Simulation) -> None:
+        store = simulation.open()
+        full = BadBlocks(tuple(BadRun(5000 + 2 * number, 1) for number in range(RUN_COUNT_MAX)), 1)
+        store.blocks.slots[0].bad = full
+        with pytest.raises(DeviceError, match="more bad extents than its table holds") as caught:
+            store.condemn([Extent(0, 3901, 1)])
+        assert "replace the device" in caught.value.hint
+        assert store.blocks.slots[0].bad == full
+        assert not store.allocator._free[0].contains(3901, 1)
+
+    def test_a_device_that_was_missing_brings_its_own(self, simulate: Callable[..., Simulation]) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB)
+        simulation.open().condemn([Extent(1, 3000, 10)])
+        simulation.close()
+        store = simulation.open(without={1})
+        attach_device(store, str(simulation.paths[1]))
+        assert not store.allocator._free[1].contains(3005, 1)
+        check_sound(store)
+
+    def test_a_device_with_bad_blocks_is_empty_when_it_holds_no_object(
+        self, simulate: Callable[..., Simulation]
+    ) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB, placer=On(1))
+        store = simulation.open()
+        record = store.stat(store.put(b"x").uuid)
+        store.condemn(record.extents)
+        with pytest.raises(DeviceError, match="holds Objects"):
+            remove_device(store, 1)
+        store.delete(record.uuid)
+        remove_device(store, 1)
