@@ -92,6 +92,8 @@ class _Findings:
     """Offsets of the copies of a rustord label."""
     partitions: tuple[Path, ...] = ()
     """Their directories in sysfs."""
+    unknown: tuple[int, ...] = ()
+    """Where data begins that nothing of the above explains."""
 
     def erasures(self) -> Iterator[str]:
         for signature in self.signatures:
@@ -148,10 +150,12 @@ def _examine(path: str) -> tuple[_Device | None, Verdict, _Findings]:
         labels, label_reasons = _labels(device)
         signatures, signature_reasons = _signatures(device)
         findings = _Findings(signatures, labels, tuple(_partitions(device)))
-        reasons = (*refusal, *uses, *_size_reasons(device), *label_reasons, *signature_reasons)
-        verdict = Verdict(
-            path, device.size, (*reasons, *_partition_reasons(findings.partitions)), tuple(findings.erasures())
-        )
+        reasons = [*refusal, *uses, *_size_reasons(device), *label_reasons, *signature_reasons]
+        reasons += _partition_reasons(findings.partitions)
+        if findings == _Findings() and (unknown := _unexplained(device)):
+            findings = _Findings(unknown=unknown)
+            reasons.append(_unknown(path, unknown[0]))
+        verdict = Verdict(path, device.size, tuple(reasons), tuple(findings.erasures()))
     except BaseException:
         device.close()
         raise
@@ -298,6 +302,9 @@ def _held(name: str, holder: Path) -> Reason:
     mapped = holder / "dm" / "name"
     if mapped.exists():
         mapping = mapped.read_text().strip()
+        if (holder / "dm" / "uuid").read_text().startswith("mpath-"):
+            what = f"{name} is one path of the multipath device {mapping}"
+            return Reason(what, f"name that instead (/dev/mapper/{mapping})")
         return Reason(
             f"{name} is held by {holder.name} ({mapping})", f"remove it (lvremove, or dmsetup remove {mapping})"
         )
@@ -422,8 +429,33 @@ def _on_it(path: str, signatures: list[Signature]) -> Reason:
     described = ", ".join([first.usage or "unknown use", *names])
     places = ", ".join(str(signature.offset) for signature in signatures)
     return Reason(
-        f"{path} carries {first.type} ({described}) at byte {places}",
-        f"if nobody needs it, erase it (wipefs --all {path}, or --force)",
+        f"{path} carries {first.type} ({described}) at byte {places}", "if nobody needs it, --force erases it", True
+    )
+
+
+def _unexplained(device: _Device) -> tuple[int, ...]:
+    """Where data begins in the first MiB and in the last one, in which nearly everybody leaves a trace.
+
+    A filesystem whose signature is damaged, or was wiped by mistake, is still its owner's.
+    """
+    if device.size < DEVICE_BYTES_MIN:
+        return ()
+    found = []
+    for offset in (0, device.size - _MIB):
+        data = bytearray(_MIB)
+        try:
+            device.read(offset, [data])
+        except DeviceError:
+            continue  # `_labels` has told
+        if not any(data.count(erased) == len(data) for erased in (0x00, 0xFF)):
+            found.append(offset + len(data) - len(data.lstrip(b"\0")))
+    return tuple(found)
+
+
+def _unknown(path: str, offset: int) -> Reason:
+    return Reason(
+        f"{path} holds data of a kind that nobody here knows, from byte {offset} on",
+        "find out whose it is; if nobody needs it, --force erases its first and its last MiB",
         True,
     )
 

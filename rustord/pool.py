@@ -23,7 +23,6 @@ from rustord.blockstore import (
     write_label,
 )
 from rustord.errors import DeviceError, InvalidRequest, PoolError, RustordError
-from rustord.event import fields
 from rustord.extent import Extent, block_count
 from rustord.footer import encode_footer
 from rustord.freelist import FreeList
@@ -32,7 +31,17 @@ from rustord.keygen import KeyGen
 from rustord.keystore.backend import Backend
 from rustord.keystore.ring import Ring
 from rustord.keystore.store import KeyStore
-from rustord.label import BLOCK_SIZES, MEMBER_COUNT_MAX, VOID_COUNT_MAX, Geometry, Label, Member, State, merge_voids
+from rustord.label import (
+    BLOCK_SIZES,
+    LABEL_BYTES,
+    MEMBER_COUNT_MAX,
+    VOID_COUNT_MAX,
+    Geometry,
+    Label,
+    Member,
+    State,
+    merge_voids,
+)
 from rustord.objectstore import ObjectStore, Stock
 from rustord.objkey import ObjectId, uuid_text
 from rustord.placer import Placer
@@ -94,6 +103,14 @@ def _clear(device: BlockDevice, geometry: Geometry) -> None:
     """Zero what is reserved: the first and the last MiB, and the journal."""
     device.zero(0, geometry.journal_offset + geometry.journal_length)
     tail = geometry.label_offsets[2]
+    device.zero(tail, geometry.size - tail)
+
+
+def _wipe(device: BlockDevice, geometry: Geometry) -> None:
+    """Leave nothing behind by which a device that was let go could be taken for the pool's, or for anybody's."""
+    head, middle, tail = geometry.label_offsets
+    device.zero(head, geometry.journal_offset)
+    device.zero(middle, LABEL_BYTES)
     device.zero(tail, geometry.size - tail)
 
 
@@ -279,8 +296,7 @@ def _is_torn(record: Record, blocks: BlockStore, label: Label) -> bool:
                     blocks.repair(record, number, _footer(record, number, blocks, label))
             blocks.flush(record.devices)
     except DeviceError as error:
-        uuid = uuid_text(record.uuid)
-        log.warning("Object %s could not be verified or repaired: %s", uuid, error, extra=fields(uuid=uuid))
+        log.warning("Object %s could not be verified or repaired: %s", uuid_text(record.uuid), error)
         return False
     return not any(whole)
 
@@ -407,8 +423,7 @@ def _finish_erasures(
                 blocks.writable(device)
             blocks.erase(record.extents)
         except DeviceError as error:
-            uuid = uuid_text(record.uuid)
-            log.warning("deleted Object %s is not erased yet: %s", uuid, error, extra=fields(uuid=uuid))
+            log.warning("deleted Object %s is not erased yet: %s", uuid_text(record.uuid), error)
             continue
         finished.append(record)
         touched |= record.devices
@@ -519,8 +534,7 @@ def remove_device(store: ObjectStore, index: int) -> None:
     write_labels(store.blocks, label)
     store.label = label
     try:
-        for offset in slot.geometry.label_offsets:
-            device.zero(offset, store.label.block_size)
+        _wipe(device, slot.geometry)
         device.flush()
     finally:
         device.close()

@@ -12,7 +12,6 @@ from typing import TypeVar
 
 from rustord.change import Change, Erase
 from rustord.errors import RustordError, Unavailable
-from rustord.event import FAULT, POOL_READ_ONLY
 from rustord.objectstore import ERASE_BYTES_MAX, ObjectStore
 from rustord.record import Record
 
@@ -137,7 +136,7 @@ class Writer:
         try:
             outcomes, following = self.store.cycle(changes)
         except Exception as error:
-            log.exception("a cycle failed; the pool takes no more changes", extra=POOL_READ_ONLY())
+            log.exception("a cycle failed; the pool takes no more changes")
             self.store.read_only = f"an internal error: {error!r}"
             problem = RustordError(f"an internal error: {error!r}", hint="see rustord's log, and restart it")
             outcomes, following = [(change, problem) for change in changes], []
@@ -181,6 +180,6 @@ class Writer:
             except RustordError as error:
                 log.error("the index could not be written, and is tried again: %s", error)
             except Exception:
-                log.exception("the index could not be written, and is tried again", extra=FAULT())
+                log.exception("the index could not be written, and is tried again")
             if self.store.idle_work():
                 self._queue.put(lambda: None)

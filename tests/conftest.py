@@ -23,6 +23,7 @@ from tests import container as containers
 from tests.container import Container
 from tests.daemon import Daemon
 from tests.simulation import Simulation
+from tests.zoo import Zoo
 
 MIB = 1 << 20
 # pytest must not see it: in CI it prints whole differences, and takes minutes to find those of large values.
@@ -300,6 +301,13 @@ def plain_user() -> Iterator[PlainUser]:
     """A user without rights, with a directory of his own on a disk."""
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="rustord-test-") as directory:
         yield PlainUser(Path(directory))
+
+
+@pytest.fixture(scope="session")
+def zoo() -> Iterator[Zoo]:
+    """An image of each kind of thing that a device may hold; nobody may change them."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="rustord-test-") as directory:
+        yield Zoo(Path(directory))
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -11,8 +10,7 @@ import stat
 import struct
 import subprocess
 import sys
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,15 +23,17 @@ from rustord.claim import Verdict, check, claim
 from rustord.errors import ClaimRefused, DeviceBusy
 from rustord.label import Label, label_offsets
 from rustord.objkey import parse_uuid
+from tests.container import LOOP_MAJOR, LoopNumber
+from tests.zoo import BEASTS, NEED_LOOP, Zoo, damage, run, signatures, write
 
 MIB = 1 << 20
 SIZE = 64 * MIB
 POOL = "0198a1b2-0000-7000-8000-00000000beef"
 
 
-def run(*command: str | os.PathLike[str], stdin: bytes | None = None) -> str:
-    done = subprocess.run(command, check=True, capture_output=True, input=stdin)
-    return done.stdout.decode().strip()
+beasts = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.root] if name in NEED_LOOP else []) for name in BEASTS]
+)
 
 
 @pytest.fixture(params=["image", pytest.param("raw", marks=pytest.mark.root)])
@@ -44,11 +44,21 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of everything on the device, past the page cache."""
+    """SHA-256 of everything on the device, past the page cache; of a file without its holes, but with their places."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if path.is_block_device():
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = hashlib.sha256()
+        end = 0
+        while True:
+            try:
+                start = os.lseek(file.fileno(), end, os.SEEK_DATA)
+            except OSError:
+                return sha256.hexdigest()
+            end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            sha256.update(b"%d-%d" % (start, end) + os.pread(file.fileno(), end - start, start))
 
 
 def refused(path: Path, *, force: bool = False) -> list[str]:
@@ -77,9 +87,9 @@ class TestFree:
         assert digest(path) == before
         claim(path).close()
 
-    def test_unknown_content_is_free_and_kept(self, path: Path, seed: int) -> None:
+    def test_what_is_neither_at_the_start_nor_at_the_end_stands_in_nobodys_way(self, path: Path, seed: int) -> None:
         content = random.Random(seed).randbytes(4 * MIB)
-        _write(path, 8 * MIB, content)
+        write(path, 8 * MIB, content)
         claim(path).close()
         claim(path, force=True).close()
         with path.open("rb") as file:
@@ -87,69 +97,70 @@ class TestFree:
             assert file.read(4 * MIB) == content
 
 
-def make_mbr(path: Path) -> None:
-    entry = struct.pack("<B3sB3sII", 0, b"", 0x83, b"", 2048, 16384)
-    _write(path, 446, entry + bytes(48) + b"\x55\xaa")
-
-
-def make_gpt(path: Path) -> None:
-    """Protective MBR, and both copies of the header and of a table with one partition."""
-    sectors = SIZE // 512
-    entry = struct.pack("<16s16sQQQ72s", os.urandom(16), os.urandom(16), 2048, 18431, 0, "data".encode("utf-16-le"))
-    table = entry + bytes(127 * 128)
-    guid = os.urandom(16)
-    for here, there, table_at in ((1, sectors - 1, 2), (sectors - 1, 1, sectors - 33)):
-        form = "<8sIIIIQQQQ16sQIII"
-        fields = (here, there, 34, sectors - 34, guid, table_at, 128, 128, zlib.crc32(table))
-        checksum = zlib.crc32(struct.pack(form, b"EFI PART", 0x10000, 92, 0, 0, *fields))
-        _write(path, here * 512, struct.pack(form, b"EFI PART", 0x10000, 92, checksum, 0, *fields))
-        _write(path, table_at * 512, table)
-    _write(path, 446, struct.pack("<B3sB3sII", 0, b"", 0xEE, b"", 1, sectors - 1) + bytes(48) + b"\x55\xaa")
-
-
 def make_two_things(path: Path) -> None:
     """What blkid calls ambivalent: an ext4 superblock, and over its boot block a swap header."""
     run("mkfs.ext4", "-q", path)
-    _write(path, 1024, struct.pack("<III", 1, SIZE // 4096 - 1, 0))
-    _write(path, 4086, b"SWAPSPACE2")
-
-
-def make_luks(path: Path) -> None:
-    cheap = ["--type", "luks1", "--pbkdf-force-iterations", "1000", "--batch-mode"]
-    run("cryptsetup", "luksFormat", *cheap, "--key-file", "-", path, stdin=b"secret")
-
-
-def _write(path: Path, offset: int, data: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
-
-
-CONTENTS: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "ext4": ("mkfs.ext4", lambda path: run("mkfs.ext4", "-q", "-L", "holiday", path)),
-    "swap": ("mkswap", lambda path: run("mkswap", path)),
-    "vfat": ("mkfs.vfat", lambda path: run("mkfs.vfat", path)),
-    "xfs": ("mkfs.xfs", lambda path: run("mkfs.xfs", "-q", "--unsupported", path)),
-    "btrfs": ("mkfs.btrfs", lambda path: run("mkfs.btrfs", "-q", "--mixed", path)),
-    "crypto_LUKS": ("cryptsetup", make_luks),
-    "LVM2_member": ("pvcreate", lambda path: run("pvcreate", "--devices", path, "--quiet", path)),
-    "dos": ("", make_mbr),
-    "gpt": ("", make_gpt),
-}
+    write(path, 1024, struct.pack("<III", 1, SIZE // 4096 - 1, 0))
+    write(path, 4086, b"SWAPSPACE2")
 
 
 class TestContent:
-    @pytest.mark.parametrize("kind", [kind for kind, (tool, _) in CONTENTS.items() if not tool or shutil.which(tool)])
-    def test_whatever_blkid_knows_is_refused_then_erased_by_force(self, loop_device: Path, kind: str) -> None:
-        CONTENTS[kind][1](loop_device)
-        reasons = refused(loop_device)
-        assert any(f"carries {kind} (" in reason for reason in reasons)
-        assert all("wipefs" in reason or "parted" in reason for reason in reasons)
+    @beasts
+    def test_whatever_blkid_knows_is_refused_then_erased_by_force(self, zoo: Zoo, name: str, tmp_path: Path) -> None:
+        kind = BEASTS[name].type
+        reasons = refused(zoo.ask_for(name))
+        owner = f"carries {kind} (" if kind else 'in the rustord pool "theirs"'
+        assert any(owner in reason for reason in reasons)
+        assert all("--force" in reason for reason in reasons)
+
+        path = zoo.copy(name, tmp_path / "copy.img")
         told: list[str] = []
-        claim(loop_device, force=True, announce=told.append).close()
-        assert any(f"the {kind} signature at byte" in erasure for erasure in told)
-        assert json.loads(run("wipefs", "--json", loop_device) or '{"signatures": []}')["signatures"] == []
-        claim(loop_device).close()
+        claim(path, force=True, announce=told.append).close()
+        assert any((f"the {kind} signature at byte" if kind else "the label of") in erasure for erasure in told)
+        assert signatures(path) == []
+        claim(path).close()
+
+    @beasts
+    def test_what_is_damaged_is_still_theirs(self, zoo: Zoo, name: str, tmp_path: Path) -> None:
+        path = zoo.copy(name, tmp_path / "copy.img")
+        damage(path)
+        (reason,) = refused(path)
+        assert "of a kind that nobody here knows" in reason
+        told: list[str] = []
+        claim(path, force=True, announce=told.append).close()
+        assert told[-1] == "the first and the last MiB"
+        claim(path).close()
+
+    @pytest.mark.root
+    @pytest.mark.parametrize("name", ["ext4", "gpt"])
+    def test_a_raw_device_is_treated_as_an_image_is(self, zoo: Zoo, name: str, make_loop: Any, tmp_path: Path) -> None:
+        device = make_loop.attach(zoo.copy(name, tmp_path / "copy.img"))
+        assert any(f"carries {BEASTS[name].type} (" in reason for reason in refused(device))
+        claim(device, force=True).close()
+        claim(device).close()
+
+    def test_what_is_known_by_mdadm_is_what_is_refused(self, zoo: Zoo) -> None:
+        """The superblocks of RAID are put together by the tests: here is who reads them."""
+        if shutil.which("mdadm") is None:
+            pytest.skip("there is no mdadm; `apt-get install mdadm` brings it")
+        for version in ("0.90", "1.0", "1.1", "1.2"):
+            assert "Array UUID" in run("mdadm", "--examine", zoo[f"md-{version}"]).replace("    UUID", "Array UUID")
+
+    @pytest.mark.parametrize("at", [0, 4096, MIB - 1, SIZE - MIB, SIZE - 1])
+    def test_data_that_nobody_knows_is_theirs(self, path: Path, at: int) -> None:
+        write(path, at, b"x")
+        (reason,) = refused(path)
+        assert f"{path} holds data of a kind that nobody here knows, from byte {at} on" in reason
+        told: list[str] = []
+        claim(path, force=True, announce=told.append).close()
+        assert told == ["the first and the last MiB"]
+        claim(path).close()
+
+    def test_a_device_as_it_comes_from_the_factory_is_free(self, path: Path) -> None:
+        for erased in (b"\xff", b"\0"):
+            write(path, 0, erased * MIB)
+            write(path, SIZE - MIB, erased * MIB)
+            claim(path).close()
 
     def test_an_image_file_with_a_filesystem(self, image: Path) -> None:
         run("mkfs.ext4", "-q", "-L", "holiday", image)
@@ -169,7 +180,7 @@ class TestContent:
 
     def test_force_says_beforehand_what_goes_and_leaves_the_rest(self, path: Path) -> None:
         run("mkfs.ext4", "-q", path)
-        _write(path, 20 * MIB, b"the middle")
+        write(path, 20 * MIB, b"the middle")
         before = digest(path)
 
         def announce(erasure: str) -> None:
@@ -252,7 +263,7 @@ class TestUse:
     def test_partitions_yield_to_force_unless_they_are_in_use(
         self, loop_device: Path, partition: Path, tmp_path: Path
     ) -> None:
-        make_mbr(loop_device)
+        run("sfdisk", "--quiet", "--no-tell-kernel", loop_device, stdin=b"label: dos\nstart=2048,size=16384\n")
         node = tmp_path / "p1"
         major, minor = (partition / "dev").read_text().split(":")
         os.mknod(node, 0o600 | stat.S_IFBLK, os.makedev(int(major), int(minor)))
@@ -285,10 +296,16 @@ class TestUse:
         for holder in ("md127", "dm-3/dm"):
             (tmp_path / "holders" / holder).mkdir(parents=True)
         (tmp_path / "holders/dm-3/dm/name").write_text("vg-root\n")
+        (tmp_path / "holders/dm-3/dm/uuid").write_text("LVM-QkNdLtbnA7hdkmUZd\n")
         monkeypatch.setattr(claim_module, "_sysfs", lambda device: tmp_path)
         mapped, raid = refused(loop_device, force=True)
         assert mapped == f"{loop_device} is held by dm-3 (vg-root); remove it (lvremove, or dmsetup remove vg-root)"
         assert raid == f"{loop_device} is held by md127; stop it (mdadm --stop /dev/md127)"
+
+        (tmp_path / "holders/dm-3/dm/name").write_text("mpatha\n")
+        (tmp_path / "holders/dm-3/dm/uuid").write_text("mpath-36001405a8d1cbd4a1b64c1a8d1bd5d84\n")
+        path, _ = refused(loop_device, force=True)
+        assert "is one path of the multipath device mpatha; name that instead (/dev/mapper/mpatha)" in path
 
     def test_an_image_file_under_a_loop_device(self, make_loop: Any) -> None:
         loop = make_loop(SIZE)
@@ -341,6 +358,71 @@ def _held_by(*command: str | os.PathLike[str]) -> Iterator[subprocess.Popen[byte
         yield process
 
 
+@pytest.fixture
+def unattached_loop() -> Iterator[Path]:
+    """A loop device with nothing behind it, which nobody else uses."""
+    loop = LoopNumber()
+    try:
+        if not loop.path.exists():  # neither udevd nor devtmpfs
+            os.mknod(loop.path, 0o600 | stat.S_IFBLK, os.makedev(int(LOOP_MAJOR), loop.number))
+        yield loop.path
+    finally:
+        loop.remove()
+        loop.path.unlink(missing_ok=True)
+
+
+class TestRace:
+    """Somebody takes the device between our looking and our taking."""
+
+    def test_formatted_after_the_check(self, path: Path) -> None:
+        assert check(path).reasons == ()
+        run("mkfs.ext4", "-q", path)
+        assert any("ext4" in reason for reason in refused(path))
+
+    def test_another_device_under_the_same_name(self, make_image: Any, zoo: Zoo, tmp_path: Path) -> None:
+        name = tmp_path / "disk"
+        name.symlink_to(make_image(SIZE))
+        assert check(name).reasons == ()
+        name.unlink()
+        name.symlink_to(zoo["ext4"])
+        assert any("ext4" in reason for reason in refused(name))
+
+    @pytest.mark.root
+    @pytest.mark.parametrize("moment", ["_uses", "_labels", "_signatures"])
+    def test_written_to_while_we_look(
+        self, loop_device: Path, zoo: Zoo, monkeypatch: pytest.MonkeyPatch, moment: str
+    ) -> None:
+        """Who minds no lock writes a filesystem, and is gone again, when we hold the device and begin to look."""
+        step = getattr(claim_module, moment)
+
+        def after_a_stranger(device: Any) -> Any:
+            strangers.append(run("dd", f"if={zoo['ext4']}", f"of={loop_device}", "bs=1M", "count=2"))
+            return step(device)
+
+        strangers: list[str] = []
+        monkeypatch.setattr(claim_module, moment, after_a_stranger)
+        with pytest.raises(ClaimRefused) as caught:
+            claim(loop_device)
+        assert len(strangers) == 1
+        assert any("ext4" in reason for reason in caught.value.reasons)
+
+    @pytest.mark.root
+    def test_a_tool_that_comes_while_we_look_is_kept_out(
+        self, loop_device: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        looks = claim_module._uses
+
+        def after_mkfs(device: Any) -> Any:
+            mkfs = subprocess.run(["mkfs.ext4", "-q", loop_device], capture_output=True, text=True, stdin=None)
+            tried.append(mkfs.stderr)
+            return looks(device)
+
+        tried: list[str] = []
+        monkeypatch.setattr(claim_module, "_uses", after_mkfs)
+        claim(loop_device).close()
+        assert "apparently in use" in tried[0]
+
+
 class TestUnfit:
     """What force never sets aside, either."""
 
@@ -348,6 +430,14 @@ class TestUnfit:
         (reason,) = refused(make_image(16 * MIB - 512), force=True)
         assert "16777216 bytes at least" in reason
         claim(make_image(16 * MIB)).close()
+
+    @pytest.mark.root
+    def test_a_device_without_a_medium(self, unattached_loop: Path) -> None:
+        verdict = check(unattached_loop)
+        assert verdict.size == 0
+        assert any("only 0 bytes" in str(reason) for reason in verdict.reasons)
+        with pytest.raises(ClaimRefused):
+            claim(unattached_loop, force=True)
 
     def test_empty(self, make_image: Any) -> None:
         (reason,) = refused(make_image(0), force=True)
@@ -386,7 +476,7 @@ class TestUnfit:
 class TestOtherPools:
     @pytest.mark.parametrize("copy", [0, 1, 2])
     def test_any_copy_of_a_label_says_whose_it_is(self, path: Path, copy: int) -> None:
-        _write(path, label_offsets(SIZE)[copy], label().encode())
+        write(path, label_offsets(SIZE)[copy], label().encode())
         (reason,) = refused(path)
         assert f'it is in the rustord pool "archive" (uuid {POOL})' in reason
         told: list[str] = []
@@ -397,7 +487,7 @@ class TestOtherPools:
     def test_a_damaged_label_is_still_a_label(self, path: Path) -> None:
         data = bytearray(label().encode())
         data[100] ^= 1
-        _write(path, 0, bytes(data))
+        write(path, 0, bytes(data))
         (reason,) = refused(path)
         assert "label of a rustord pool" in reason
         assert "checksum" in reason
