@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
@@ -23,6 +25,8 @@ Deliver = Callable[[Sequence[tuple[Change, Outcome]]], None]
 
 CHANGE_COUNT_MAX = 512
 """Changes in one cycle: enough that the flush is shared by all who wait, few enough that nobody waits long."""
+GATHER_S = 0.001
+"""How long a cycle waits, at the most, for those whom the one before has answered; never longer than half of that."""
 CHECKPOINT_S = 0.25
 """How long changes gather before they go into the index together."""
 _CHECKPOINT_COUNT = 8192
@@ -47,6 +51,9 @@ class Writer:
         self._queue: SimpleQueue[Sequence[Change] | Erase | Callable[[], None] | None] = SimpleQueue()
         self._waiting: dict[Change, Deliver] = {}
         self._following: list[Change] = []
+        self._expected = 0
+        """Changes that the next cycle may have: who has just been answered will want more, and some wait already."""
+        self._patience_s = 0.0
         self._erasing = 0
         self._erasers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="erase")
         self._closing = threading.Event()
@@ -110,11 +117,23 @@ class Writer:
                 self._cycle(changes)
 
     def _gather(self, changes: list[Change], *, wait: bool) -> bool:
-        """Add what has been submitted to ``changes``; whether the writer is to stop."""
+        """Add what has been submitted to ``changes``; whether the writer is to stop.
+
+        Who works in lockstep with the store, one change after the other, comes again just after the answers have gone
+        out. A cycle that began with the first of them would leave the others to the next one, and from then on each
+        flush would be shared by half of them.
+        """
         stop = False
-        try:
-            item = self._queue.get() if wait else self._queue.get_nowait()
-            while True:
+        deadline = math.inf if wait else time.monotonic() + self._patience_s
+        with suppress(Empty):
+            while len(changes) < CHANGE_COUNT_MAX and not stop:
+                if deadline == math.inf:
+                    item = self._queue.get()
+                    deadline = time.monotonic() + self._patience_s
+                elif len(changes) < self._expected and (left := deadline - time.monotonic()) > 0:
+                    item = self._queue.get(timeout=left)
+                else:
+                    item = self._queue.get_nowait()
                 if item is None:
                     stop = True
                 elif isinstance(item, Erase):
@@ -124,11 +143,6 @@ class Writer:
                     item()
                 else:
                     changes += item
-                if len(changes) >= CHANGE_COUNT_MAX:
-                    break
-                item = self._queue.get_nowait()
-        except Empty:
-            pass
         return stop
 
     def _cycle(self, changes: list[Change]) -> None:
@@ -150,12 +164,15 @@ class Writer:
         for change, outcome in outcomes:
             if deliver := self._waiting.pop(change, None):
                 answers.setdefault(deliver, []).append((change, outcome))
+        self._expected = len(self._waiting) + len(outcomes)
         for deliver, finished in answers.items():
             deliver(finished)
         self.busy_since = 0.0
         self.cycle_count += 1
         self.change_count += len(changes)
-        self._on_cycle(len(changes), time.monotonic() - began)
+        taken_s = time.monotonic() - began
+        self._patience_s = min(GATHER_S, taken_s / 2)
+        self._on_cycle(len(changes), taken_s)
         if self.store.keystore.lag() > _CHECKPOINT_COUNT:
             self._index_due.set()
 
