@@ -9,10 +9,12 @@ from typing import Any
 from rustord.blockstore import Slot
 from rustord.claim import check, claim
 from rustord.errors import NotFound
+from rustord.event import DEVICE_JOINED, DEVICE_REMOVED, fields
 from rustord.objectstore import ObjectStore
 from rustord.objkey import is_uuid, parse_uuid, uuid_text
 from rustord.plugins import PluginManager
 from rustord.pool import add_device, remove_device
+from rustord.quantity import human_size
 from rustord.wire.api import NewDevice
 from rustord.writer import Writer
 
@@ -34,24 +36,20 @@ class Admin:
     def pool(self) -> dict[str, Any]:
         """The state of the pool as a whole; ``problems`` is empty when all is well. Sizes in bytes."""
         store = self._store
-        slots = store.blocks.slots.values()
-        problems = [f"device {slot.index} is {slot.state}: {slot.reason}" for slot in slots if slot.state != "online"]
-        if store.read_only:
-            problems.append(f"the pool takes no changes: {store.read_only}")
-        block_size = store.label.block_size
+        problems = self._problems()
         return {
             "uuid": uuid_text(store.label.pool_uuid),
             "name": store.label.pool_name,
-            "state": "read-only" if store.read_only else "degraded" if problems else "ok",
+            "state": self._state(problems),
             "problems": problems,
             "objects": store.stock.count,
             "data_bytes": store.stock.size,
-            "size_bytes": sum(slot.geometry.data_block_count for slot in slots) * block_size,
-            "free_bytes": sum(self._free_blocks(slot) for slot in slots) * block_size,
+            "size_bytes": self._size(),
+            "free_bytes": self._free(),
             "free_runs": store.allocator.fragments(),
-            "block_size": block_size,
+            "block_size": store.label.block_size,
             "devices": len(store.blocks.slots),
-            "devices_online": sum(slot.state == "online" for slot in slots),
+            "devices_online": sum(slot.state == "online" for slot in store.blocks.slots.values()),
             "algorithm": store.keygen.algorithm,
             "placer": store.allocator.placer.name,
             "erase": store.blocks.erase_policy,
@@ -59,6 +57,31 @@ class Admin:
             "journal_used": round(store.keystore.journal_used(), 4),
             "index_lag": store.keystore.lag(),
         }
+
+    def summary(self) -> str:
+        """How the pool is, in one line."""
+        store = self._store
+        problems = self._problems()
+        free, size = human_size(self._free()), human_size(self._size())
+        state = "; ".join([f"{store.label.pool_name} is {self._state(problems)}", *problems])
+        return f"{state}: {store.stock.count} Objects, {free} of {size} free on {len(store.blocks.slots)} devices"
+
+    def _problems(self) -> list[str]:
+        slots = list(self._store.blocks.slots.values())
+        problems = [f"device {slot.index} is {slot.state}: {slot.reason}" for slot in slots if slot.state != "online"]
+        if self._store.read_only:
+            problems.append(f"the pool takes no changes: {self._store.read_only}")
+        return problems
+
+    def _state(self, problems: Sequence[str]) -> str:
+        return "read-only" if self._store.read_only else "degraded" if problems else "ok"
+
+    def _size(self) -> int:
+        slots = list(self._store.blocks.slots.values())
+        return sum(slot.geometry.data_block_count for slot in slots) * self._store.label.block_size
+
+    def _free(self) -> int:
+        return sum(map(self._free_blocks, list(self._store.blocks.slots.values()))) * self._store.label.block_size
 
     def devices(self) -> list[dict[str, Any]]:
         """One entry for each device of the pool, missing ones too. Sizes in bytes."""
@@ -90,14 +113,14 @@ class Admin:
             verdict.require(force=force)
             return {"path": path, "size_bytes": verdict.size, "would_erase": list(verdict.erasures) if force else []}
         self._store.check_changeable()
-        device = claim(path, force=force, announce=lambda erasure: log.warning("%s: erasing %s", path, erasure))
+        device = claim(path, force=force, announce=lambda erasure: _announce(path, erasure))
         try:
             member = self._writer.call(lambda: add_device(self._store, device))
         except BaseException:
             if all(slot.device is not device for slot in self._store.blocks.slots.values()):
                 device.close()
             raise
-        log.info("device %d is %s", member.device_index, path, extra={"RUSTORD_DEVICE": path})
+        log.info("device %d is %s", member.device_index, path, extra=DEVICE_JOINED(device=path))
         return self._device(self._store.blocks.slots[member.device_index])
 
     def remove_device(self, which: str) -> dict[str, Any]:
@@ -105,7 +128,7 @@ class Admin:
         slot = self._find(which)
         entry = self._device(slot)
         self._writer.call(lambda: remove_device(self._store, slot.index))
-        log.info("device %d was removed", slot.index, extra={"RUSTORD_DEVICE": entry["path"]})
+        log.info("device %d was removed", slot.index, extra=DEVICE_REMOVED(device=entry["path"] or ""))
         return entry
 
     def _find(self, which: str) -> Slot:
@@ -127,6 +150,10 @@ class Admin:
             }
             for plugin in self._plugins.plugins()
         ]
+
+
+def _announce(path: str, erasure: str) -> None:
+    log.warning("%s: erasing %s", path, erasure, extra=fields(device=path))
 
 
 def _plain(offers: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

@@ -18,6 +18,7 @@ from rustord.badblocks import RUN_COUNT_MAX, TABLE_BYTES, BadBlocks, choose_bad_
 from rustord.blockdevice import BlockDevice
 from rustord.distribution import Distribution
 from rustord.errors import Damaged, DeviceError, FormatError, RustordError
+from rustord.event import DEVICE_FAILED, OBJECT_DAMAGED
 from rustord.extent import Extent, extend
 from rustord.label import LABEL_BYTES, Geometry, Label, choose_label, decode_label, label_offsets
 from rustord.manifest import CHUNK_BYTES, Copy, Data
@@ -134,7 +135,8 @@ class BlockStore:
         try:
             self.writable(index).flush()
         except DeviceError as error:
-            log.error("device %d takes no writes any more: %s", index, error, extra={"RUSTORD_DEVICE": index})
+            path = device.path if (device := self.slots[index].device) else ""
+            log.error("device %d takes no writes any more: %s", index, error, extra=DEVICE_FAILED(device=path))
             return error
         self.slots[index].flush_s.observe(perf_counter() - began)
         return None
@@ -263,7 +265,10 @@ class BlockStore:
                     f"checksum on any of {len(copies)} copies",
                     hint="the bytes on the device have changed; restore the Object from elsewhere",
                 )
-                log.error("copy %d of Object %s is damaged near byte %d", number, uuid_text(record.uuid), start)
+                uuid = uuid_text(record.uuid)
+                log.error(
+                    "copy %d of Object %s is damaged near byte %d", number, uuid, start, extra=OBJECT_DAMAGED(uuid=uuid)
+                )
         if len(copies) > 1 and len(buffer) > CHUNK_BYTES:  # one copy has this chunk, another one that
             for at in range(0, len(buffer), CHUNK_BYTES):
                 number = at // CHUNK_BYTES

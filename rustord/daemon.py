@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import faulthandler
 import logging
 import os
 import signal
@@ -12,7 +13,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,6 +22,7 @@ from systemd.journal import JournalHandler
 from rustord.admin import Admin
 from rustord.config import Config, SocketTable, changes
 from rustord.errors import ConfigError, DeviceBusy, DeviceError, RustordError
+from rustord.event import CONFIG_LOADED, CONFIG_REFUSED, DEVICE_MISSING, FAULT, POOL_CLOSED, POOL_OPENED, POOL_READ_ONLY
 from rustord.frontends.http import HttpServer
 from rustord.frontends.peer import Principals, Roles
 from rustord.hotplug import Hotplug, find_devices
@@ -29,8 +31,8 @@ from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
 from rustord.plugins import PluginManager
 from rustord.pool import open_devices, open_pool
+from rustord.supervisor import Supervisor
 from rustord.writer import Writer
-from systemd import daemon as systemd  # type: ignore[attr-defined]
 
 log = logging.getLogger(__name__)
 
@@ -52,18 +54,19 @@ def run(config: Config, reload: Callable[[], Config]) -> None:
     # Signals that come too early wait until the event loop takes them; all other threads inherit that they do not.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     set_up_logging(config)
-    store, plugins = _open(config)
-    listener = None
-    try:
-        listener = listen(config.socket)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-        asyncio.run(_serve(config, reload, store, plugins, listener))
-    finally:
-        if listener is not None:
-            listener.close()
-        systemd.notify("STATUS=closing the pool")
-        store.close()
-        log.info("the pool is closed")
+    with closing(Supervisor()) as supervisor:
+        store, plugins = _open(config, supervisor)
+        listener = None
+        try:
+            listener = listen(config.socket, supervisor)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+            asyncio.run(_serve(config, reload, store, plugins, listener, supervisor))
+        finally:
+            if listener is not None:
+                listener.close()
+            supervisor.status("closing the pool")
+            store.close()
+            log.info("the pool is closed", extra=POOL_CLOSED())
 
 
 def set_up_logging(config: Config) -> None:
@@ -76,6 +79,8 @@ def set_up_logging(config: Config) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=config.log.level.upper(), handlers=[handler], force=True)
+    if sys.stderr is not None:
+        faulthandler.enable()  # the watchdog ends us with SIGABRT: tell where every thread hangs
 
 
 def _stderr_is_journal() -> bool:
@@ -88,12 +93,17 @@ def _stderr_is_journal() -> bool:
     return (device, inode) == (str(status.st_dev), str(status.st_ino))
 
 
-def _open(config: Config) -> tuple[ObjectStore, PluginManager]:
+def _open(config: Config, supervisor: Supervisor) -> tuple[ObjectStore, PluginManager]:
     plugins = PluginManager(config.plugins)
     keygen = plugins.make("keygen", config.keygen.algorithm, config.keygen.options)
     placer = plugins.make("placer", config.placer.policy, config.placer.options)
     backend = plugins.make("keystore", config.keystore.backend, config.keystore.options)
     began = time.monotonic()
+
+    def progress(text: str) -> None:
+        log.info("%s", text)
+        supervisor.progress(text)
+
     store = open_pool(
         open_devices(find_devices(config)),
         keygen=keygen,
@@ -101,30 +111,28 @@ def _open(config: Config) -> tuple[ObjectStore, PluginManager]:
         backend=backend,
         directory=config.pool.directory,
         erase_policy=config.erase.policy,
-        progress=_progress,
+        progress=progress,
     )
     pool = uuid_text(store.label.pool_uuid)
-    log.info("pool %s is open after %.2f s: %d Objects", pool, time.monotonic() - began, store.stock.count)
+    taken_s = time.monotonic() - began
+    log.info("pool %s is open after %.2f s: %d Objects", pool, taken_s, store.stock.count, extra=POOL_OPENED())
     for slot in store.blocks.slots.values():
         if slot.state != "online":
-            log.warning("device %d is %s: %s", slot.index, slot.state, slot.reason)
+            log.warning("device %d is %s: %s", slot.index, slot.state, slot.reason, extra=DEVICE_MISSING())
     if store.read_only:
-        log.error("the pool takes no changes: %s", store.read_only)
+        log.error("the pool takes no changes: %s", store.read_only, extra=POOL_READ_ONLY())
     return store, plugins
 
 
-def _progress(text: str) -> None:
-    log.info("%s", text)
-    systemd.notify(f"STATUS=starting: {text}\nEXTEND_TIMEOUT_USEC=60000000")
-
-
-def listen(config: SocketTable) -> socket.socket:
+def listen(config: SocketTable, supervisor: Supervisor) -> socket.socket:
     """The socket that systemd passed, or a new one at the configured path."""
-    passed = systemd.listen_fds()
+    passed = supervisor.sockets()
     if len(passed) > 1:
+        for _, listener in passed:
+            listener.close()
         raise ConfigError(f"systemd passed {len(passed)} sockets", hint="rustord.socket has one ListenStream=")
     if passed:
-        return socket.socket(fileno=passed[0])
+        return passed[0][1]
     path = config.path
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -182,27 +190,38 @@ def _give_up() -> NoReturn:
 
 
 async def _serve(
-    config: Config, reload: Callable[[], Config], store: ObjectStore, plugins: PluginManager, listener: socket.socket
+    config: Config,
+    reload: Callable[[], Config],
+    store: ObjectStore,
+    plugins: PluginManager,
+    listener: socket.socket,
+    supervisor: Supervisor,
 ) -> None:
-    await _Daemon(config, reload, store, plugins).serve(listener)
+    await _Daemon(config, reload, store, plugins, supervisor).serve(listener)
 
 
 class _Daemon:
     """The part that lives in the event loop."""
 
     def __init__(
-        self, config: Config, reload: Callable[[], Config], store: ObjectStore, plugins: PluginManager
+        self,
+        config: Config,
+        reload: Callable[[], Config],
+        store: ObjectStore,
+        plugins: PluginManager,
+        supervisor: Supervisor,
     ) -> None:
         self._config = config
         self._reload = reload
         self._store = store
+        self._supervisor = supervisor
         self._metrics = Metrics()
         self._writer = Writer(store, self._metrics.on_cycle)
-        admin = Admin(store, self._writer, plugins, self._metrics.text)
+        self._admin = Admin(store, self._writer, plugins, self._metrics.text)
         self._server = HttpServer(
             store,
             self._writer,
-            admin,
+            self._admin,
             limits=config.limits.of_frontend(),
             roles=roles(config),
             slow_request_s=config.log.slow_request,
@@ -220,14 +239,14 @@ class _Daemon:
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._apply)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
-        watchdog = asyncio.create_task(self._watchdog())
         following = self._follow_devices()
         await self._server.serve(listener)
         log.info("serving on %s", listener.getsockname())
-        systemd.notify(f"READY=1\nSTATUS={self._status()}")
+        watchdog = asyncio.create_task(self._watchdog())
         await self._stop.wait()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-        systemd.notify("STOPPING=1\nSTATUS=finishing requests")
+        watchdog.cancel()
+        self._supervisor.stopping("finishing requests")
         log.info("stopping")
         if following is not None:
             self._look.set()
@@ -238,7 +257,6 @@ class _Daemon:
             _give_up()
         if not await asyncio.to_thread(self._writer.close, FINISH_S):
             _give_up()
-        watchdog.cancel()
         with suppress(asyncio.CancelledError):
             await watchdog
 
@@ -258,40 +276,38 @@ class _Daemon:
             try:
                 await asyncio.to_thread(hotplug.follow)
             except Exception:
-                log.exception("following the devices failed")
+                log.exception("following the devices failed", extra=FAULT())
                 await asyncio.sleep(1)
             loop.add_reader(hotplug, self._look.set)
             await self._look.wait()
             loop.remove_reader(hotplug)
         hotplug.close()
 
-    def _status(self) -> str:
-        store = self._store
-        state = "takes no changes" if store.read_only else "serving"
-        missing = sum(slot.state != "online" for slot in store.blocks.slots.values())
-        return f"{state}: {store.stock.count} Objects on {len(store.blocks.slots)} devices" + (
-            f", {missing} of them not in order" if missing else ""
-        )
-
     async def _watchdog(self) -> None:
         """Tell systemd that we are alive: this loop turns, and no cycle hangs."""
-        interval_s = min(int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6, 10.0) or 10.0
+        interval_s = min(self._supervisor.watchdog_s / 2, 10.0) or 10.0
         while True:
+            self._tell_state()
             await asyncio.sleep(interval_s)
-            busy_since = self._writer.busy_since
-            alive = self._writer.is_alive() and (not busy_since or time.monotonic() - busy_since < STUCK_S)
-            systemd.notify(f"STATUS={self._status()}" + ("\nWATCHDOG=1" if alive else ""))
+
+    def _tell_state(self) -> None:
+        busy_since = self._writer.busy_since
+        stuck = busy_since and time.monotonic() - busy_since > STUCK_S
+        if self._writer.is_alive() and not stuck:
+            self._supervisor.alive(self._admin.summary())
+        else:
+            self._supervisor.status("no change of the pool has come to its end for a minute")
 
     def _apply(self) -> None:
         """Read the configuration again, and apply what can be applied."""
-        systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+        self._supervisor.reloading()
         try:
             config = self._reload()
         except RustordError as error:
-            log.error("the configuration stays as it was: %s", error)
+            log.error("the configuration stays as it was: %s", error, extra=CONFIG_REFUSED())
         else:
             self._take_over(config)
-        systemd.notify(f"READY=1\nSTATUS={self._status()}")
+        self._tell_state()
 
     def _take_over(self, config: Config) -> None:
         for name, reloadable in changes(self._config, config):
@@ -306,4 +322,4 @@ class _Daemon:
         if self._hotplug is not None:
             self._hotplug.config = config
             self._look.set()
-        log.info("the configuration was read again")
+        log.info("the configuration was read again", extra=CONFIG_LOADED())

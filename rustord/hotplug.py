@@ -17,6 +17,7 @@ from rustord.blockstore import Slot, read_label
 from rustord.config import Config
 from rustord.discovery import Candidate, DeviceRemoved, Watcher, candidates, matches
 from rustord.errors import ConfigError, RustordError
+from rustord.event import DEVICE_BACK, DEVICE_GONE, DEVICE_REFUSED, fields
 from rustord.label import Label
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
@@ -38,7 +39,7 @@ def find_devices(config: Config) -> list[str]:
     named = [str(path) for path in config.pool.devices]
     there = [path for path in named if os.path.exists(path)]
     for path in set(named) - set(there):
-        log.warning("%s is not there", path)
+        log.warning("%s is not there", path, extra=fields(device=path))
     if named and not there:
         raise ConfigError(f"none of {', '.join(named)} is there", hint="see whether the devices are attached")
     there = _without_faulty(there)
@@ -66,7 +67,7 @@ def _without_faulty(paths: list[str]) -> list[str]:
     if len(faults) == len(paths):
         return paths
     for path, fault in faults.items():
-        log.error("%s is left out: %s", path, fault, extra={"RUSTORD_DEVICE": path})
+        log.error("%s is left out: %s", path, fault, extra=DEVICE_REFUSED(device=path))
     return [path for path in paths if path not in faults]
 
 
@@ -98,7 +99,7 @@ def peek(path: str) -> Label | None:
     try:
         return read_label(device)
     except RustordError as error:
-        log.warning("%s: %s", path, error)
+        log.warning("%s: %s", path, error, extra=fields(device=path))
         return None
     finally:
         device.close()
@@ -148,10 +149,10 @@ class Hotplug:
             index = self._writer.call(lambda: attach_device(self._store, path))
         except RustordError as error:
             if self._refusals.get(path) != str(error):
-                log.error("%s is not taken in: %s", path, error, extra={"RUSTORD_DEVICE": path})
+                log.error("%s is not taken in: %s", path, error, extra=DEVICE_REFUSED(device=path))
                 self._refusals[path] = str(error)
         else:
-            log.info("device %d is back: %s", index, path, extra={"RUSTORD_DEVICE": path})
+            log.info("device %d is back: %s", index, path, extra=DEVICE_BACK(device=path))
             self._refusals.pop(path, None)
 
     def _is_meant(self, candidate: Candidate) -> bool:
@@ -165,9 +166,8 @@ class Hotplug:
         self._refusals.pop(candidate.path, None)
         for slot in self._slots():
             if _is_in(slot, candidate):
-                log.error(
-                    "device %d has gone: %s", slot.index, candidate.path, extra={"RUSTORD_DEVICE": candidate.path}
-                )
+                path = candidate.path
+                log.error("device %d has gone: %s", slot.index, path, extra=DEVICE_GONE(device=path))
                 index = slot.index
                 self._writer.call(lambda index=index: detach_device(self._store, index))  # type: ignore[misc]
 

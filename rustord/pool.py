@@ -23,6 +23,7 @@ from rustord.blockstore import (
     write_label,
 )
 from rustord.errors import DeviceError, InvalidRequest, PoolError, RustordError
+from rustord.event import fields
 from rustord.extent import Extent, block_count
 from rustord.footer import encode_footer
 from rustord.freelist import FreeList
@@ -296,7 +297,8 @@ def _is_torn(record: Record, blocks: BlockStore, label: Label) -> bool:
                     blocks.repair(record, number, _footer(record, number, blocks, label))
             blocks.flush(record.devices)
     except DeviceError as error:
-        log.warning("Object %s could not be verified or repaired: %s", uuid_text(record.uuid), error)
+        uuid = uuid_text(record.uuid)
+        log.warning("Object %s could not be verified or repaired: %s", uuid, error, extra=fields(uuid=uuid))
         return False
     return not any(whole)
 
@@ -423,7 +425,8 @@ def _finish_erasures(
                 blocks.writable(device)
             blocks.erase(record.extents)
         except DeviceError as error:
-            log.warning("deleted Object %s is not erased yet: %s", uuid_text(record.uuid), error)
+            uuid = uuid_text(record.uuid)
+            log.warning("deleted Object %s is not erased yet: %s", uuid, error, extra=fields(uuid=uuid))
             continue
         finished.append(record)
         touched |= record.devices

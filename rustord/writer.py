@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from rustord.change import Change, Erase
 from rustord.errors import RustordError, Unavailable
+from rustord.event import FAULT, POOL_READ_ONLY
 from rustord.objectstore import ERASE_BYTES_MAX, ObjectStore
 from rustord.record import Record
 
@@ -150,7 +151,7 @@ class Writer:
         try:
             outcomes, following = self.store.cycle(changes)
         except Exception as error:
-            log.exception("a cycle failed; the pool takes no more changes")
+            log.exception("a cycle failed; the pool takes no more changes", extra=POOL_READ_ONLY())
             self.store.read_only = f"an internal error: {error!r}"
             problem = RustordError(f"an internal error: {error!r}", hint="see rustord's log, and restart it")
             outcomes, following = [(change, problem) for change in changes], []
@@ -197,6 +198,6 @@ class Writer:
             except RustordError as error:
                 log.error("the index could not be written, and is tried again: %s", error)
             except Exception:
-                log.exception("the index could not be written, and is tried again")
+                log.exception("the index could not be written, and is tried again", extra=FAULT())
             if self.store.idle_work():
                 self._queue.put(lambda: None)

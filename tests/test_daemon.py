@@ -19,6 +19,7 @@ import pytest
 import rustord
 from rustord.blockdevice import open_device
 from rustord.blockstore import read_label
+from rustord.event import DEVICE_REMOVED
 from rustord.label import State
 from tests.conftest import LoopDevices, PlainUser
 from tests.daemon import MIB, Daemon, Reply, make_pool, until
@@ -242,7 +243,7 @@ def test_a_stop_just_before_it_serves_is_not_forgotten(make_daemon: MakeDaemon, 
 
 
 def test_a_stop_while_it_opens_the_pool_is_followed_at_once(make_daemon: MakeDaemon, image: Path) -> None:
-    daemon = make_daemon(image, patch=SIGNALLED.format(function="_progress", signal="SIGTERM"))
+    daemon = make_daemon(image, patch=SIGNALLED.format(function="Supervisor.progress", signal="SIGTERM"))
     assert daemon.begin().wait(60) == 143
     assert "serving on" not in daemon.log
     assert make_daemon(image).start().put(b"data")
@@ -602,7 +603,7 @@ def test_the_journal_gets_fields_when_standard_error_leads_to_it(
     assert opened["MESSAGE"].startswith("pool ")
     assert opened["PRIORITY"] == "6"
     (removed,) = (entry for entry in entries if "was removed" in entry["MESSAGE"])
-    assert removed["RUSTORD_DEVICE"] == str(images[1])
+    assert (removed["RUSTORD_DEVICE"], removed["MESSAGE_ID"]) == (str(images[1]), DEVICE_REMOVED.message_id)
 
 
 def let_see(daemon: Daemon, journal: Path) -> None:

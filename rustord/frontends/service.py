@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from rustord.change import Change, Delete, Put
 from rustord.errors import RustordError
+from rustord.event import FAULT, REQUEST_SLOW
 from rustord.frontends.exchange import Exchange, Exchanging
 from rustord.frontends.operations import Admin, Done, Operations, Submit
 from rustord.frontends.traffic import Traffic
@@ -124,7 +125,7 @@ class Service:
         """The reply to a request that failed. What is the server's fault is logged."""
         what = f"{exchange.head.method} {exchange.head.target}"
         if not isinstance(error, RustordError):
-            log.error("%s failed", what, exc_info=error)
+            log.error("%s failed", what, exc_info=error, extra=FAULT())
             error = RustordError("an unexpected error", hint="the daemon's log tells more; please report it")
         elif error.http_status == 500:
             log.error("%s failed: %s", what, error)
@@ -144,6 +145,7 @@ class Service:
                 exchange.complete - exchange.began,
                 now - exchange.complete,
                 status,
+                extra=REQUEST_SLOW(),
             )
 
     def close(self) -> None:

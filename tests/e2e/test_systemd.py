@@ -116,7 +116,20 @@ def test_daemon_tells_what_it_is_doing(systemd: Systemd) -> None:
 
 def test_daemon_has_a_status_line(systemd: Systemd) -> None:
     with systemd.running():
-        systemd.wait_for(lambda assignment: assignment.startswith("STATUS=serving"))
+        systemd.wait_for(lambda assignment: assignment.startswith("STATUS=test is ok: 0 Objects, "))
+
+
+@pytest.mark.parametrize("how", ["does not read", "is gone"])
+def test_daemon_goes_on_when_nobody_listens(systemd: Systemd, how: str) -> None:
+    with systemd.running() as daemon:
+        systemd.wait_for("READY=1".__eq__)
+        if how == "is gone":
+            systemd.close()
+        for _ in range(600 if how == "does not read" else 10):  # each reload tells something twice
+            daemon.send_signal(signal.SIGHUP)
+            assert ask(systemd.socket_path).startswith(b"HTTP/1.1 200 ")
+        daemon.terminate()
+        assert daemon.wait(SECONDS_MAX) == 0
 
 
 def test_daemon_serves_the_socket_that_it_is_given(systemd: Systemd) -> None:
