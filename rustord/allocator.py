@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from rustord.errors import NoSpace, PluginError
 from rustord.extent import Extent, block_count
 from rustord.freelist import FreeList
-from rustord.placer import Placer
+from rustord.placer import Contiguous, Placer
 
 
 class Allocator:
@@ -20,6 +20,7 @@ class Allocator:
 
     def __init__(self, placer: Placer, writable: Callable[[], Sequence[int]]) -> None:
         self.placer = placer
+        self._mover = Contiguous()
         self._writable = writable
         self._free: dict[int, FreeList] = {}
         self._sizes: dict[int, int] = {}
@@ -52,6 +53,20 @@ class Allocator:
             except Exception as error:
                 raise self._blame(f"failed: {error!r}") from error
             return self._take(chosen, count)
+
+    def place_on(self, count: int, may: Callable[[int], bool]) -> list[Extent]:
+        """``count`` blocks for one copy of an Object that moves, on devices that ``may`` allows, best fit.
+
+        Raises NoSpace; nothing has changed then.
+        """
+        with self._lock:
+            self._offered = [index for index in self._writable() if index in self._free and may(index)]
+            if not self._offered:
+                raise NoSpace("no device may take what has to move", hint="add a device")
+            (extents,) = self._mover.place(count, self)
+            for device, block, length in extents:
+                self._free[device].take(block, length)
+            return extents
 
     def _take(self, chosen: Sequence[Sequence[Extent]], count: int) -> list[list[Extent]]:
         taken: list[Extent] = []

@@ -111,6 +111,18 @@ class BlockStore:
         """The devices that take writes now, in order."""
         return [index for index, slot in sorted(self.slots.items()) if slot.state == "online"]
 
+    def check_unchanged(self, devices: Mapping[int, BlockDevice]) -> None:
+        """Raise DeviceError unless ``devices``, to which data was written, are still in their slots and take writes.
+
+        One that was away and is back has lost what was not flushed, and the next flush would not tell.
+        """
+        for index, device in devices.items():
+            if self.writable(index) is not device:
+                raise DeviceError(
+                    f"device {index} was away while the data came in, and may have lost what it had of it",
+                    hint="send the data again",
+                )
+
     # Writing
 
     def write(self, extent: Extent, buffers: Sequence[Data]) -> None:

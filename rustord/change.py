@@ -9,7 +9,8 @@ from rustord.errors import InvalidRequest, PreconditionFailed, RustordError, Too
 from rustord.extent import Extent
 from rustord.manifest import Data
 from rustord.objkey import ObjectId
-from rustord.record import Metadata, Record, encode_metadata
+from rustord.record import Metadata, Record, RecordId, encode_metadata
+from rustord.relocation import Relocation
 from rustord.upload import Upload
 
 NAME_BYTES_MAX = 1024
@@ -56,41 +57,67 @@ class Put:
 class Delete:
     """Delete an Object; with ``if_match`` only if it has one of these entity tags ("*" for any)."""
 
-    __slots__ = ("if_match", "uuid")
+    __slots__ = ("if_match", "record", "uuid")
 
     def __init__(self, uuid: ObjectId, *, if_match: Sequence[str] | None = None) -> None:
         self.uuid = uuid
         self.if_match = if_match
+        self.record: Record | None = None
+        """What was deleted."""
+
+
+class Move:
+    """Give an Object the blocks that a `Relocation` has copied it to; its uuid, name and data stay.
+
+    The outcome is its new Record. NotFound if it was deleted meanwhile; PreconditionFailed if it was moved.
+    """
+
+    __slots__ = ("source",)
+
+    def __init__(self, source: Relocation) -> None:
+        self.source = source
 
 
 class Undo:
-    """Take back an Object that reached some devices' journals but not all: it was never acknowledged."""
+    """Take back a Record that reached some devices' journals but not all: it was never acknowledged.
 
-    __slots__ = ("record",)
+    ``extents`` are the blocks to erase.
+    """
 
-    def __init__(self, record: Record) -> None:
+    __slots__ = ("extents", "record")
+
+    def __init__(self, record: Record, extents: Sequence[Extent]) -> None:
         self.record = record
+        self.extents = extents
 
 
 class Erase:
     """Erase blocks that no Object names any more, and give them back once that is durable.
 
-    ``record`` is the deleted Object's, None for blocks that never became one. ``cause`` is the Delete that waits for
-    it. ``erased`` is set once the blocks have been written over, so that only the flush is left to do; ``error`` says
-    why they could not be.
+    ``id`` is that of the Record that named them, None for blocks that never were an Object's. ``cause`` is the Delete
+    that waits for it. ``after`` is the sequence up to which the index has to hold everything before. ``erased`` is set
+    once the blocks have been written over, so that only the flush is left to do; ``error`` says why they could not be.
     """
 
-    __slots__ = ("cause", "erased", "error", "extents", "record")
+    __slots__ = ("after", "cause", "erased", "error", "extents", "id")
 
-    def __init__(self, extents: Sequence[Extent], record: Record | None = None, cause: Delete | None = None) -> None:
+    def __init__(
+        self,
+        extents: Sequence[Extent],
+        id: RecordId | None = None,
+        cause: Delete | None = None,
+        *,
+        after: int = 0,
+    ) -> None:
         self.extents = extents
-        self.record = record
+        self.id = id
         self.cause = cause
+        self.after = after
         self.erased = False
         self.error: RustordError | None = None
 
 
-Change = Put | Delete | Undo | Erase
+Change = Put | Delete | Move | Undo | Erase
 
 
 def check_match(record: Record | None, if_match: Sequence[str] | None, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -23,6 +24,9 @@ class Extent(NamedTuple):
         return self.block + self.count
 
 
+_COUNT_MAX = 2**32
+
+
 def block_count(extents: Iterable[Extent]) -> int:
     """Sum of the extents' blocks."""
     return sum(extent.count for extent in extents)
@@ -35,6 +39,33 @@ def extend(copy: list[Extent], more: Iterable[Extent]) -> None:
             last = copy.pop()
             extent = Extent(last.device, last.block, last.count + extent.count)
         copy.append(extent)
+
+
+def cut(extents: Iterable[Extent], others: Iterable[Extent]) -> list[tuple[Extent, bool]]:
+    """``extents`` in their order, cut where ``others`` begin and end; with each piece whether it is one of the others'.
+
+    ``others`` do not overlap one another.
+    """
+    edges = sorted(others)
+    pieces = []
+    for device, block, count in extents:
+        end = block + count
+        at = max(bisect_right(edges, (device, block, _COUNT_MAX)) - 1, 0)
+        while block < end:
+            while at < len(edges) and (edges[at].device, edges[at].end) <= (device, block):
+                at += 1
+            inside = at < len(edges) and edges[at].device == device and edges[at].block < end
+            first, last = (edges[at].block, edges[at].end) if inside else (end, end)
+            is_other = first <= block
+            stop = min(last if is_other else first, end)
+            pieces.append((Extent(device, block, stop - block), is_other))
+            block = stop
+    return pieces
+
+
+def without(extents: Iterable[Extent], others: Iterable[Extent]) -> list[Extent]:
+    """What ``others`` leave of ``extents``."""
+    return [piece for piece, is_other in cut(extents, others) if not is_other]
 
 
 def trim(copy: list[Extent], count: int) -> list[Extent]:

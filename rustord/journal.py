@@ -15,6 +15,7 @@ from typing import NamedTuple
 from rustord.errors import FormatError
 from rustord.footer import sign
 from rustord.objkey import ObjectId
+from rustord.record import RECORD_ID, RecordId
 
 BATCH = struct.Struct("<8s16s16sQQII")
 """magic, signature, device_uuid, number, durable, length, entry_count"""
@@ -26,16 +27,18 @@ _SIGNED_FROM = 24
 
 class Kind(enum.IntEnum):
     PUT = 1
-    """payload: uuid of the Object that this one replaces (or zeros), then the Record"""
+    """payload: uuid of the Object that this one replaces (or zeros), then the Record; an Object that replaces itself
+    has been moved to other blocks"""
     DELETE = 2
     """payload: uuid"""
     ERASED = 3
-    """payload: uuids of deleted Objects whose blocks have been erased; sequence is 0"""
+    """payload: ids of Records that are gone and whose blocks have been erased; sequence is 0"""
     UNDO = 4
-    """payload: uuid of an Object that did not reach all of its devices: neither it nor what it replaced has changed"""
+    """payload: id of a Record that did not reach all of its devices: neither its Object nor what that replaced has
+    changed"""
     UNERASED = 5
-    """payload: uuids of deleted Objects whose blocks have not been erased yet, so that older batches need not be kept
-    for their tombstones; sequence is 0"""
+    """payload: ids of Records that are gone and whose blocks have not been erased yet, so that older batches need not
+    be kept for their tombstones; sequence is 0"""
 
 
 class Entry(NamedTuple):
@@ -64,17 +67,28 @@ def delete_entry(sequence: int, uuid: ObjectId) -> bytes:
     return ENTRY.pack(16, Kind.DELETE, 0, 0, sequence) + uuid
 
 
-def undo_entry(sequence: int, uuid: ObjectId) -> bytes:
-    return ENTRY.pack(16, Kind.UNDO, 0, 0, sequence) + uuid
+def undo_entry(sequence: int, record: RecordId) -> bytes:
+    return ENTRY.pack(RECORD_ID.size, Kind.UNDO, 0, 0, sequence) + RECORD_ID.pack(*record)
 
 
-def erased_entry(uuids: Sequence[ObjectId]) -> bytes:
-    return ENTRY.pack(16 * len(uuids), Kind.ERASED, 0, 0, 0) + b"".join(uuids)
+def erased_entry(records: Iterable[RecordId]) -> bytes:
+    return _list_entry(Kind.ERASED, records)
 
 
-def unerased_entry(uuids: Iterable[ObjectId]) -> bytes:
-    payload = b"".join(uuids)
-    return ENTRY.pack(len(payload), Kind.UNERASED, 0, 0, 0) + payload
+def unerased_entry(records: Iterable[RecordId]) -> bytes:
+    return _list_entry(Kind.UNERASED, records)
+
+
+def _list_entry(kind: Kind, records: Iterable[RecordId]) -> bytes:
+    payload = b"".join([RECORD_ID.pack(*record) for record in records])
+    return ENTRY.pack(len(payload), kind, 0, 0, 0) + payload
+
+
+def decode_record_ids(payload: bytes) -> list[RecordId]:
+    """What an UNDO, ERASED or UNERASED names. Raises FormatError."""
+    if len(payload) % RECORD_ID.size:
+        raise FormatError(f"{len(payload)} bytes in a journal batch are no list of records")
+    return [RecordId(*fields) for fields in RECORD_ID.iter_unpack(payload)]
 
 
 def encode_batch(entries: Sequence[bytes], device_uuid: bytes, number: int, durable: int, secret: bytes) -> bytes:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from time import perf_counter
@@ -23,10 +23,10 @@ from typing import NamedTuple
 
 from rustord.allocator import Allocator
 from rustord.blockstore import BlockStore, chunk_sums
-from rustord.change import Change, Delete, Erase, Put, Undo, check_match
+from rustord.change import Change, Delete, Erase, Move, Put, Undo, check_match
 from rustord.distribution import Distribution
 from rustord.errors import DeviceError, NoSpace, NotFound, PreconditionFailed, ReadOnly, RustordError
-from rustord.extent import Extent, block_count, extend, trim
+from rustord.extent import Extent, block_count, extend, trim, without
 from rustord.footer import encode_footer, footer_blocks
 from rustord.journal import NOTHING
 from rustord.keygen import KeyGen
@@ -34,7 +34,8 @@ from rustord.keystore.store import KeyStore
 from rustord.label import Label
 from rustord.manifest import Data
 from rustord.objkey import ObjectId, ObjKey, uuid_text
-from rustord.record import Metadata, Record, encode_record, record_length
+from rustord.record import Grave, Metadata, Record, RecordId, encode_record, record_length
+from rustord.relocation import Relocation
 from rustord.upload import Upload
 
 ERASE_BYTES_MAX = 1 << 20
@@ -66,9 +67,12 @@ class Cycle(NamedTuple):
 
 @dataclass(slots=True)
 class _Placed:
-    """A Put whose blocks are chosen: ``data`` and its tail go to each copy, behind its first ``skip`` blocks."""
+    """A Put or Move whose blocks are chosen: ``data`` and its tail go to each copy, behind its first ``skip`` blocks.
 
-    put: Put
+    ``replaced`` is what its Object, or its name, had before.
+    """
+
+    put: Put | Move
     record: Record
     copies: list[list[Extent]]
     skip: int
@@ -82,13 +86,22 @@ class _Placed:
             return None
         return next((failed[device] for device in self.record.devices if device in failed), None)
 
+    @property
+    def replaced_uuid(self) -> ObjectId:
+        return self.replaced.uuid if self.replaced else NOTHING
+
+    def remains(self, record: Record, keeper: Record | None) -> Sequence[Extent]:
+        """The blocks of ``record`` to erase: not those that ``keeper`` has too, which a Move has left in place."""
+        return without(record.extents, keeper.extents) if keeper and isinstance(self.put, Move) else record.extents
+
 
 @dataclass(slots=True)
 class _Batch:
     """A cycle in the making."""
 
     puts: list[_Placed] = field(default_factory=list)
-    deletes: list[tuple[Delete | Undo, Record, int]] = field(default_factory=list)
+    deletes: list[tuple[Delete, Record, int]] = field(default_factory=list)
+    undos: list[tuple[Undo, int]] = field(default_factory=list)
     erases: list[Erase] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
     gone: set[ObjectId] = field(default_factory=set)
@@ -125,10 +138,10 @@ class ObjectStore:
         self._sequence = self._durable = sequence
         self._all_flushed = True
         self._layout = allocator.placer.name.encode("ascii")
-        self._erased: dict[int, list[ObjectId]] = {}  # erased on that device, and its journal does not say so yet
+        self._erased: dict[int, list[RecordId]] = {}  # erased on that device, and its journal does not say so yet
         self._abandoned: deque[Erase] = deque()
         self._held: list[Erase] = []
-        self._pins: Counter[ObjectId] = Counter()
+        self._pins: Counter[RecordId] = Counter()
         self._pinning = threading.Lock()
         self._on_close = on_close
 
@@ -188,33 +201,39 @@ class ObjectStore:
         return self.keystore.objects(after, limit)
 
     def read(self, record: Record, offset: int, length: int) -> memoryview:
-        """Bytes of an Object, verified; may wait for a device. Raises NotFound, Damaged or DeviceError."""
-        try:
-            data = self.blocks.read(record, offset, length)
-        except RustordError:
-            self.stat(record.uuid)  # deleted meanwhile: its blocks may hold anything
-            raise
-        assert data is not None
-        return data
+        """Bytes of an Object, verified; may wait for a device. Raises NotFound, Damaged or DeviceError.
+
+        ``record`` may be an old one: an Object that has been moved is read where it is now.
+        """
+        while True:
+            record = self.keystore.get(record.uuid) or record
+            try:
+                data = self.blocks.read(record, offset, length)
+            except RustordError:
+                if self.stat(record.uuid).id == record.id:  # not deleted or moved meanwhile: these blocks hold anything
+                    raise
+            else:
+                assert data is not None
+                return data
 
     def read_now(self, record: Record, offset: int, length: int) -> memoryview | None:
         """Bytes of an Object, verified; None if that would mean to wait, or if they are damaged (then use `read`)."""
         return self.blocks.read(record, offset, length, wait=False)
 
-    def pin(self, uuid: ObjectId) -> None:
-        """Keep the blocks of an Object from being erased when another replaces it by name, until `unpin`.
+    def pin(self, record: Record) -> None:
+        """Keep the blocks of a Record from being erased when its Object is replaced by name or moved, until `unpin`.
 
         A reader of a long Object is not cut off by a writer of the same name. An explicit DELETE does not wait.
         """
         with self._pinning:
-            self._pins[uuid] += 1
+            self._pins[record.id] += 1
 
-    def unpin(self, uuid: ObjectId) -> None:
+    def unpin(self, record: Record) -> None:
         """Undo one `pin`."""
         with self._pinning:
-            self._pins[uuid] -= 1
-            if self._pins[uuid] <= 0:
-                del self._pins[uuid]
+            self._pins[record.id] -= 1
+            if self._pins[record.id] <= 0:
+                del self._pins[record.id]
 
     # Changing
 
@@ -240,6 +259,32 @@ class ObjectStore:
         put.source = upload
         return upload
 
+    def relocate(
+        self,
+        record: Record,
+        leave: Sequence[Extent],
+        avoid: Collection[int] = (),
+        *,
+        salvage: bool = False,
+        pace: Callable[[int], None] = lambda length: None,
+    ) -> Move:
+        """Copy what an Object has on the blocks ``leave`` to others; a cycle has to make the Move that is returned.
+
+        Any thread may call this; it takes as long as copying does. See `Relocation` for the rest. Raises ReadOnly,
+        NoSpace, DeviceError or NotFound, and then leaves nothing behind.
+        """
+        self.check_changeable()
+        relocation = Relocation(
+            record, self.allocator, self.blocks, lambda new: self._abandon(new, []), salvage=salvage
+        )
+        try:
+            relocation.run(leave, avoid, pace)
+        except BaseException:
+            relocation.abort()
+            self.stat(record.uuid)  # if it was deleted meanwhile, that is why
+            raise
+        return Move(relocation)
+
     def check_changeable(self) -> None:
         """Raise ReadOnly, which says why, if the pool takes no changes."""
         if self.read_only:
@@ -260,7 +305,7 @@ class ObjectStore:
 
     def idle_work(self) -> bool:
         """Whether an empty cycle would have something to do."""
-        return bool(self._abandoned) or not all(map(self._is_pinned, self._held))
+        return bool(self._abandoned) or not all(map(self._is_held, self._held))
 
     def cycle(self, changes: Iterable[Change]) -> Cycle:
         """Make a batch of changes and all that they need durable with one flush per device; see the module.
@@ -288,12 +333,12 @@ class ObjectStore:
         refusal = self._refusal()
         for change in changes:
             try:
-                if refusal is not None and isinstance(change, Put | Delete):
+                if refusal is not None and isinstance(change, Put | Delete | Move):
                     raise refusal
                 self._stage(change, batch)
             except RustordError as error:
                 batch.outcomes.append((change, error))
-                if isinstance(change, Put) and isinstance(change.source, Upload):
+                if isinstance(change, Put | Move) and isinstance(change.source, Upload | Relocation):
                     change.source.abort()
         return batch
 
@@ -303,11 +348,13 @@ class ObjectStore:
         if self._held:
             held, self._held = self._held, []
             for erase in held:
-                (self._held if self._is_pinned(erase) else due).append(erase)
+                (self._held if self._is_held(erase) else due).append(erase)
         return due
 
-    def _is_pinned(self, erase: Erase) -> bool:
-        return erase.cause is None and erase.record is not None and erase.record.uuid in self._pins
+    def _is_held(self, erase: Erase) -> bool:
+        if erase.after > self.keystore.indexed_sequence:
+            return True
+        return erase.cause is None and erase.id is not None and erase.id in self._pins
 
     def _stage(self, change: Change, batch: _Batch) -> None:
         """Decide what the change comes to; nothing is written yet."""
@@ -320,11 +367,13 @@ class ObjectStore:
                 self._stage_put(change, batch)
         elif isinstance(change, Delete):
             self._stage_delete(change, batch)
+        elif isinstance(change, Move):
+            self._stage_move(change, batch)
         elif isinstance(change, Undo):
             self._sequence += 1
-            batch.deletes.append((change, change.record, self._sequence))
-            batch.length += 32
-        elif self._is_pinned(change):
+            batch.undos.append((change, self._sequence))
+            batch.length += 40
+        elif self._is_held(change):
             self._held.append(change)
         else:
             batch.erases.append(change)
@@ -344,6 +393,24 @@ class ObjectStore:
             batch.names.add(put.name)
         if replaced is not None:
             batch.gone.add(replaced.uuid)
+
+    def _stage_move(self, move: Move, batch: _Batch) -> None:
+        source = move.source
+        old = self.stat(source.record.uuid)
+        if old.uuid in batch.gone:
+            batch.following.append(move)  # it will be told that the Object is gone, or elsewhere
+            return
+        if old.id != source.record.id:
+            raise PreconditionFailed(
+                f"Object {uuid_text(old.uuid)} has been moved meanwhile", hint="move it from where it is now"
+            )
+        source.finish()
+        record = self._numbered(old.moved(self._sequence + 1, source.copies))
+        placed = self._with_footers(move, record, source.commit(), source.body_block_count, source.rest)
+        placed.replaced = old
+        batch.puts.append(placed)
+        batch.length += len(record.raw) + 64
+        batch.gone.add(old.uuid)
 
     def _place(self, put: Put, data: Data) -> _Placed:
         hasher = self.keygen.hasher()
@@ -393,15 +460,22 @@ class ObjectStore:
         raw = encode_record(
             key, self._sequence + 1, put.created_ns, copies, sums, self._layout, put.name_bytes, put.metadata
         )
+        return self._numbered(raw)
+
+    def _numbered(self, raw: bytes) -> Record:
+        """A new Record, whose sequence is the next one from now on. Raises NoSpace if no journal takes it."""
+        record = Record(raw)
         if len(raw) > self.keystore.batch_bytes_max // 2:
             raise NoSpace(
-                f"the Record of an Object of {key.size} bytes in {sum(map(len, copies))} extents is too long",
+                f"the Record of an Object of {record.size} bytes in {len(record.extents)} extents is too long",
                 hint="the free space is too fragmented, or the device too small, for an Object of this size",
             )
         self._sequence += 1
-        return Record(raw)
+        return record
 
-    def _with_footers(self, put: Put, record: Record, copies: list[list[Extent]], skip: int, data: Data) -> _Placed:
+    def _with_footers(
+        self, put: Put | Move, record: Record, copies: list[list[Extent]], skip: int, data: Data
+    ) -> _Placed:
         secret, block_size = self.label.secret, self.label.block_size
         tails = [
             encode_footer(record.raw, record.size, copy, self.blocks.device_uuids, secret, block_size)
@@ -417,6 +491,7 @@ class ObjectStore:
         check_match(record, delete.if_match, f"Object {uuid_text(delete.uuid)}")
         self._check_erasable(record)
         self._sequence += 1
+        delete.record = record
         batch.deletes.append((delete, record, self._sequence))
         batch.gone.add(delete.uuid)
         batch.length += 32
@@ -492,9 +567,9 @@ class ObjectStore:
 
     def _journal(self, batch: _Batch, failed: dict[int, RustordError]) -> set[int]:
         """Append the batch to the journals; adds to ``failed``. Returns the devices that need a flush for it."""
-        puts = [(p.record, p.replaced.uuid if p.replaced else NOTHING) for p in batch.puts if not p.failure(failed)]
-        deletes = [(record, sequence) for cause, record, sequence in batch.deletes if isinstance(cause, Delete)]
-        undone = [(record, sequence) for cause, record, sequence in batch.deletes if isinstance(cause, Undo)]
+        puts = [(placed.record, placed.replaced_uuid) for placed in batch.puts if not placed.failure(failed)]
+        deletes = [(record, sequence) for _, record, sequence in batch.deletes]
+        undone = [(undo.record, sequence) for undo, sequence in batch.undos]
         written, refused = self.keystore.journal(
             puts, deletes, undone, self._erased, self._durable, self.blocks.writable_indices()
         )
@@ -507,8 +582,9 @@ class ObjectStore:
             self._erased.pop(device, None)
         puts = self._settle_puts(batch, failed)
         deletes = self._settle_deletes(batch, failed, durable)
-        gone = [erase.record.uuid for erase in batch.erases if self._bury(erase, failed, batch) and erase.record]
-        self.keystore.learn(puts, deletes, gone, self._sequence)
+        undone = self._settle_undos(batch)
+        gone = [erase.id for erase in batch.erases if self._bury(erase, failed, batch) and erase.id]
+        self.keystore.learn(puts, deletes, undone, gone, self._sequence)
         if failed:
             self._all_flushed = False  # what a device lost may be in its journal all the same: a replay has to look
         elif self._all_flushed:
@@ -521,16 +597,18 @@ class ObjectStore:
             record, replaced = placed.record, placed.replaced
             if error := placed.failure(failed):
                 batch.outcomes.append((placed.put, error))
-                batch.following.append(Undo(record))
+                batch.following.append(Undo(record, placed.remains(record, replaced)))
                 continue
-            puts.append((record, replaced.uuid if replaced else NOTHING))
+            puts.append((record, placed.replaced_uuid))
             batch.outcomes.append((placed.put, record))
             self.stock.add(record)
             if replaced is not None:
-                placed.put.replaced = True
                 self.stock.remove(replaced)
-                erase = Erase(replaced.extents, replaced)
-                (self._held if self._is_pinned(erase) else batch.following).append(erase)
+                after = record.sequence
+                if isinstance(placed.put, Put):
+                    placed.put.replaced, after = True, 0
+                erase = Erase(placed.remains(replaced, record), replaced.id, after=after)
+                (self._held if self._is_held(erase) else batch.following).append(erase)
         return puts
 
     def _settle_deletes(
@@ -538,30 +616,31 @@ class ObjectStore:
     ) -> list[tuple[Record, int]]:
         deletes = []
         for change, record, sequence in batch.deletes:
-            if isinstance(change, Delete):
-                if not record.devices & durable:
-                    device = min(record.devices)
-                    lost = failed.get(device) or DeviceError(f"device {device} did not take the tombstone")
-                    batch.outcomes.append((change, lost))
-                    continue
-                self.stock.remove(record)
-                batch.following.append(Erase(record.extents, record, change))
-            else:
-                batch.following.append(Erase(record.extents, record))
+            if not record.devices & durable:
+                device = min(record.devices)
+                lost = failed.get(device) or DeviceError(f"device {device} did not take the tombstone")
+                batch.outcomes.append((change, lost))
+                continue
+            self.stock.remove(record)
+            batch.following.append(Erase(record.extents, record.id, change))
             deletes.append((record, sequence))
         return deletes
+
+    def _settle_undos(self, batch: _Batch) -> list[tuple[Grave, int]]:
+        batch.following += [Erase(undo.extents, undo.record.id) for undo, _ in batch.undos]
+        return [(Grave(undo.record.id, undo.extents), sequence) for undo, sequence in batch.undos]
 
     def _bury(self, erase: Erase, failed: dict[int, RustordError], batch: _Batch) -> bool:
         """Give back erased blocks, if that is durable, and answer the DELETE; otherwise the next start erases them."""
         error = erase.error or next((failed[e.device] for e in erase.extents if e.device in failed), None)
         if error is None:
             self.allocator.release(erase.extents)
-            if erase.record is not None:
-                for device in erase.record.devices:
-                    self._erased.setdefault(device, []).append(erase.record.uuid)
+            if erase.id is not None:
+                for device in {extent.device for extent in erase.extents}:
+                    self._erased.setdefault(device, []).append(erase.id)
         if erase.cause is not None:
-            assert erase.record is not None
-            batch.outcomes.append((erase.cause, error or erase.record))
+            assert erase.cause.record is not None
+            batch.outcomes.append((erase.cause, error or erase.cause.record))
         return error is None
 
     def close(self) -> None:

@@ -8,7 +8,6 @@ import time
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from operator import attrgetter
 from pathlib import Path
 
 from rustord.allocator import Allocator
@@ -27,7 +26,7 @@ from rustord.event import fields
 from rustord.extent import Extent, block_count
 from rustord.footer import encode_footer
 from rustord.freelist import FreeList
-from rustord.journal import Batch, Entry, Kind
+from rustord.journal import Batch, Entry, Kind, decode_record_ids
 from rustord.keygen import KeyGen
 from rustord.keystore.backend import Backend
 from rustord.keystore.ring import Ring
@@ -44,9 +43,9 @@ from rustord.label import (
     merge_voids,
 )
 from rustord.objectstore import ObjectStore, Stock
-from rustord.objkey import ObjectId, uuid_text
+from rustord.objkey import uuid_text
 from rustord.placer import Placer
-from rustord.record import Record
+from rustord.record import Grave, Record, RecordId
 
 log = logging.getLogger(__name__)
 
@@ -231,25 +230,25 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
     entries = [entry for batch in batches for entry in batch.entries]
     erased = [entry for entry in entries if entry.kind is Kind.ERASED]
     changes = {entry.sequence: entry for entry in entries if entry.sequence}
-    undone = {entry.payload for entry in entries if entry.kind is Kind.UNDO}
+    buried = {id for entry in entries if entry.kind is Kind.UNDO for id in decode_record_ids(entry.payload)}
+    buried |= {grave.id for grave in keystore.graves()}  # dropped before, while one of their devices was missing
     # What was deleted or replaced was there. Its blocks are not asked: they have been erased since, or given to others.
-    gone = {entry.payload[:16] for entry in entries if entry.kind in (Kind.PUT, Kind.DELETE)}
+    gone = {entry.payload[:16]: sequence for sequence, entry in sorted(changes.items()) if entry.kind is not Kind.UNDO}
     durable = sorted({batch.durable for batch in batches})
-    kept: list[Entry] = []
-    dropped: list[Record] = []
-    for sequence, entry in sorted(changes.items()):
-        flushed = _was_flushed(sequence, durable, label)
-        if entry.kind is Kind.PUT and (undone or not flushed):
+    ordered = [entry for _, entry in sorted(changes.items())]
+    dropped: set[int] = set()
+    for entry in ordered:
+        flushed = _was_flushed(entry.sequence, durable, label)
+        if entry.kind is Kind.PUT and (buried or not flushed):
             record = Record(entry.payload[16:])
-            uuid = record.uuid
-            if uuid in undone or not (flushed or uuid in gone or not _is_torn(record, blocks, label)):
-                dropped.append(record)
-                continue
-        kept.append(entry)
-    if kept or dropped:
+            was_there = flushed or gone.get(record.uuid, 0) > entry.sequence
+            if record.id in buried or not (was_there or _is_believed(entry, record, ordered, keystore, blocks, label)):
+                dropped.add(entry.sequence)
+    kept = [entry for entry in ordered if entry.sequence not in dropped]
+    if ordered:
         log.info("replayed %d changes of the journal, dropped %d that were never acknowledged", len(kept), len(dropped))
     generation = max(label.generation, keystore.generation) + 1
-    keystore.replay(kept, dropped, erased, generation)
+    keystore.replay(ordered, dropped, erased, generation)
     last = max([*changes, keystore.indexed_sequence, *(end - 1 for _, end in label.voids)])
     voids = _without(label.voids, kept)
     if label.state is State.OPEN:
@@ -282,13 +281,47 @@ def _without(voids: Iterable[tuple[int, int]], kept: Sequence[Entry]) -> tuple[t
     return tuple(left)
 
 
-def _is_torn(record: Record, blocks: BlockStore, label: Label) -> bool:
-    """Whether no copy of an Object reached its devices whole, and none is on a device that cannot be asked.
+def _is_believed(
+    entry: Entry, record: Record, ordered: Sequence[Entry], keystore: KeyStore, blocks: BlockStore, label: Label
+) -> bool:
+    """Whether a PUT that may never have been flushed counts: if it is whole, or if nobody can tell.
+
+    A move that is not whole for certain is dropped as long as the Object is still where it was before. Its old blocks
+    are not erased before the index knows of the move.
+    """
+    is_whole = _is_whole(record, blocks, label)
+    if not is_whole and entry.payload[:16] == record.uuid and (old := _before(entry, ordered, keystore)):
+        return not _has_footer(old, blocks, label)
+    return is_whole is not False
+
+
+def _before(move: Entry, ordered: Sequence[Entry], keystore: KeyStore) -> Record | None:
+    """The Record of an Object before it was moved."""
+    uuid = move.payload[:16]
+    for entry in ordered[: ordered.index(move)][::-1]:
+        if entry.kind is Kind.PUT and (record := Record(entry.payload[16:])).uuid == uuid:
+            return record
+    return keystore.get(uuid)
+
+
+def _has_footer(record: Record, blocks: BlockStore, label: Label) -> bool:
+    """Whether a copy still has its footer, so that its blocks have not been erased; True if it is on a device that
+    cannot be asked."""
+    if not record.devices <= blocks.slots.keys():
+        return False
+    try:
+        return any(_footer_is_whole(record, number, blocks, label) for number in range(len(record.copies)))
+    except DeviceError:
+        return True
+
+
+def _is_whole(record: Record, blocks: BlockStore, label: Label) -> bool | None:
+    """Whether any copy of an Object reached its devices whole; None if none did that is on devices that can be asked.
 
     If some did, the others are made from them: an Object that is kept has all of its copies.
     """
     if not record.devices <= blocks.slots.keys():
-        return False  # it was on a device that has been removed, so it has been deleted
+        return None  # it was on a device that has been removed, so it has been deleted or moved
     try:
         whole = [_copy_is_whole(record, number, blocks, label) for number in range(len(record.copies))]
         if any(whole) and not all(whole):
@@ -299,8 +332,8 @@ def _is_torn(record: Record, blocks: BlockStore, label: Label) -> bool:
     except DeviceError as error:
         uuid = uuid_text(record.uuid)
         log.warning("Object %s could not be verified or repaired: %s", uuid, error, extra=fields(uuid=uuid))
-        return False
-    return not any(whole)
+        return None
+    return any(whole)
 
 
 def _footer(record: Record, number: int, blocks: BlockStore, label: Label) -> bytes:
@@ -309,18 +342,22 @@ def _footer(record: Record, number: int, blocks: BlockStore, label: Label) -> by
 
 
 def _copy_is_whole(record: Record, number: int, blocks: BlockStore, label: Label) -> bool:
-    copy = record.copies[number]
-    footer = _footer(record, number, blocks, label)
     for offset in range(0, record.size, _VERIFY_BYTES):
         length = min(_VERIFY_BYTES, record.size - offset)
         if not blocks.verify(record, number, offset, length):
             return False
+    return _footer_is_whole(record, number, blocks, label)
+
+
+def _footer_is_whole(record: Record, number: int, blocks: BlockStore, label: Label) -> bool:
+    copy = record.copies[number]
+    footer = _footer(record, number, blocks, label)
     return blocks.read_copy(copy, block_count(copy) * label.block_size - len(footer), len(footer)) == footer
 
 
 def _take_stock(
     allocator: Allocator, blocks: BlockStore, keystore: KeyStore, progress: Callable[[str], None]
-) -> tuple[Stock, list[ObjectId], str]:
+) -> tuple[Stock, list[RecordId], str]:
     """Fill the FreeLists: free is what no Record names.
 
     Returns also the graves that are none any more, and why the pool takes no changes; "" if it does.
@@ -346,7 +383,7 @@ def _take_stock(
     return stock, stale, problem
 
 
-def _add_graves(graves: Iterable[Record], used: Mapping[int, list[int]]) -> list[ObjectId]:
+def _add_graves(graves: Iterable[Grave], used: Mapping[int, list[int]]) -> list[RecordId]:
     """Add the blocks of ``graves`` to ``used``, which is sorted; returns those of which somebody else has a block.
 
     A block is given to nobody before it is erased, so these are erased. The journal may not say so: if the index, which
@@ -354,14 +391,13 @@ def _add_graves(graves: Iterable[Record], used: Mapping[int, list[int]]) -> list
     """
     buried: dict[int, list[int]] = {index: [] for index in used}
     stale = []
-    for record in sorted(graves, key=attrgetter("sequence"), reverse=True):
-        extents = record.extents
-        if not record.devices <= used.keys() or any(
-            _is_taken(taken[extent.device], extent) for extent in extents for taken in (used, buried)
+    for grave in sorted(graves, key=lambda grave: grave.id.sequence, reverse=True):
+        if not grave.devices <= used.keys() or any(
+            _is_taken(taken[extent.device], extent) for extent in grave.extents for taken in (used, buried)
         ):
-            stale.append(record.uuid)
+            stale.append(grave.id)
         else:
-            for device, block, count in extents:
+            for device, block, count in grave.extents:
                 insort(buried[device], block << 32 | count)
     for index, runs in buried.items():
         used[index].extend(runs)
@@ -408,7 +444,7 @@ def _run(runs: Iterable[tuple[int, int]]) -> tuple[int, int]:
 
 
 def _finish_erasures(
-    allocator: Allocator, blocks: BlockStore, keystore: KeyStore, stale: Sequence[ObjectId], sequence: int
+    allocator: Allocator, blocks: BlockStore, keystore: KeyStore, stale: Sequence[RecordId], sequence: int
 ) -> None:
     """Erase what was deleted before the last stop and not erased yet; what cannot be stays a grave, and not free.
 
@@ -417,24 +453,24 @@ def _finish_erasures(
     finished = []
     touched: set[int] = set()
     done = set(stale)
-    for record in keystore.graves():
-        if record.uuid in done:
+    for grave in keystore.graves():
+        if grave.id in done:
             continue
         try:
-            for device in record.devices:
+            for device in grave.devices:
                 blocks.writable(device)
-            blocks.erase(record.extents)
+            blocks.erase(grave.extents)
         except DeviceError as error:
-            uuid = uuid_text(record.uuid)
-            log.warning("deleted Object %s is not erased yet: %s", uuid, error, extra=fields(uuid=uuid))
+            uuid = uuid_text(grave.id.uuid)
+            log.warning("blocks of Object %s are not erased yet: %s", uuid, error, extra=fields(uuid=uuid))
             continue
-        finished.append(record)
-        touched |= record.devices
+        finished.append(grave)
+        touched |= grave.devices
     failed = blocks.flush(touched)
-    erased = [record for record in finished if not record.devices & failed.keys()]
-    for record in erased:
-        allocator.release(record.extents)
-    keystore.learn((), (), [*stale, *(record.uuid for record in erased)], sequence)
+    erased = [grave for grave in finished if not grave.devices & failed.keys()]
+    for grave in erased:
+        allocator.release(grave.extents)
+    keystore.learn((), (), (), [*stale, *(grave.id for grave in erased)], sequence)
     keystore.checkpoint()  # before any of these blocks is used again: the journal does not say that they are free
 
 

@@ -8,7 +8,7 @@ has the table.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from xxhash import xxh3_64_digest
 from rustord.errors import FormatError
 from rustord.extent import Extent
 from rustord.manifest import Copy, Data, Manifest, chunk_count
-from rustord.objkey import ObjKey, uuid_text
+from rustord.objkey import ObjectId, ObjKey, uuid_text
 
 RECORD = struct.Struct("<8s16sQQQIIHHBBBB")
 """checksum, uuid, sequence, size, created_ns, length, metadata_length, name_length, reserved, copy_count,
@@ -26,6 +26,9 @@ algorithm_length, digest_length, layout_length"""
 EXTENT_COUNT = struct.Struct("<I")
 EXTENT = struct.Struct("<QIHH")
 """block, count, device, reserved"""
+
+RECORD_ID = struct.Struct("<16sQ")
+"""uuid, sequence"""
 
 _CHECKSUM_BYTES = 8
 _ONE_EXTENT = EXTENT_COUNT.pack(1)
@@ -41,6 +44,25 @@ class Metadata(NamedTuple):
 
 
 _NO_METADATA = Metadata()
+
+
+class RecordId(NamedTuple):
+    """Names one Record: an Object has another one, of a higher sequence, after each move to other blocks."""
+
+    uuid: ObjectId
+    sequence: int
+
+
+class Grave(NamedTuple):
+    """What a Record that is gone leaves to be erased: its blocks, but for those that its successor goes on using."""
+
+    id: RecordId
+    extents: Sequence[Extent]
+
+    @property
+    def devices(self) -> set[int]:
+        """The indices of the devices that hold any of the blocks."""
+        return {extent.device for extent in self.extents}
 
 
 class Record:
@@ -93,6 +115,10 @@ class Record:
         self._sums_offset = 0  # worked out when it is asked for: a scan of the whole index does not
 
     @property
+    def id(self) -> RecordId:
+        return RecordId(self.uuid, self.sequence)
+
+    @property
     def copies(self) -> tuple[Copy, ...]:
         """The Manifest's copies."""
         if self._copies is None:
@@ -106,8 +132,7 @@ class Record:
             block, count, device, _ = EXTENT.unpack_from(raw, at)
             return ((Extent(device, block, count),),)
         counts = struct.unpack_from(f"<{copy_count}I", raw, RECORD.size)
-        table = memoryview(raw)[at : at + EXTENT.size * sum(counts)]
-        extents = [Extent(device, block, count) for block, count, device, _ in EXTENT.iter_unpack(table)]
+        extents = decode_extents(memoryview(raw)[at : at + EXTENT.size * sum(counts)])
         return tuple(tuple(extents[first:end]) for first, end in pairwise(accumulate(counts, initial=0)))
 
     @property
@@ -198,6 +223,18 @@ class Record:
     def manifest(self) -> Manifest:
         return Manifest(self.layout, self.copies, self.sums(0, chunk_count(self.size)))
 
+    def moved_length(self, extent_count: int) -> int:
+        """Length in bytes of this Record with as many extents, in all copies together."""
+        return len(self.raw) + EXTENT.size * (extent_count - sum(map(len, self.copies)))
+
+    def moved(self, sequence: int, copies: Sequence[Sequence[Extent]]) -> bytes:
+        """The bytes of the Record of the same Object on other blocks."""
+        metadata_at = len(self.raw) - self._metadata_length
+        name = self.raw[metadata_at - self._name_length : metadata_at]
+        sums = self.sums(0, chunk_count(self.size))
+        layout = self.layout.encode("ascii")
+        return encode_record(self.key, sequence, self.created_ns, copies, sums, layout, name, self.raw[metadata_at:])
+
 
 def encode_metadata(metadata: Metadata) -> bytes:
     """The metadata except for the name, as a msgpack map; empty if there is none."""
@@ -207,6 +244,16 @@ def encode_metadata(metadata: Metadata) -> bytes:
     if metadata.attributes:
         fields["attributes"] = dict(metadata.attributes)
     return msgpack.packb(fields) if fields else b""
+
+
+def encode_extents(extents: Iterable[Extent]) -> bytes:
+    """The extents as a table of `EXTENT`."""
+    return b"".join([EXTENT.pack(block, count, device, 0) for device, block, count in extents])
+
+
+def decode_extents(table: bytes | memoryview) -> list[Extent]:
+    """The reverse of `encode_extents`."""
+    return [Extent(device, block, count) for block, count, device, _ in EXTENT.iter_unpack(table)]
 
 
 def record_length(key: ObjKey, layout: bytes, name: bytes, metadata: bytes, copy_count: int, extent_count: int) -> int:
@@ -236,7 +283,7 @@ def encode_record(
 ) -> bytes:
     """The bytes that `Record` decodes."""
     algorithm = key.algorithm.encode("ascii")
-    extents = b"".join([EXTENT.pack(block, count, device, 0) for copy in copies for device, block, count in copy])
+    extents = encode_extents(extent for copy in copies for extent in copy)
     counts = b"".join([EXTENT_COUNT.pack(len(copy)) for copy in copies])
     body = b"".join((counts, extents, sums, key.digest, algorithm, layout, name, metadata))
     head = RECORD.pack(

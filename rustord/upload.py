@@ -9,7 +9,7 @@ from itertools import accumulate
 from rustord.allocator import Allocator
 from rustord.blockdevice import BlockDevice
 from rustord.blockstore import BlockStore, chunk_sums
-from rustord.errors import DeviceError, InvalidRequest, NoSpace
+from rustord.errors import InvalidRequest, NoSpace
 from rustord.extent import Extent, block_count, extend
 from rustord.keygen import Hasher
 from rustord.manifest import CHUNK_BYTES, Data
@@ -128,12 +128,7 @@ class Upload:
         Raises DeviceError if a device that was written to has gone: one that is back in its place has lost what was not
         flushed, and the flush of the cycle would not tell.
         """
-        for index, device in self._devices.items():
-            if self._blocks.device(index) is not device:
-                raise DeviceError(
-                    f"device {index} was away while the data came in, and may have lost what it had of it",
-                    hint="send the data again",
-                )
+        self._blocks.check_unchanged(self._devices)
         if self.declared_size is not None and self.size != self.declared_size:
             raise InvalidRequest(
                 f"{self.size} bytes instead of the {self.declared_size} that were declared",

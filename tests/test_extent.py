@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rustord.extent import Extent, block_count, extend, trim
+from rustord.extent import Extent, block_count, cut, extend, trim, without
 
 extents = st.builds(Extent, st.integers(0, 3), st.integers(0, 50), st.integers(1, 10))
 
@@ -39,3 +39,21 @@ def test_trimming_cuts_the_last_blocks_off(copy: list[Extent], data: st.DataObje
     cut = trim(copy, count)
     assert blocks(copy) == before[: len(before) - count]
     assert sorted(blocks(cut)) == sorted(before[len(before) - count :])
+
+
+@given(st.lists(extents), st.lists(extents))
+def test_cutting_tells_what_is_the_others(copy: list[Extent], more: list[Extent]) -> None:
+    others = without_overlap(more)
+    pieces = cut(copy, others)
+    taken = set(blocks(others))
+    assert [block for piece, _ in pieces for block in blocks([piece])] == blocks(copy)
+    assert all((block in taken) == is_other for piece, is_other in pieces for block in blocks([piece]))
+    assert blocks(without(copy, others)) == [block for block in blocks(copy) if block not in taken]
+
+
+def without_overlap(extents: list[Extent]) -> list[Extent]:
+    chosen: list[Extent] = []
+    for extent in extents:
+        if not set(blocks([extent])) & set(blocks(chosen)):
+            chosen.append(extent)
+    return chosen

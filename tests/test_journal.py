@@ -17,6 +17,7 @@ from rustord.journal import (
     Kind,
     batch_length,
     decode_batch,
+    decode_record_ids,
     delete_entry,
     encode_batch,
     erased_entry,
@@ -24,11 +25,19 @@ from rustord.journal import (
     undo_entry,
     unerased_entry,
 )
+from rustord.record import RECORD_ID, RecordId
 
 SECRET = bytes(range(32))
 DEVICE = b"d" * 16
 uuids = st.binary(min_size=16, max_size=16)
 sequences = st.integers(1, 2**64 - 1)
+ids = st.builds(RecordId, uuids, sequences)
+
+
+def packed(ids: list[RecordId]) -> bytes:
+    return b"".join(RECORD_ID.pack(*id) for id in ids)
+
+
 entries = st.one_of(
     st.builds(
         lambda sequence, replaced, record: (
@@ -40,14 +49,18 @@ entries = st.one_of(
         st.binary(max_size=300),
     ),
     st.builds(lambda number, uuid: (delete_entry(number, uuid), Entry(Kind.DELETE, number, uuid)), sequences, uuids),
-    st.builds(lambda number, uuid: (undo_entry(number, uuid), Entry(Kind.UNDO, number, uuid)), sequences, uuids),
-    st.builds(lambda gone: (erased_entry(gone), Entry(Kind.ERASED, 0, b"".join(gone))), st.lists(uuids)),
-    st.builds(lambda gone: (unerased_entry(gone), Entry(Kind.UNERASED, 0, b"".join(gone))), st.lists(uuids)),
+    st.builds(lambda number, id: (undo_entry(number, id), Entry(Kind.UNDO, number, packed([id]))), sequences, ids),
+    st.builds(lambda gone: (erased_entry(gone), Entry(Kind.ERASED, 0, packed(gone))), st.lists(ids)),
+    st.builds(lambda gone: (unerased_entry(gone), Entry(Kind.UNERASED, 0, packed(gone))), st.lists(ids)),
 )
 
 
 def batch() -> bytes:
-    changes = [put_entry(8, NOTHING, b"a record" * 9), delete_entry(9, b"u" * 16), erased_entry([b"v" * 16])]
+    changes = [
+        put_entry(8, NOTHING, b"a record" * 9),
+        delete_entry(9, b"u" * 16),
+        erased_entry([RecordId(b"v" * 16, 3)]),
+    ]
     return encode_batch(changes, DEVICE, 5, 7, SECRET)
 
 
@@ -114,3 +127,10 @@ def test_no_length_is_believed_that_is_shorter_than_a_header() -> None:
     head = BATCH.pack(MAGIC, b"", DEVICE, 1, 0, BATCH.size - 1, 0)
     assert batch_length(head) is None
     assert batch_length(bytes(BATCH.size)) is None
+
+
+@given(st.lists(ids, max_size=4), st.integers(1, 23))
+def test_the_ids_of_records_come_back(gone: list[RecordId], excess: int) -> None:
+    assert decode_record_ids(packed(gone)) == gone
+    with pytest.raises(FormatError, match="no list of records"):
+        decode_record_ids(packed(gone) + bytes(excess))

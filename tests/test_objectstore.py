@@ -300,15 +300,15 @@ class TestPins:
     def test_a_reader_is_not_cut_off_by_who_replaces_the_name(self, store: ObjectStore) -> None:
         record = store.stat(store.put(DATA[:3_000_000], name="name").uuid)
         free = free_count(store)
-        store.pin(record.uuid)
-        store.pin(record.uuid)
+        store.pin(record)
+        store.pin(record)
         new = store.put(b"new", name="name")
         run(store)
         assert store.read(record, 0, record.size) == DATA[:3_000_000]
-        store.unpin(record.uuid)
+        store.unpin(record)
         assert not store.idle_work()
         assert store.read(record, 0, record.size) == DATA[:3_000_000]
-        store.unpin(record.uuid)
+        store.unpin(record)
         assert store.idle_work()
         run(store)
         assert free_count(store) == free + block_count(record.extents) - 1
@@ -317,26 +317,27 @@ class TestPins:
 
     def test_who_deletes_does_not_wait(self, store: ObjectStore) -> None:
         key = store.put(b"x")
-        store.pin(key.uuid)
+        record = store.stat(key.uuid)
+        store.pin(record)
         store.delete(key.uuid)
-        store.unpin(key.uuid)
+        store.unpin(record)
         check_sound(store)
 
     def test_what_is_held_at_the_end_is_erased_at_the_next_start(self, simulation: Simulation) -> None:
         store = simulation.open()
         record = store.stat(store.put(DATA[:BLOCK], name="name").uuid)
-        store.pin(record.uuid)
+        store.pin(record)
         store.put(b"new", name="name")
         store = reopened(simulation)
         assert simulation.read(0, record.extents[0].block, 2) == bytes(2 * BLOCK)
         check_sound(store)
 
     def test_a_reader_that_never_ends_does_not_fill_the_journal(self, store: ObjectStore) -> None:
-        key = store.put(b"read", name="name")
-        store.pin(key.uuid)
+        record = store.stat(store.put(b"read", name="name").uuid)
+        store.pin(record)
         for number in range(1200):
             store.put(bytes([number % 256]), name="name")
-        store.unpin(key.uuid)
+        store.unpin(record)
         run(store)
         check_sound(store)
 

@@ -40,7 +40,7 @@ from rustord.pool import (
     detach_device,
     remove_device,
 )
-from rustord.record import Metadata, Record
+from rustord.record import RECORD_ID, Metadata, Record, encode_extents
 from tests.simulation import (
     MIB,
     PowerCut,
@@ -335,7 +335,8 @@ class TestOpening:
         forged = bytearray(records[1].raw)
         at = bytes(forged).index(records[1].extents[0].block.to_bytes(8, "little"))
         forged[at : at + 8] = records[0].extents[0].block.to_bytes(8, "little")
-        _forge(simulation, {b"o" + records[1].uuid: _summed(forged), b"g" + bytes(16): deleted.raw})
+        grave = {b"g" + RECORD_ID.pack(*deleted.id): encode_extents(deleted.extents)}
+        _forge(simulation, {b"o" + records[1].uuid: _summed(forged)} | grave)
         store = simulation.open()
         assert "two Objects claim block 1280 of device 0" in store.read_only
         with pytest.raises(RustordError, match="read-only"):

@@ -100,3 +100,14 @@ def test_trailing_bytes_are_refused() -> None:
 def test_garbage_is_refused(raw: bytes) -> None:
     with pytest.raises(FormatError):
         Record(raw)
+
+
+def test_a_record_of_other_blocks_says_the_same_of_the_object() -> None:
+    record = Record(encoded())
+    copies = [[Extent(3, 4, 5)], [Extent(4, 5, 6), Extent(5, 6, 7)]]
+    moved = Record(record.moved(99, copies))
+    assert moved.id == (record.uuid, 99)
+    assert moved.copies == tuple(map(tuple, copies))
+    assert (moved.key, moved.metadata, moved.created_ns) == (record.key, record.metadata, record.created_ns)
+    assert (moved.layout, moved.manifest.sums) == (record.layout, record.manifest.sums)
+    assert len(moved.raw) == record.moved_length(3)

@@ -181,13 +181,13 @@ class Operations:
         return Reply(206, object_fields(record) + content_range, length=end - start), start, end
 
     def _read_later(self, exchange: Exchange, reply: Reply, record: Record, start: int, end: int) -> None:
-        self._store.pin(record.uuid)
+        self._store.pin(record)
 
         def read() -> Reply:
             try:
                 return reply._replace(body=self._store.read(record, start, end - start))
             finally:
-                self._store.unpin(record.uuid)
+                self._store.unpin(record)
 
         self._later(exchange, read)
 

@@ -207,7 +207,7 @@ class Sending:
         self._limits = limits
         self._piece = memoryview(b"")
         self._piece_began = monotonic()
-        store.pin(record.uuid)
+        store.pin(record)
         self._pinned = True
 
     def step(self) -> Wait:
@@ -258,7 +258,7 @@ class Sending:
         """As `Receiving.abort`."""
         if self._pinned:
             self._pinned = False
-            self._store.unpin(self._record.uuid)
+            self._store.unpin(self._record)
 
     def deadline(self) -> float:
         """As `Receiving.deadline`."""

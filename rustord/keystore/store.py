@@ -9,7 +9,7 @@ The index is an ordered store of byte keys (`rustord.keystore.backend`). FORMAT.
 
 ==========================  ===========================================================================
 ``o`` uuid                  the Record of a live Object
-``g`` uuid                  the Record of a deleted Object whose blocks have not been erased yet (a grave)
+``g`` uuid, sequence        the extents of a Record that is gone and whose blocks are not erased yet (a grave)
 ``n`` name                  uuid; a name of more than 480 bytes is cut there and its BLAKE2b-128 added, and
                             the whole name follows the uuid
 ``p`` device uuid           where the index's knowledge of that device's journal ends
@@ -21,18 +21,20 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from heapq import merge
 from itertools import islice
 
-from rustord.errors import PoolError, RustordError, Unavailable
+from rustord.errors import FormatError, PoolError, RustordError, Unavailable
+from rustord.extent import without
 from rustord.journal import (
     NOTHING,
     Batch,
     Entry,
     Kind,
+    decode_record_ids,
     delete_entry,
     erased_entry,
     put_entry,
@@ -42,7 +44,7 @@ from rustord.journal import (
 from rustord.keystore.backend import Backend
 from rustord.keystore.ring import Ring, RingFull
 from rustord.objkey import ObjectId, uuid_text
-from rustord.record import Record
+from rustord.record import EXTENT, RECORD_ID, Grave, Record, RecordId, decode_extents, encode_extents
 
 _OBJECT, _GRAVE, _NAME, _POSITION, _STATE = b"o", b"g", b"n", b"p", b"s"
 STATE = struct.Struct("<QQ16s")
@@ -57,7 +59,7 @@ class _Overlay:
     """What the index does not hold yet. None as a value means that the key is gone."""
 
     objects: dict[ObjectId, bytes | None] = field(default_factory=dict)
-    graves: dict[ObjectId, bytes | None] = field(default_factory=dict)
+    graves: dict[bytes, bytes | None] = field(default_factory=dict)
     names: dict[bytes, bytes | None] = field(default_factory=dict)
     sequence: int = 0
     positions: dict[bytes, bytes] = field(default_factory=dict)
@@ -78,7 +80,7 @@ class KeyStore:
         self._draining = _Overlay()
         self._learning = threading.Lock()  # held while the overlay changes hands, and for each `learn`
         self._checkpointing = threading.Lock()
-        self._unerased: dict[ObjectId, int] = {}  # sequence of each tombstone whose blocks are not erased yet
+        self._unerased: dict[RecordId, int] = {}  # sequence of each tombstone whose blocks are not erased yet
         self.indexed_sequence = 0
         """Every change up to this one is in the index."""
         self.batch_bytes_max = 0
@@ -121,30 +123,30 @@ class KeyStore:
         self.batch_bytes_max = min((ring.batch_bytes_max for ring in self._rings.values()), default=0)
 
     def replay(
-        self, entries: Iterable[Entry], dropped: Iterable[Record], erased: Iterable[Entry], generation: int
+        self, entries: Iterable[Entry], dropped: Collection[int], erased: Iterable[Entry], generation: int
     ) -> None:
         """Learn what the journal holds beyond the index, in the order given, and put it into the index.
 
-        ``dropped`` are Objects that were never acknowledged and are not whole or were undone: they become graves.
-        ``erased`` are the entries that end graves; what they name is deleted, also if its tombstone was on a device
-        that is missing.
+        ``dropped`` are the sequences of PUTs that were never acknowledged and are not whole or were undone: they become
+        graves. ``erased`` are the entries that end graves; what they name is deleted, also if its tombstone was on a
+        device that is missing.
         """
-        overlay = self._fresh
-        for entry in entries:
-            overlay.sequence = max(overlay.sequence, entry.sequence)
-            if entry.kind is Kind.PUT:
-                self._learn_put(overlay, Record(entry.payload[16:]), entry.payload[:16])
-            elif entry.kind is Kind.DELETE and (raw := self._raw(entry.payload)):
-                self._learn_delete(overlay, Record(raw), entry.sequence)
-        for record in dropped:
-            self._learn_delete(overlay, record, record.sequence)
-            overlay.sequence = max(overlay.sequence, record.sequence)
-        for entry in erased:
-            for at in range(0, len(entry.payload), 16):
-                uuid = entry.payload[at : at + 16]
-                if raw := self._raw(uuid):
-                    self._learn_delete(overlay, Record(raw), Record(raw).sequence)
-                self._learn_erased(overlay, uuid)
+        with self._learning:
+            overlay = self._fresh
+            for entry in entries:
+                overlay.sequence = max(overlay.sequence, entry.sequence)
+                if entry.sequence in dropped:
+                    record = Record(entry.payload[16:])
+                    self._bury(overlay, record, self.get(record.uuid), record.sequence)
+                elif entry.kind is Kind.PUT:
+                    self._learn_put(overlay, Record(entry.payload[16:]), entry.payload[:16])
+                elif entry.kind is Kind.DELETE and (raw := self._raw(entry.payload)):
+                    self._learn_delete(overlay, Record(raw), entry.sequence)
+            for entry in erased:
+                for gone in decode_record_ids(entry.payload):
+                    if (raw := self._raw(gone.uuid)) and Record(raw).id == gone:
+                        self._learn_delete(overlay, Record(raw), gone.sequence)
+                    self._learn_erased(overlay, gone)
         self.note_generation(generation)
 
     def note_generation(self, generation: int) -> None:
@@ -158,9 +160,9 @@ class KeyStore:
         """Every live Object in the index."""
         return (Record(raw) for _, raw in self._backend.scan(_OBJECT, _successor(_OBJECT)))
 
-    def graves(self) -> list[Record]:
-        """The deleted Objects in the index whose blocks have not been erased yet."""
-        return [Record(raw) for _, raw in self._backend.scan(_GRAVE, _successor(_GRAVE))]
+    def graves(self) -> list[Grave]:
+        """The graves in the index: what is gone and whose blocks have not been erased yet."""
+        return [_grave(key, table) for key, table in self._backend.scan(_GRAVE, _successor(_GRAVE))]
 
     # Changing
 
@@ -169,7 +171,7 @@ class KeyStore:
         puts: Iterable[tuple[Record, ObjectId]],
         deletes: Iterable[tuple[Record, int]],
         undone: Iterable[tuple[Record, int]],
-        erased: Mapping[int, list[ObjectId]],
+        erased: Mapping[int, list[RecordId]],
         durable: int,
         writable: Iterable[int],
     ) -> tuple[set[int], dict[int, RustordError]]:
@@ -185,14 +187,15 @@ class KeyStore:
         for record, replaced in puts:
             entry = put_entry(record.sequence, replaced, record.raw)
             newest = record.sequence
-            for device in record.devices:
+            # A move may leave a copy where it is, on a device that is missing or takes no writes.
+            for device in record.devices & writable if replaced == record.uuid else record.devices:
                 entries.setdefault(device, []).append(entry)
-        for tombstone, gone in ((delete_entry, deletes), (undo_entry, undone)):
-            for record, sequence in gone:
-                entry = tombstone(sequence, record.uuid)
-                newest = max(newest, sequence)
-                for device in record.devices & writable:
-                    entries.setdefault(device, []).append(entry)
+        tombstones = [(record, sequence, delete_entry(sequence, record.uuid)) for record, sequence in deletes]
+        tombstones += [(record, sequence, undo_entry(sequence, record.id)) for record, sequence in undone]
+        for record, sequence, entry in tombstones:
+            newest = max(newest, sequence)
+            for device in record.devices & writable:
+                entries.setdefault(device, []).append(entry)
         if entries:
             self._carry(entries, writable, newest)
         failed: dict[int, RustordError] = {}
@@ -236,18 +239,21 @@ class KeyStore:
         self,
         puts: Iterable[tuple[Record, ObjectId]],
         deletes: Iterable[tuple[Record, int]],
-        erased: Iterable[ObjectId],
+        undone: Iterable[tuple[Grave, int]],
+        erased: Iterable[RecordId],
         sequence: int,
     ) -> None:
         """Know from now on what the journal holds durably, up to ``sequence``."""
         with self._learning:
             overlay = self._fresh
-            for uuid in erased:
-                self._learn_erased(overlay, uuid)
+            for gone in erased:
+                self._learn_erased(overlay, gone)
             for record, replaced in puts:
                 self._learn_put(overlay, record, replaced)
             for record, tombstone in deletes:
                 self._learn_delete(overlay, record, tombstone)
+            for grave, tombstone in undone:
+                self._learn_grave(overlay, grave, tombstone)
             overlay.sequence = sequence
             self._note_positions(overlay)
 
@@ -261,6 +267,9 @@ class KeyStore:
             overlay.positions[ring.device_uuid] = ring.position
 
     def _learn_put(self, overlay: _Overlay, record: Record, replaced: ObjectId) -> None:
+        if replaced == record.uuid:
+            self._learn_move(overlay, record)
+            return
         overlay.objects[record.uuid] = record.raw
         if name := record.name:
             key, tail = _name_key(name)
@@ -268,20 +277,41 @@ class KeyStore:
         if replaced != NOTHING and (raw := self._raw(replaced)):
             self._learn_delete(overlay, Record(raw), record.sequence)
 
+    def _learn_move(self, overlay: _Overlay, record: Record) -> None:
+        """The Object is on other blocks now, unless it has been moved on since (by who did not know of this move)."""
+        live = self.get(record.uuid)
+        if live is not None and live.sequence > record.sequence:
+            self._bury(overlay, record, live, record.sequence)
+            return
+        if live is not None:
+            self._bury(overlay, live, record, record.sequence)
+        elif name := record.name:
+            key, tail = _name_key(name)
+            overlay.names[key] = record.uuid + tail
+        overlay.objects[record.uuid] = record.raw
+
+    def _bury(self, overlay: _Overlay, record: Record, keeper: Record | None, sequence: int) -> None:
+        """``record`` is gone; the blocks that ``keeper``, another Record of the same Object, names are not to erase."""
+        extents = without(record.extents, keeper.extents) if keeper else record.extents
+        self._learn_grave(overlay, Grave(record.id, extents), sequence)
+
+    def _learn_grave(self, overlay: _Overlay, grave: Grave, sequence: int) -> None:
+        overlay.graves[RECORD_ID.pack(*grave.id)] = encode_extents(grave.extents)
+        self._unerased[grave.id] = sequence
+
     def _learn_delete(self, overlay: _Overlay, record: Record, sequence: int) -> None:
         uuid = record.uuid
         overlay.objects[uuid] = None
-        overlay.graves[uuid] = record.raw
-        self._unerased[uuid] = sequence
+        self._bury(overlay, record, None, sequence)
         if name := record.name:
             key, _ = _name_key(name)
             value = self._name_value(key)
             if value is not None and value[:16] == uuid:
                 overlay.names[key] = None
 
-    def _learn_erased(self, overlay: _Overlay, uuid: ObjectId) -> None:
-        overlay.graves[uuid] = None
-        self._unerased.pop(uuid, None)
+    def _learn_erased(self, overlay: _Overlay, gone: RecordId) -> None:
+        overlay.graves[RECORD_ID.pack(*gone)] = None
+        self._unerased.pop(gone, None)
 
     def checkpoint(self) -> None:
         """Put what has been learnt into the index, durably, and let go of the journal that holds it."""
@@ -384,6 +414,12 @@ class KeyStore:
 
     def close(self) -> None:
         self._backend.close()
+
+
+def _grave(key: bytes, table: bytes) -> Grave:
+    if len(key) != 1 + RECORD_ID.size or len(table) % EXTENT.size:
+        raise FormatError("a grave in the index is damaged", hint="put back the index, or rebuild it from the devices")
+    return Grave(RecordId(*RECORD_ID.unpack_from(key, 1)), decode_extents(table))
 
 
 def _name_key(name: str) -> tuple[bytes, bytes]:

@@ -19,7 +19,7 @@ from rustord.keystore.ring import Ring
 from rustord.keystore.store import KeyStore
 from rustord.label import Geometry
 from rustord.objkey import ObjKey
-from rustord.record import Record, encode_record
+from rustord.record import RECORD_ID, Grave, Record, RecordId, encode_record
 
 MIB = 1 << 20
 POOL = b"p" * 16
@@ -53,9 +53,9 @@ class Keys:
         entries = [entry for batch in batches for entry in batch.entries]
         erased = [entry for entry in entries if entry.kind is Kind.ERASED]
         self.replayed = [entry for entry in entries if entry.sequence]
-        self.store.replay(self.replayed, [], erased, 1)
+        self.store.replay(self.replayed, (), erased, 1)
         self.sequence = max([entry.sequence for entry in entries] + [self.store.indexed_sequence])
-        self._erased: list[bytes] = []
+        self._erased: list[RecordId] = []
 
     def put(self, name: str = "", replaced: bytes = NOTHING) -> Record:
         self.sequence += 1
@@ -65,13 +65,19 @@ class Keys:
         self._change([(record, replaced)], [])
         return record
 
+    def move(self, record: Record, *extents: Extent) -> Record:
+        self.sequence += 1
+        moved = Record(record.moved(self.sequence, [extents]))
+        self._change([(moved, record.uuid)], [])
+        return moved
+
     def delete(self, record: Record) -> None:
         self.sequence += 1
         self._change([], [(record, self.sequence)])
 
     def erase(self, *records: Record) -> None:
-        self._erased += [record.uuid for record in records]
-        self.store.learn((), (), [record.uuid for record in records], self.sequence)
+        self._erased += [record.id for record in records]
+        self.store.learn((), (), (), [record.id for record in records], self.sequence)
 
     def _change(self, puts: list[tuple[Record, bytes]], deletes: list[tuple[Record, int]]) -> None:
         written, failed = self.store.journal(puts, deletes, (), {0: self._erased}, self.sequence - 1, [0])
@@ -79,7 +85,7 @@ class Keys:
             raise failed[0]
         assert written == {0}
         self._erased = []
-        self.store.learn(puts, deletes, (), self.sequence)
+        self.store.learn(puts, deletes, (), (), self.sequence)
 
 
 @pytest.fixture
@@ -143,7 +149,7 @@ class TestChanges:
             assert keys.store.get(record.uuid) is None
             assert keys.store.resolve("name") is None
             keys.store.checkpoint()
-        assert [grave.raw for grave in keys.store.graves()] == [record.raw]
+        assert keys.store.graves() == [Grave(record.id, record.extents)]
         keys.erase(record)
         keys.store.checkpoint()
         assert keys.store.graves() == []
@@ -159,6 +165,23 @@ class TestChanges:
             keys.store.checkpoint()
         keys.delete(new)
         assert keys.store.resolve("name") is None
+
+    def test_an_object_that_was_moved_leaves_a_grave_of_what_it_does_not_use_any_more(self, keys: Keys) -> None:
+        old = keys.put("name")
+        kept, new = Extent(0, 1281, 1), Extent(0, 1300, 2)
+        moved = keys.move(old, kept, new)
+        again = keys.move(moved, new)
+        for _ in range(2):
+            found = keys.store.get(old.uuid)
+            assert found is not None
+            assert found.raw == again.raw
+            assert (keys.store.resolve("name"), uuids(keys.store)) == (old.uuid, [old.uuid])
+            keys.store.checkpoint()
+        assert sorted(keys.store.graves()) == [Grave(old.id, []), Grave(moved.id, [kept])]
+        keys.erase(moved, old)
+        keys.store.checkpoint()
+        assert keys.store.graves() == []
+        assert uuids(keys.store) == [old.uuid]
 
     def test_a_commit_that_fails_loses_nothing(self, keys: Keys) -> None:
         record = keys.put("a")
@@ -213,7 +236,7 @@ class TestReplay:
         assert [entry.kind for entry in again.replayed] == [Kind.PUT, Kind.DELETE]
         assert names(again.store) == ["after", "kept"]
         assert uuids(again.store) == [kept.uuid, after.uuid]
-        assert [grave.uuid for grave in again.store.graves()] == [gone.uuid]
+        assert [grave.id.uuid for grave in again.store.graves()] == [gone.uuid]
 
     def test_an_erasure_ends_a_grave(self, keys: Keys, open_keys: Callable[[], Keys]) -> None:
         gone = keys.put("gone")
@@ -224,9 +247,40 @@ class TestReplay:
         assert again.store.graves() == []
         assert names(again.store) == ["next"]
 
+    def test_a_move_is_replayed(self, keys: Keys, open_keys: Callable[[], Keys]) -> None:
+        old = keys.put("name")
+        moved = keys.move(old, Extent(0, 1300, 1))
+        again = open_keys()
+        found = again.store.get(old.uuid)
+        assert found is not None
+        assert found.raw == moved.raw
+        assert again.store.graves() == [Grave(old.id, old.extents)]
+        again.store.replay([], (), [Entry(Kind.ERASED, 0, RECORD_ID.pack(*old.id))], 2)
+        assert uuids(again.store) == [old.uuid]  # what was erased is where it was before
+
+    def test_a_move_that_was_never_whole_leaves_the_object_where_it_was(self, keys: Keys) -> None:
+        old = keys.put("name")
+        moved = Record(old.moved(9, [[*old.extents, Extent(0, 1300, 1)]]))
+        keys.store.replay([Entry(Kind.PUT, 9, old.uuid + moved.raw)], {9}, [], 2)
+        found = keys.store.get(old.uuid)
+        assert found is not None
+        assert found.raw == old.raw
+        assert keys.store.graves() == [Grave(moved.id, [Extent(0, 1300, 1)])]
+
+    def test_a_move_that_comes_to_light_after_a_later_one_is_none(self, keys: Keys) -> None:
+        old = keys.put("name")
+        earlier = Record(old.moved(2, [[Extent(0, 1300, 1)]]))
+        keys.sequence = 8
+        later = keys.move(old, Extent(0, 1400, 1))
+        keys.store.replay([Entry(Kind.PUT, 2, old.uuid + earlier.raw)], (), [], 2)
+        found = keys.store.get(old.uuid)
+        assert found is not None
+        assert found.raw == later.raw
+        assert Grave(earlier.id, earlier.extents) in keys.store.graves()
+
     def test_an_erasure_ends_an_object_whose_tombstone_is_missing(self, keys: Keys) -> None:
         record = keys.put("name")
-        keys.store.replay([], [], [Entry(Kind.ERASED, 0, record.uuid + bytes(16))], 2)
+        keys.store.replay([], (), [Entry(Kind.ERASED, 0, RECORD_ID.pack(*record.id) + bytes(24))], 2)
         assert uuids(keys.store) == []
         assert names(keys.store) == []
         assert keys.store.graves() == []
@@ -285,8 +339,8 @@ class TestJournal:
         keys.put()  # whose batch says that the last one was erased
         batches = Ring(keys.ring._device, b"d" * 16, GEOMETRY, bytes(32)).replay(None)
         said = [entry.payload for batch in batches for entry in batch.entries if entry.kind is Kind.UNERASED]
-        assert held.uuid in said  # for one who has the devices alone
-        assert [grave.uuid for grave in open_keys().store.graves()] == [held.uuid]
+        assert RECORD_ID.pack(*held.id) in said  # for one who has the devices alone
+        assert [grave.id.uuid for grave in open_keys().store.graves()] == [held.uuid]
 
     def test_a_tombstone_stays_in_it_until_the_blocks_are_erased(self, keys: Keys) -> None:
         record = keys.put()

@@ -1,0 +1,364 @@
+"""Moving Objects to other blocks: nothing changes for who reads them, and no crash loses or doubles anything."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from rustord.change import Delete, Put
+from rustord.errors import Damaged, DeviceError, NoSpace, NotFound, PreconditionFailed
+from rustord.extent import Extent, block_count
+from rustord.objectstore import ObjectStore
+from rustord.placer import Contiguous, Mirrored, Striped
+from rustord.record import Metadata, Record
+from tests.simulation import (
+    MIB,
+    PowerCut,
+    Simulation,
+    check_sound,
+    free_count,
+    live,
+    run,
+    stored,
+    upload,
+)
+
+BLOCK = 4096
+SIZES = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 65536, 3 * 65536 + 5, 2 * MIB + 77]
+DATA = random.Random(4).randbytes(4 * MIB)
+
+
+def on(record: Record, device: int) -> list[Extent]:
+    return [extent for extent in record.extents if extent.device == device]
+
+
+def move(store: ObjectStore, record: Record, leave: list[Extent], **how: Any) -> Record:
+    """Move an Object, and erase its old blocks."""
+    moved = stored(run(store, store.relocate(record, leave, **how))[0])
+    settle(store)
+    return moved
+
+
+def settle(store: ObjectStore) -> None:
+    """Let the index know everything, and erase what waits for that."""
+    store.keystore.checkpoint()
+    run(store)
+
+
+class TestMoving:
+    @pytest.mark.parametrize("size", SIZES)
+    def test_the_object_is_the_same_elsewhere(self, simulate: Callable[..., Simulation], size: int) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB)
+        store = simulation.open()
+        free = free_count(store)
+        old = store.stat(store.put(DATA[:size], name="name", content_type="text/plain", colour="blue").uuid)
+        (device,) = old.devices
+        new = move(store, old, old.extents, avoid={device})
+        for _ in range(2):
+            assert new.devices == {1 - device}
+            assert store.stat(old.uuid).raw == new.raw
+            assert store.get(old.uuid) == DATA[:size]
+            assert store.resolve("name") == old.uuid
+            assert (new.key, new.metadata, new.created_ns) == (old.key, old.metadata, old.created_ns)
+            assert free_count(store) == free - block_count(new.extents)
+            check_sound(store)
+            simulation.close()
+            store = simulation.open()
+        for _, block, count in old.extents:
+            assert not any(simulation.read(device, block, count))
+        store.delete(old.uuid)
+        assert free_count(store) == free
+
+    def test_only_what_has_to_leave_does(self, simulate: Callable[..., Simulation]) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB, 16 * MIB, placer=Striped(16))
+        store = simulation.open()
+        old = upload(store, DATA[: 2 * MIB + 77])
+        assert old.devices == {0, 1, 2}
+        new = move(store, old, on(old, 1))
+        assert new.devices == {0, 2}
+        body = block_count(old.extents) - 1
+        kept = {(e.device, block) for e in old.extents for block in range(e.block, e.end) if e.device != 1}
+        now = {(e.device, block) for e in new.extents for block in range(e.block, e.end)}
+        assert len(kept & now) in (len(kept), len(kept) - 1)  # all but, perhaps, the last block
+        assert body <= block_count(new.extents)
+        assert store.get(old.uuid) == DATA[: 2 * MIB + 77]
+        check_sound(store)
+
+    def test_some_blocks_in_the_middle_of_an_extent(self, simulation: Simulation) -> None:
+        store = simulation.open()
+        old = upload(store, DATA[:MIB])
+        (extent,) = old.extents
+        bad = [Extent(0, extent.block + 20, 3), Extent(0, extent.block + 100, 1)]
+        new = move(store, old, bad)
+        assert len(new.extents) > 4
+        assert not any(a.block < b.end and b.block < a.end for a in new.extents for b in bad)
+        assert store.get(old.uuid) == DATA[:MIB]
+        check_sound(store)
+        simulation.cut_power()
+        store = simulation.open()
+        assert store.get(old.uuid) == DATA[:MIB]
+        check_sound(store)
+
+    @pytest.mark.parametrize("size", SIZES)
+    def test_copies_stay_on_devices_of_their_own(self, simulate: Callable[..., Simulation], size: int) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB, 16 * MIB, placer=Mirrored(2))
+        store = simulation.open()
+        old = upload(store, DATA[:size], declare=True)
+        leaving, staying = (copy[0].device for copy in old.copies)
+        new = move(store, old, on(old, leaving))
+        first, second = ({extent.device for extent in copy} for copy in new.copies)
+        assert second == {staying}
+        assert first == {0, 1, 2} - {leaving, staying}
+        assert store.get(old.uuid) == DATA[:size]
+        check_sound(store)
+        simulation.cut_power()
+        check_sound(simulation.open())
+
+    def test_each_byte_stays_on_two_devices(self, simulate: Callable[..., Simulation]) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB, 16 * MIB, 16 * MIB, placer=Mirrored(2))
+        store = simulation.open()
+        old = upload(store, DATA[: 3 * MIB])  # of unknown size: the copies change their devices on the way
+        assert all(len({extent.device for extent in copy}) > 1 for copy in old.copies)
+        new = move(store, old, on(old, 0), avoid={0})
+        assert 0 not in new.devices
+        first, second = ([e.device for e in copy for _ in range(e.count)] for copy in new.copies)
+        assert all(one != other for one, other in zip(first, second, strict=True))
+        check_sound(store)
+
+    def test_there_may_be_no_device_for_it(self, simulate: Callable[..., Simulation]) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB, placer=Mirrored(2))
+        store = simulation.open()
+        old = upload(store, DATA[:MIB])
+        with pytest.raises(NoSpace, match="no device may take"):
+            store.relocate(old, on(old, 0), avoid={0})
+        run(store)
+        check_sound(store)
+
+    def test_metadata_of_any_length_moves_along(self, simulation: Simulation) -> None:
+        store = simulation.open()
+        old = store.stat(store.put(DATA[:100], name="n" * 1000, **{"k" * 100: "v" * 7000}).uuid)
+        new = move(store, old, old.extents)
+        assert store.get(old.uuid) == DATA[:100]
+        assert new.metadata == old.metadata
+        check_sound(store)
+
+    def test_again_and_again(self, simulation: Simulation) -> None:
+        store = simulation.open()
+        record = upload(store, DATA[:MIB])
+        for _ in range(30):
+            record = move(store, record, record.extents)
+        assert store.get(record.uuid) == DATA[:MIB]
+        check_sound(store)
+
+
+class TestRaces:
+    def test_an_object_that_is_deleted_meanwhile(self, simulation: Simulation) -> None:
+        store = simulation.open()
+        free = free_count(store)
+        record = upload(store, DATA[:MIB])
+        change = store.relocate(record, record.extents)
+        store.delete(record.uuid)
+        with pytest.raises(NotFound):
+            stored(run(store, change)[0])
+        run(store)
+        assert free_count(store) == free
+        check_sound(store)
+
+    def test_an_object_that_is_moved_meanwhile(self, simulation: Simulation) -> None:
+        store = simulation.open()
+        record = upload(store, DATA[:MIB])
+        first, second = (store.relocate(record, record.extents) for _ in range(2))
+        outcomes = run(store, first, second)
+        settle(store)
+        assert isinstance(outcomes[1], PreconditionFailed)
+        assert store.stat(record.uuid).raw == stored(outcomes[0]).raw
+        assert store.get(record.uuid) == DATA[:MIB]
+        check_sound(store)
+
+    @pytest.mark.parametrize("first", ["move", "other"])
+    def test_one_that_is_deleted_or_replaced_in_the_same_cycle(self, simulation: Simulation, first: str) -> None:
+        store = simulation.open()
+        free = free_count(store)
+        records = [store.stat(store.put(DATA[:9000], name=name).uuid) for name in ("a", "b")]
+        moves = [store.relocate(record, record.extents) for record in records]
+        others = [Delete(records[0].uuid), Put(b"new", Metadata("b"))]
+        outcomes = run(store, *(moves + others if first == "move" else others + moves))
+        settle(store)
+        new = stored(outcomes[3] if first == "move" else outcomes[1])
+        assert [record.uuid for record in live(store)] == [new.uuid]
+        assert free_count(store) == free - 1
+        check_sound(store)
+
+    def test_a_reader_who_knows_the_old_place_is_not_cut_off(self, simulation: Simulation) -> None:
+        store = simulation.open()
+        old = upload(store, DATA[:MIB])
+        store.pin(old)
+        stored(run(store, store.relocate(old, old.extents))[0])
+        settle(store)
+        assert store.read_now(old, 0, MIB) == DATA[:MIB]  # from where it was
+        store.unpin(old)
+        settle(store)
+        assert store.read_now(old, 0, MIB) is None
+        assert store.read(old, 5, 100) == DATA[5:105]
+        assert store.read(old, 0, MIB) == DATA[:MIB]
+        check_sound(store)
+
+    def test_nothing_is_erased_before_the_index_knows_where_the_object_is(self, simulation: Simulation) -> None:
+        store = simulation.open()
+        old = upload(store, DATA[:MIB])
+        stored(run(store, store.relocate(old, old.extents))[0])
+        assert simulation.read(0, old.extents[0].block, 16) == DATA[:65536]
+        settle(store)
+        assert not any(simulation.read(0, old.extents[0].block, 16))
+
+    def test_a_device_that_was_away_while_it_was_copied_to(self, simulate: Callable[..., Simulation]) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB)
+        store = simulation.open()
+        record = upload(store, DATA[:MIB])
+        change = store.relocate(record, record.extents)
+        simulation.devices[change.source.copies[0][0].device].failed = "it says so"
+        with pytest.raises(DeviceError, match="it says so"):
+            stored(run(store, change)[0])
+        assert store.get(record.uuid) == DATA[:MIB]
+
+    def test_a_move_that_fails_in_the_flush_is_taken_back(self, simulate: Callable[..., Simulation]) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB, 16 * MIB, placer=Mirrored(2))
+        store = simulation.open()
+        record = upload(store, DATA[:MIB], declare=True)
+        leaving = record.copies[0][0].device
+        change = store.relocate(record, on(record, leaving))
+        (target,) = {0, 1, 2} - record.devices
+        simulation.devices[target].fail_flushes = 1
+        with pytest.raises(DeviceError):
+            stored(run(store, change)[0])
+        assert store.stat(record.uuid).raw == record.raw
+        settle(store)
+        for _ in range(2):
+            assert store.get(record.uuid) == DATA[:MIB]
+            simulation.cut_power()
+            store = simulation.open()
+            check_sound(store)
+        store.delete(record.uuid)
+        check_sound(store)
+
+
+class TestDamage:
+    def damaged(self, simulation: Simulation, record: Record, copy: int, block: int) -> None:
+        device, first, _ = record.copies[copy][0]
+        simulation.devices[device].write((first + block) * BLOCK + 7, [b"?"])
+
+    def test_a_chunk_that_is_right_nowhere_stays_an_error(self, simulation: Simulation) -> None:
+        store = simulation.open()
+        old = upload(store, DATA[:MIB])
+        self.damaged(simulation, old, 0, 20)
+        change = store.relocate(old, old.extents)
+        assert change.source.damaged == [(65536, 131072)]
+        new = stored(run(store, change)[0])
+        settle(store)
+        for _ in range(2):
+            with pytest.raises(Damaged):
+                store.read(new, 65536, 1)
+            assert store.read(new, 0, 65536) == DATA[:65536]
+            assert store.read(new, 131072, MIB - 131072) == DATA[131072:MIB]
+            simulation.close()
+            store = simulation.open()
+
+    def test_copies_are_mended_from_one_another(self, simulate: Callable[..., Simulation]) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB, 16 * MIB, placer=Mirrored(2))
+        store = simulation.open()
+        old = upload(store, DATA[:MIB])
+        self.damaged(simulation, old, 0, 20)
+        self.damaged(simulation, old, 1, 100)
+        change = store.relocate(old, old.extents)
+        assert change.source.damaged == []
+        stored(run(store, change)[0])
+        settle(store)
+        check_sound(store)
+
+    def test_what_cannot_be_read_is_not_given_up_unasked(self, simulate: Callable[..., Simulation]) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB)
+        store = simulation.open()
+        old = upload(store, DATA[: MIB + 5], declare=True)
+        (device,) = old.devices
+        simulation.devices[device].fail_reads = True
+        with pytest.raises(DeviceError, match="fails"):
+            store.relocate(old, old.extents, avoid={device})
+        new = move(store, old, old.extents, avoid={device}, salvage=True)
+        assert new.devices == {1 - device}
+        with pytest.raises(Damaged):
+            store.read(new, 0, 10)
+
+    def test_a_damaged_object_survives_a_crash_right_after_its_move(self, simulation: Simulation) -> None:
+        store = simulation.open()
+        old = upload(store, DATA[:MIB])
+        self.damaged(simulation, old, 0, 20)
+        simulation.devices[0].flush()
+        stored(run(store, store.relocate(old, old.extents))[0])
+        simulation.cut_power()
+        store = simulation.open()
+        assert store.read(store.stat(old.uuid), 0, 65536) == DATA[:65536]
+        with pytest.raises(Damaged):
+            store.read(store.stat(old.uuid), 65536, 1)
+
+
+class Crashes:
+    """Moves Objects of all sorts between three devices, and cuts the power after so many operations."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        self.simulation = simulation
+        store = simulation.open()
+        self.data = {}
+        for number, size in enumerate((0, 100, 5000, 70_000, 300_000)):
+            data = DATA[number : number + size]
+            self.data[store.put(data, name=f"name{number}").uuid] = data
+        simulation.close()
+
+    def work(self, store: ObjectStore) -> None:
+        for device in (0, 1, 2):
+            for record in live(store):
+                if leave := on(record, device):
+                    stored(run(store, store.relocate(record, leave))[0])
+            settle(store)
+
+    def check(self, store: ObjectStore) -> None:
+        assert {record.uuid for record in live(store)} == set(self.data)
+        for number, (uuid, data) in enumerate(self.data.items()):
+            assert store.get(uuid) == data
+            assert store.resolve(f"name{number}") == uuid
+        check_sound(store)
+
+
+def survival(chance: random.Random) -> Callable[[int], bool]:
+    """Lets none, some or all of the sectors survive that were not flushed."""
+    share = chance.choice((0, 0.3, 1))
+    return lambda offset: chance.random() < share
+
+
+@pytest.mark.parametrize("placer", [Contiguous(), Striped(4), Mirrored(2)], ids=lambda placer: placer.name)
+@pytest.mark.parametrize("lose", ["nothing", "index"])
+def test_a_power_cut_at_any_step(
+    simulate: Callable[..., Simulation], placer: Any, lose: str, seed: int, request: pytest.FixtureRequest
+) -> None:
+    chance = random.Random(seed)
+    crashes = Crashes(simulate(16 * MIB, 16 * MIB, 16 * MIB, placer=placer))
+    simulation = crashes.simulation
+    used = simulation.power.used
+    store = simulation.open()
+    begun = simulation.power.used - used
+    crashes.work(store)
+    steps = simulation.power.used - used
+    simulation.close()
+    count = steps if request.config.getoption("--long") else 25
+    for step in sorted(chance.sample(range(begun, steps + 20), min(count, steps - begun))):
+        simulation.power.left = step
+        with suppress(PowerCut):
+            crashes.work(simulation.open())
+        simulation.cut_power(survival(chance))
+        if lose == "index":
+            simulation.lose_index()
+        crashes.check(simulation.open())
+        simulation.close()
