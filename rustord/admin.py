@@ -8,6 +8,7 @@ from typing import Any
 
 from rustord.blockstore import Slot
 from rustord.claim import check, claim
+from rustord.devicemap import draw
 from rustord.errors import NotFound
 from rustord.event import DEVICE_JOINED, DEVICE_REMOVED, fields
 from rustord.objectstore import ObjectStore
@@ -122,6 +123,26 @@ class Admin:
             raise
         log.info("device %d is %s", member.device_index, path, extra=DEVICE_JOINED(device=path))
         return self._device(self._store.blocks.slots[member.device_index])
+
+    def map_device(self, which: str, cell_count: int) -> dict[str, Any]:
+        """How full each part of a device is, in ``cell_count`` cells; see `DeviceMap`. Raises NotFound."""
+        slot = self._find(which)
+        runs = self._store.allocator.free_runs(slot.index) if slot.device else []
+        bad = [(run.block, run.count) for run in slot.bad.runs]
+        drawn = draw(slot.geometry, runs, bad, cell_count)
+        return {
+            "index": slot.index,
+            "path": slot.device.path if slot.device else None,
+            "state": slot.state,
+            "size_bytes": slot.geometry.size,
+            "block_size": slot.geometry.block_size,
+            "free_bytes": sum(count for _, count in runs) * slot.geometry.block_size,
+            "free_runs": len(runs),
+            "longest_free_run_bytes": max((count for _, count in runs), default=0) * slot.geometry.block_size,
+            "used": [round(part, 4) for part in drawn.used],
+            "reserved": drawn.reserved,
+            "bad": drawn.bad,
+        }
 
     def remove_device(self, which: str) -> dict[str, Any]:
         """Let go of an empty device, named by index, uuid or path. Raises NotFound, DeviceError or InvalidRequest."""

@@ -114,6 +114,11 @@ class Allocator:
         free = self._free[device]
         return free.free_count + free.lost_count == self._sizes[device]
 
+    def free_runs(self, device: int) -> list[tuple[int, int]]:
+        """The runs of free blocks of a device as (block, count), as they are now."""
+        with self._lock:
+            return list(self._free[device])
+
     def fragments(self) -> int:
         """How many runs of free blocks there are."""
         return sum(len(free) for free in self._free.values())

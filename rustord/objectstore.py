@@ -17,6 +17,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from operator import itemgetter
 from time import perf_counter
 from typing import NamedTuple
@@ -134,6 +135,8 @@ class ObjectStore:
         self.stock = stock
         self.phase_s = {phase: Distribution() for phase in ("place", "write", "journal", "flush", "settle")}
         """How long each phase of the cycles took, in seconds, in the order of the phases."""
+        self.last_phase_s = [0.0] * len(self.phase_s)
+        """How long each phase of the last cycle took, in seconds."""
         self.read_only = read_only
         self._sequence = self._durable = sequence
         self._all_flushed = True
@@ -324,8 +327,9 @@ class ObjectStore:
         times.append(perf_counter())
         cycle = self._settle(batch, failed, committed - failed.keys())
         times.append(perf_counter())
-        for phase, began, ended in zip(self.phase_s.values(), times, times[1:], strict=False):
-            phase.observe(ended - began)
+        self.last_phase_s = [ended - began for began, ended in pairwise(times)]
+        for phase, seconds in zip(self.phase_s.values(), self.last_phase_s, strict=True):
+            phase.observe(seconds)
         return cycle
 
     def _place_all(self, changes: Iterable[Change]) -> _Batch:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rustord.cli.edge import Commands
+from rustord.cli.map import map_devices
 from rustord.cli.output import print_facts, print_json, print_table, say
 from rustord.cli.parameters import connect, json_option, to_size
 from rustord.errors import ClaimRefused, InvalidRequest, NotFound
@@ -252,5 +253,6 @@ def _announce(path: Path, erasure: str) -> None:
 
 
 pool.add_command(status)
+pool.add_command(map_devices)
 
 COMMANDS = (status, pool, device)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rustord.cli import edge, objects, pool, put, setup
+from rustord.cli import edge, objects, pool, put, report, setup, top
 from rustord.cli.edge import Commands
 
 EPILOG = """\b
@@ -31,7 +31,7 @@ def rustorctl(context: click.Context, socket: Path | None) -> None:
     context.obj = socket
 
 
-for command in (*put.COMMANDS, *objects.COMMANDS, *pool.COMMANDS, *setup.COMMANDS):
+for command in (*put.COMMANDS, *objects.COMMANDS, *pool.COMMANDS, *top.COMMANDS, *report.COMMANDS, *setup.COMMANDS):
     rustorctl.add_command(command)
 
 

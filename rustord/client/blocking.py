@@ -26,6 +26,7 @@ from rustord.wire.request import (
     METRICS,
     PLUGINS,
     POOL,
+    SLOW_REQUESTS,
     Info,
     Listing,
     Request,
@@ -35,6 +36,7 @@ from rustord.wire.request import (
     fetch,
     look,
     manifest,
+    map_device,
     read_info,
     read_stored,
     remove_device,
@@ -158,6 +160,14 @@ class Client:
     def remove_device(self, device: str) -> dict[str, Any]:
         """Take a device (its index, uuid or path) out of the pool."""
         return dict(self._json(remove_device(device)))
+
+    def map_device(self, device: str, *, cells: int = 1024) -> dict[str, Any]:
+        """How full each part of a device is, as the server tells it. Raises NotFound."""
+        return dict(self._json(map_device(device, cells)))
+
+    def slow_requests(self) -> list[dict[str, Any]]:
+        """The last requests that took long, as the server tells it, the newest at the end."""
+        return list(self._json(SLOW_REQUESTS))
 
     def plugins(self) -> list[dict[str, Any]]:
         """The plugins that are loaded or installed."""

@@ -11,6 +11,7 @@ from urllib.parse import quote
 from rustord.change import Change, Delete, Put, check_match, check_name
 from rustord.errors import NotFound, RustordError
 from rustord.frontends.exchange import Exchange, Handler
+from rustord.frontends.traffic import SlowRequest
 from rustord.manifest import Data
 from rustord.objectstore import ObjectStore
 from rustord.objkey import ObjectId, parse_uuid, uuid_text
@@ -24,6 +25,7 @@ from rustord.wire.api import (
     is_not_modified,
     json_lines,
     manifest_json,
+    map_cells,
     object_fields,
     object_json,
     page_after,
@@ -62,6 +64,9 @@ class Admin(Protocol):
     def remove_device(self, device: str) -> Mapping[str, object]:
         """Let go of the device with that uuid or index. Raises NotFound, DeviceError."""
 
+    def map_device(self, device: str, cell_count: int) -> Mapping[str, object]:
+        """How full each part of the device with that uuid or index is. Raises NotFound."""
+
     def plugins(self) -> Iterable[Mapping[str, object]]:
         """The plugins that are loaded."""
 
@@ -94,6 +99,7 @@ class Operations:
         in_thread: Background,
         in_admin_thread: Background,
         failure: Callable[[Exchange, BaseException], Reply],
+        slow: Iterable[SlowRequest],
     ) -> None:
         """``submit`` hands a change to the writer and calls back on the event loop."""
         self._store = store
@@ -103,6 +109,7 @@ class Operations:
         self._in_thread = in_thread
         self._in_admin_thread = in_admin_thread
         self._failure = failure
+        self._slow = slow
 
     def handlers(self) -> dict[str, Handler]:
         """The handler of each operation by its id."""
@@ -310,6 +317,11 @@ class Operations:
         self._ask(exchange, lambda: json_reply(self._admin.add_device(device), status))
         return None
 
+    def map_device(self, exchange: Exchange) -> Reply | None:
+        cells = map_cells(exchange.request.query)
+        self._ask(exchange, lambda: json_reply(self._admin.map_device(exchange.request.argument, cells)))
+        return None
+
     def remove_device(self, exchange: Exchange) -> Reply | None:
         self._ask(exchange, lambda: json_reply(self._admin.remove_device(exchange.request.argument)))
         return None
@@ -317,6 +329,9 @@ class Operations:
     def list_plugins(self, exchange: Exchange) -> Reply | None:
         self._ask(exchange, lambda: json_reply(list(self._admin.plugins())))
         return None
+
+    def list_slow_requests(self, exchange: Exchange) -> Reply | None:
+        return json_reply([slow._asdict() for slow in self._slow])
 
     def get_metrics(self, exchange: Exchange) -> Reply | None:
         self._ask(exchange, lambda: content(METRICS, self._admin.metrics()))

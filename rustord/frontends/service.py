@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from time import monotonic
+from time import monotonic, time
 from typing import TypeVar
 
 from rustord.change import Change, Delete, Put
@@ -16,7 +16,7 @@ from rustord.errors import RustordError
 from rustord.event import FAULT, REQUEST_SLOW
 from rustord.frontends.exchange import Exchange, Exchanging
 from rustord.frontends.operations import Admin, Done, Operations, Submit
-from rustord.frontends.traffic import Traffic
+from rustord.frontends.traffic import SlowRequest, Traffic
 from rustord.frontends.transfer import Slots
 from rustord.objectstore import ObjectStore
 from rustord.record import Record
@@ -49,7 +49,14 @@ class Service:
         self._threads = ThreadPoolExecutor(limits.transfer_threads, "http-transfer")
         self._admin_threads = ThreadPoolExecutor(limits.admin_threads, "http-admin")
         self.operations = Operations(
-            store, self._submit, admin, limits, self.in_thread, self._in_admin_thread, self.failure
+            store,
+            self._submit,
+            admin,
+            limits,
+            self.in_thread,
+            self._in_admin_thread,
+            self.failure,
+            self.traffic.slow,
         )
         self.handlers = self.operations.handlers()
         self._gathered: dict[Change, Done] = {}
@@ -59,6 +66,8 @@ class Service:
         self._woken = False
         self._answered: set[Exchanging] = set()
         """Connections that have been answered in this wake-up."""
+        self._phase_s: Sequence[float] = ()
+        """How long each phase of the cycle took whose changes are being answered."""
 
     # The writer
 
@@ -73,12 +82,15 @@ class Service:
         self._writer.submit(list(gathered), self._deliver)
 
     def _deliver(self, outcomes: Sequence[tuple[Change, Record | RustordError]]) -> None:
-        self._wake(lambda: self._take_changes(outcomes))
+        phase_s = self.store.last_phase_s
+        self._wake(lambda: self._take_changes(outcomes, phase_s))
 
-    def _take_changes(self, outcomes: Sequence[tuple[Change, Record | RustordError]]) -> None:
+    def _take_changes(self, outcomes: Sequence[tuple[Change, Record | RustordError]], phase_s: Sequence[float]) -> None:
+        self._phase_s = phase_s
         for change, outcome in outcomes:
             self._submitted.pop(change)(outcome)
         self._proceed()
+        self._phase_s = ()
 
     # Threads
 
@@ -137,16 +149,20 @@ class Service:
         taken_s = now - exchange.began
         self.traffic.operations[exchange.request.operation.id].count(status, taken_s)
         if taken_s > self.slow_request_s:
-            log.warning(
-                "slow request: %s %s took %.3f s (%.3f s for its body, %.3f s for the reply), status %d",
-                exchange.head.method,
-                exchange.head.target,
-                taken_s,
-                exchange.complete - exchange.began,
-                now - exchange.complete,
-                status,
-                extra=REQUEST_SLOW(),
+            slow = SlowRequest(
+                time(), exchange.head.method, exchange.head.target, status, taken_s, self._phases(exchange, now)
             )
+            self.traffic.slow.append(slow)
+            log.warning("slow request: %s", slow, extra=REQUEST_SLOW())
+
+    def _phases(self, exchange: Exchange, now: float) -> dict[str, float]:
+        phases_s = {"body": exchange.complete - exchange.began}
+        if exchange.request.operation.changes and self._phase_s:
+            phases_s["wait"] = max(0.0, now - exchange.complete - sum(self._phase_s))
+            phases_s |= zip(self.store.phase_s, self._phase_s, strict=True)
+        else:
+            phases_s["reply"] = now - exchange.complete
+        return phases_s
 
     def close(self) -> None:
         """End the threads. Those that answer for the daemon may be stuck in there, and are left to it."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from rustord.distribution import Distribution
 
@@ -21,6 +22,28 @@ class OperationTraffic:
         """Count one request that has been answered."""
         self.statuses[status] += 1
         self.latency_s.observe(latency_s)
+
+
+class SlowRequest(NamedTuple):
+    """A request that took long. Times are in seconds, ``at`` since 1970.
+
+    ``phases_s`` is where they went: ``body`` until the last byte of the body had arrived and, of a change, the phases
+    of its cycle (see `ObjectStore.phase_s`) with ``wait`` for what lay before it.
+    """
+
+    at: float
+    method: str
+    target: str
+    status: int
+    taken_s: float
+    phases_s: Mapping[str, float]
+
+    def __str__(self) -> str:
+        phases = ", ".join(f"{name} {seconds:.3f}" for name, seconds in self.phases_s.items())
+        return f"{self.method} {self.target} took {self.taken_s:.3f} s ({phases}), status {self.status}"
+
+
+SLOW_REQUEST_COUNT = 32
 
 
 class Traffic:
@@ -46,3 +69,5 @@ class Traffic:
         """Large replies under way or waiting for their turn."""
         self.broken_off = 0
         """Uploads and downloads whose peer vanished or that failed in the middle."""
+        self.slow: deque[SlowRequest] = deque(maxlen=SLOW_REQUEST_COUNT)
+        """The last ones, the newest at the end."""

@@ -32,6 +32,7 @@ from rustord.wire.limits import Limits
 
 NDJSON = "application/x-ndjson"
 BINARY = "application/octet-stream"
+MAP_CELL_COUNT_MAX = 65536
 
 _ATTRIBUTE = "rustor-meta-"
 _BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -101,13 +102,16 @@ ROUTES: Mapping[str, Mapping[str, Operation]] = {
         "POST": Operation("add_device", Role.ADMIN, Body.JSON),
     },
     "/v1/devices/{device}": {"DELETE": Operation("remove_device", Role.ADMIN)},
+    "/v1/devices/{device}/map": {"GET": Operation("map_device", Role.READER, query=frozenset(("cells",)))},
+    "/v1/slow-requests": {"GET": Operation("list_slow_requests", Role.READER)},
     "/v1/plugins": {"GET": Operation("list_plugins", Role.READER)},
     "/v1/openapi.json": {"GET": Operation("get_openapi", Role.READER)},
     "/metrics": {"GET": Operation("get_metrics", Role.READER)},
 }
 
 _OBJECT, _MANIFEST = ROUTES["/v1/objects/{uuid}"], ROUTES["/v1/objects/{uuid}/manifest"]
-_NAMED, _DEVICE = ROUTES["/v1/names/{name}"], ROUTES["/v1/devices/{device}"]
+_NAMED = ROUTES["/v1/names/{name}"]
+_DEVICE, _MAP = ROUTES["/v1/devices/{device}"], ROUTES["/v1/devices/{device}/map"]
 
 
 class Request(NamedTuple):
@@ -191,6 +195,8 @@ def _find_route(path: str) -> tuple[Mapping[str, Operation], str]:
         return _NAMED, percent_decoded(path[10:])
     elif path.startswith("/v1/devices/"):
         rest = path[12:]
+        if rest.endswith("/map"):
+            return _MAP, percent_decoded(rest[:-4])
         if rest and "/" not in rest:
             return _DEVICE, percent_decoded(rest)
     elif path in ROUTES:
@@ -226,11 +232,19 @@ def _read_query(query: str, known: frozenset[str]) -> Mapping[str, str]:
     return parameters
 
 
+def map_cells(query: Mapping[str, str]) -> int:
+    """In how many cells a device is to be shown, 1,024 by default. Raises InvalidRequest."""
+    return _number(query.get("cells", "1024"), "number of cells", MAP_CELL_COUNT_MAX)
+
+
 def page_limit(query: Mapping[str, str], limits: Limits) -> int:
     """How many lines of a listing are asked for, 1,000 by default. Raises InvalidRequest."""
-    text = query.get("limit", "1000")
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= limits.page_items):
-        raise InvalidRequest(f"{text[:80]!r} is not a limit", hint=f"it is a number from 1 to {limits.page_items}")
+    return _number(query.get("limit", "1000"), "limit", limits.page_items)
+
+
+def _number(text: str, what: str, most: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= most):
+        raise InvalidRequest(f"{text[:80]!r} is not a {what}", hint=f"it is a number from 1 to {most}")
     return int(text)
 
 

@@ -182,7 +182,13 @@ def remove_device(device: str) -> Request:
     return Request("DELETE", f"/v1/devices/{quote(device, safe='')}")
 
 
+def map_device(device: str, cells: int) -> Request:
+    """How full each part of a device is."""
+    return Request("GET", f"/v1/devices/{quote(device, safe='')}/map?cells={cells}")
+
+
 POOL = Request("GET", "/v1/pool")
 DEVICES = Request("GET", "/v1/devices")
 PLUGINS = Request("GET", "/v1/plugins")
+SLOW_REQUESTS = Request("GET", "/v1/slow-requests")
 METRICS = Request("GET", "/metrics")

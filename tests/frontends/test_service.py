@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterable
 
@@ -87,6 +88,10 @@ def test_a_slow_request_is_logged(serve: Serve, caplog: pytest.LogCaptureFixture
     served = serve(slow_request_s=0.0)
     served.ask("PUT", "/v1/names/slow", b"data")
     assert "slow request: PUT /v1/names/slow took" in caplog.text
+    (slow,) = json.loads(served.ask("GET", "/v1/slow-requests").body)
+    assert (slow["method"], slow["target"], slow["status"]) == ("PUT", "/v1/names/slow", 201)
+    assert list(slow["phases_s"]) == ["body", "wait", "place", "write", "journal", "flush", "settle"]
+    assert sum(slow["phases_s"].values()) == pytest.approx(slow["taken_s"])
     served.server.slow_request_s = 60.0
     served.ask("PUT", "/v1/names/quick", b"data")
     assert "quick" not in caplog.text
