@@ -50,7 +50,7 @@ class Allocator:
                 chosen = self.placer.place(count, self)
             except NoSpace:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise self._blame(f"failed: {error!r}") from error
             return self._take(chosen, count)
 
@@ -71,9 +71,10 @@ class Allocator:
     def _take(self, chosen: Sequence[Sequence[Extent]], count: int) -> list[list[Extent]]:
         taken: list[Extent] = []
         try:
-            if len(chosen) != self.placer.copies:
-                raise ValueError(f"{len(chosen)} copies instead of {self.placer.copies}")
-            for copy in chosen:
+            copies = [list(copy) for copy in chosen]  # it is asked once: the next time it might say something else
+            if len(copies) != self.placer.copies:
+                raise ValueError(f"{len(copies)} copies instead of {self.placer.copies}")
+            for copy in copies:
                 for extent in copy:
                     if extent.device not in self._offered:
                         raise ValueError(f"device {extent.device} takes no new data")
@@ -81,10 +82,12 @@ class Allocator:
                     taken.append(extent)
                 if block_count(copy) != count:
                     raise ValueError(f"{block_count(copy)} blocks instead of {count}")
+            if len(copies) > 1:
+                _check_apart(copies)
         except Exception as error:
             self._give_back(taken)
             raise self._blame(f"chose blocks that it may not: {error!r}") from error
-        return [list(copy) for copy in chosen]
+        return copies
 
     def _blame(self, what: str) -> PluginError:
         return PluginError(
@@ -147,3 +150,13 @@ class Allocator:
 
     def longest_first(self, device: int) -> Iterator[tuple[int, int]]:
         return self._free[device].longest_first()
+
+
+def _check_apart(copies: Iterable[Iterable[Extent]]) -> None:
+    """Raise ValueError if a device has parts of two copies: it would take both with it."""
+    seen: set[int] = set()
+    for copy in copies:
+        devices = {extent.device for extent in copy}
+        if shared := seen & devices:
+            raise ValueError(f"two copies on device {shared.pop()}")
+        seen |= devices

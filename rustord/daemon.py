@@ -21,7 +21,7 @@ from systemd.journal import JournalHandler
 
 from rustord.admin import Admin
 from rustord.config import Config, SocketTable, changes
-from rustord.errors import ConfigError, DeviceBusy, DeviceError, RustordError
+from rustord.errors import ConfigError, DeviceBusy, DeviceError, PluginError, RustordError
 from rustord.event import CONFIG_LOADED, CONFIG_REFUSED, DEVICE_MISSING, FAULT, POOL_CLOSED, POOL_OPENED, POOL_READ_ONLY
 from rustord.frontends.http import HttpServer
 from rustord.frontends.peer import Principals, Roles
@@ -94,9 +94,21 @@ def _stderr_is_journal() -> bool:
 
 
 def _open(config: Config, supervisor: Supervisor) -> tuple[ObjectStore, PluginManager]:
-    plugins = PluginManager(config.plugins)
-    keygen = plugins.make("keygen", config.keygen.algorithm, config.keygen.options)
-    placer = plugins.make("placer", config.placer.policy, config.placer.options)
+    plugins = PluginManager(config.plugins, tolerant=True)
+    for problem in plugins.problems:
+        log.error("%s (%s)", problem, problem.hint)
+    # Without a plugin, the pool can be read all the same. To write as was not chosen is not for us to decide.
+    read_only = ""
+    try:
+        keygen = plugins.make("keygen", config.keygen.algorithm, config.keygen.options)
+    except PluginError as error:
+        read_only = _because(error, plugins)
+        keygen = plugins.make("keygen", plugins.offered("keygen")[0])
+    try:
+        placer = plugins.make("placer", config.placer.policy, config.placer.options)
+    except PluginError as error:
+        read_only = _because(error, plugins)
+        placer = plugins.make("placer", plugins.offered("placer")[0])
     backend = plugins.make("keystore", config.keystore.backend, config.keystore.options)
     began = time.monotonic()
 
@@ -111,6 +123,7 @@ def _open(config: Config, supervisor: Supervisor) -> tuple[ObjectStore, PluginMa
         backend=backend,
         directory=config.pool.directory,
         erase_policy=config.erase.policy,
+        read_only=read_only,
         progress=progress,
     )
     pool = uuid_text(store.label.pool_uuid)
@@ -122,6 +135,13 @@ def _open(config: Config, supervisor: Supervisor) -> tuple[ObjectStore, PluginMa
     if store.read_only:
         log.error("the pool takes no changes: %s", store.read_only, extra=POOL_READ_ONLY())
     return store, plugins
+
+
+def _because(error: PluginError, plugins: PluginManager) -> str:
+    """Why a role is not filled, and what to install. Raises ``error`` if no plugin is missing that could fill it."""
+    if not plugins.problems:
+        raise error
+    return "; ".join(f"{problem.message} ({problem.hint})" for problem in (error, *plugins.problems))
 
 
 def listen(config: SocketTable, supervisor: Supervisor) -> socket.socket:
@@ -296,7 +316,9 @@ class _Daemon:
         if self._writer.is_alive() and not stuck:
             self._supervisor.alive(self._admin.summary())
         else:
-            self._supervisor.status("no change of the pool has come to its end for a minute")
+            where = self._writer.whereabouts()
+            log.critical("no change of the pool has come to its end for a minute: the writer is in %s", where)
+            self._supervisor.status(f"no change of the pool has come to its end for a minute, in {where}")
 
     def _apply(self) -> None:
         """Read the configuration again, and apply what can be applied."""

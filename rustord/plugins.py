@@ -13,6 +13,7 @@ import pluggy
 
 from rustord import defaults, hookspecs
 from rustord.errors import ConfigError, PluginError, RustordError
+from rustord.guard import GuardedBackend, GuardedKeyGen, GuardedPlacer
 from rustord.hookspecs import Options
 from rustord.keygen import KeyGen
 from rustord.keystore.backend import Backend
@@ -27,6 +28,14 @@ HOOKS: Final[Mapping[str, str]] = {
     "keystore": "rustord_keystores",
 }
 """The hook that offers each role."""
+
+_GUARDS: Mapping[str, Callable[[Any, str], object]] = {
+    "keygen": GuardedKeyGen,
+    "placer": GuardedPlacer,
+    "keystore": GuardedBackend,
+}
+_OWN = "rustord"
+"""The name under which rustord's own defaults are listed."""
 
 
 class Plugin(NamedTuple):
@@ -45,27 +54,37 @@ class Plugin(NamedTuple):
 class PluginManager:
     """What rustord itself offers, and what the plugins do that the configuration names."""
 
-    def __init__(self, enabled: Iterable[str] = ()) -> None:
+    def __init__(self, enabled: Iterable[str] = (), *, tolerant: bool = False) -> None:
         """Load the plugins of these names. Raises PluginError, naming plugin and distribution, for any that cannot be.
 
-        A name that is there twice counts once.
+        If ``tolerant``, it goes on without them, and ``problems`` holds the errors. A name that is there twice counts
+        once.
         """
+        self.problems: list[PluginError] = []
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self._factories: dict[str, dict[str, tuple[Plugin, Callable[[Options], Any]]]] = {role: {} for role in HOOKS}
         self._loaded: dict[str, Plugin] = {}
-        self._add(Plugin("rustord", "rustord", _own_version(), True, {}), defaults)
+        self._add(Plugin(_OWN, "rustord", _own_version(), True, {}), defaults)
         for name in dict.fromkeys(enabled):
-            entry = _find(name)
-            plugin = _describe(entry)
             try:
-                module = entry.load()
-            except Exception as error:  # whatever its code does at import, it is that plugin's fault
-                raise PluginError(
-                    f"plugin {plugin} cannot be imported: {type(error).__name__}: {error}",
-                    hint=f"reinstall {plugin.distribution}, or take {name!r} out of 'plugins' in rustord.toml",
-                ) from error
-            self._add(plugin, module)
+                self._load(name)
+            except PluginError as error:
+                if not tolerant:
+                    raise
+                self.problems.append(error)
+
+    def _load(self, name: str) -> None:
+        entry = _find(name)
+        plugin = _describe(entry)
+        try:
+            module = entry.load()
+        except Exception as error:  # whatever its code does at import, it is that plugin's fault
+            raise PluginError(
+                f"plugin {plugin} cannot be imported: {type(error).__name__}: {error}",
+                hint=f"reinstall {plugin.distribution}, or take {name!r} out of 'plugins' in rustord.toml",
+            ) from error
+        self._add(plugin, module)
 
     def _add(self, plugin: Plugin, module: object) -> None:
         _check_version(plugin, getattr(module, "RUSTORD_API_VERSION", None))
@@ -124,7 +143,8 @@ class PluginManager:
         """What fills a role. Raises PluginError if nobody offers ``name``, ConfigError for options that are refused."""
         plugin, factory = self.find(role, name)
         try:
-            return factory(options)
+            made = factory(options)
+            return made if plugin.name == _OWN else _GUARDS[role](made, str(plugin))
         except RustordError:
             raise
         except ValueError as error:

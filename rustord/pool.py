@@ -26,6 +26,7 @@ from rustord.event import fields
 from rustord.extent import Extent, block_count
 from rustord.footer import encode_footer
 from rustord.freelist import FreeList
+from rustord.guard import GuardedKeyGen
 from rustord.journal import Batch, Entry, Kind, decode_record_ids
 from rustord.keygen import KeyGen
 from rustord.keystore.backend import Backend
@@ -151,6 +152,8 @@ def open_pool(
         for device in devices:
             device.close()
         raise
+    if isinstance(keygen, GuardedKeyGen):
+        keygen.is_known = keystore.knows
     return ObjectStore(label, blocks, allocator, keystore, keygen, stock, sequence, _close, read_only or problem)
 
 

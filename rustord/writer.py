@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -95,6 +96,13 @@ class Writer:
     def is_alive(self) -> bool:
         """Whether both threads run."""
         return all(thread.is_alive() for thread in self._threads)
+
+    def whereabouts(self) -> str:
+        """Where in the code the writer is at this moment: if it does not get on, this tells whose fault it is."""
+        frame = sys._current_frames().get(self._threads[0].ident or 0)
+        if frame is None:
+            return "no code any more"
+        return f"{frame.f_code.co_filename}, line {frame.f_lineno}, {frame.f_code.co_name}"
 
     def close(self, timeout_s: float = 30.0) -> bool:
         """Finish what has been submitted, and stop; whether that was done within ``timeout_s``."""

@@ -11,7 +11,7 @@ from rustord.badblocks import BadBlocks, BadRun
 from rustord.blockdevice import BlockDevice, Buffer, open_device
 from rustord.change import Change, Put
 from rustord.errors import DeviceError, RustordError
-from rustord.keygen import HashKeyGen
+from rustord.keygen import HashKeyGen, KeyGen
 from rustord.keystore.backend import Backend
 from rustord.keystore.lmdb import LmdbBackend
 from rustord.objectstore import ObjectStore
@@ -192,13 +192,13 @@ class Simulation:
     def is_open(self) -> bool:
         return self._store is not None
 
-    def open(self, *, without: Collection[int] = ()) -> ObjectStore:
+    def open(self, *, without: Collection[int] = (), keygen: KeyGen | None = None) -> ObjectStore:
         """Open the pool on all devices but those whose numbers are in ``without``. Raises as `open_pool` does."""
         numbers = [number for number in range(len(self.paths)) if number not in without]
         self.devices = [VolatileDevice(open_device(self.paths[number]), self.power) for number in numbers]
         self._store = open_pool(
             self.devices,
-            keygen=self._keygen,
+            keygen=keygen or self._keygen,
             placer=self.placer,
             backend=self._backend(),
             directory=self.index,

@@ -69,7 +69,6 @@ HOSTILE_ANSWERS: dict[str, Callable[[FreeView], Any]] = {
     "an unknown device": lambda free: [[Extent(7, 100, 10)]],
     "plain tuples": lambda free: [[(0, 100, 10)]],
     "a fraction": lambda free: [[Extent(0, 100.5, 10)]],  # type: ignore[arg-type]
-    "generators": lambda free: [(extent for extent in [Extent(0, 100, 10)])],
     "an error": raises(RuntimeError("boom")),
     "a lookup error": raises(KeyError(3)),
 }
@@ -83,6 +82,11 @@ def test_a_hostile_placer_is_contained(answer: Callable[[FreeView], Any]) -> Non
     with pytest.raises(PluginError, match="'hostile'"):
         allocator.place(10)
     assert [list(allocator._free[device]) for device in range(2)] == before
+
+
+def test_an_answer_is_read_once() -> None:
+    allocator = make(Hostile(lambda free: [(extent for extent in [Extent(0, 100, 10)])]))
+    assert allocator.place(10) == [[Extent(0, 100, 10)]]
 
 
 def test_two_copies_may_not_share_a_block() -> None:

@@ -454,7 +454,6 @@ def test_a_copy_of_a_device_is_refused(make_daemon: MakeDaemon, image: Path, tmp
         ("[placer]\npolicy = 'lucky'\n", 14, "there is no placer 'lucky': those to choose from are contiguous"),
         ("[keygen]\nalgorithm = 'crc'\n", 14, "there is no keygen 'crc': those to choose from are xxh3-128"),
         ("[keystore]\nbackend = 'abacus'\n", 14, "there is no keystore 'abacus': those to choose from are lmdb"),
-        ("plugins = ['nowhere']\n", 14, "plugin 'nowhere' is not installed"),
         ("[placer]\npolicy = 'mirrored'\noptions = {copies = 0}\n", 78, "[placer.options]"),
         ("[placer]\noptions = {copy = 2}\n", 78, "[placer.options]"),
         ("[pool]\ndevice = []\n", 78, "devices"),
@@ -466,6 +465,13 @@ def test_a_configuration_that_cannot_be_met_is_refused(daemon: Daemon, config: s
     assert ended == status
     assert what in said
     assert "hint: " in said
+
+
+def test_a_plugin_that_is_missing_and_that_nothing_needs_is_told_of(daemon: Daemon) -> None:
+    daemon.configure("plugins = ['nowhere']\n")
+    daemon.start()
+    assert "ERROR plugin 'nowhere' is not installed (install the distribution that brings it" in daemon.log
+    assert daemon.pool()["state"] == "ok"
 
 
 def test_a_configuration_that_is_not_there_is_refused(daemon: Daemon) -> None:

@@ -48,7 +48,7 @@ def test_its_configuration_chooses_the_plugin(project: Path, tmp_path: Path) -> 
     plugins = PluginManager(settings.plugins)
     placer = plugins.make("placer", settings.placer.policy, settings.placer.options)
     assert placer.name == "roomiest"
-    assert placer.keep == 256  # type: ignore[attr-defined]
+    assert placer.place.__self__.keep == 256  # type: ignore[attr-defined]
     found = plugins.find("placer", "roomiest")
     assert found[0].distribution == "rustord-placer-roomiest"
     assert testing.check("placer", found[1]).failures == ()

@@ -125,7 +125,7 @@ class Operations:
         """The header fields and the whole data of an Object; None if anything stands in the way of sending it now."""
         try:
             record = self._store.keystore.get(bytes.fromhex(str(uuid, "ascii").replace("-", "")))
-        except ValueError:
+        except (ValueError, RustordError):
             return None
         if record is None or not 0 < record.size <= self._limits.download_piece_bytes:
             return None
