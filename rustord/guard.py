@@ -69,7 +69,7 @@ class GuardedKeyGen:
         self._digest_length = 0
         self._digest_length = len(self.hasher().digest())
         self.is_known: Callable[[ObjectId], bool] = lambda uuid: False
-        """Whether an Object has, or had, this uuid; the pool that is opened sets it."""
+        """Whether an Object has this uuid; the pool that is opened sets it."""
 
     def uuid(self) -> ObjectId:
         uuid = self._blame.ask(lambda: self._keygen.uuid())

@@ -153,7 +153,7 @@ def open_pool(
             device.close()
         raise
     if isinstance(keygen, GuardedKeyGen):
-        keygen.is_known = keystore.knows
+        keygen.is_known = lambda uuid: keystore.get(uuid) is not None
     return ObjectStore(label, blocks, allocator, keystore, keygen, stock, sequence, _close, read_only or problem)
 
 

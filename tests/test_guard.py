@@ -50,7 +50,7 @@ def test_a_placer_that_cannot_be_used(name: str, copies: Any) -> None:
         GuardedPlacer(placer, FAR)
 
 
-def test_a_uuid_of_an_object_that_is_there_or_was_is_refused(simulation: Simulation) -> None:
+def test_a_uuid_that_an_object_has_is_refused(simulation: Simulation) -> None:
     given: Iterator[bytes] = iter(())
     keygen = GuardedKeyGen(HashKeyGen("sha256", uuid=lambda: next(given)), FAR)
     store = simulation.open(keygen=keygen)

@@ -352,12 +352,6 @@ class KeyStore:
         raw = self._raw(uuid)
         return None if raw is None else Record(raw)
 
-    def knows(self, uuid: ObjectId) -> bool:
-        """Whether an Object has this uuid, or had it and its blocks have not been erased yet."""
-        if uuid in self._unerased or self._raw(uuid) is not None:
-            return True
-        return self._backend.get(_GRAVE + uuid) is not None
-
     def resolve(self, name: str) -> ObjectId | None:
         """The uuid that a name maps to, or None."""
         value = self._name_value(_name_key(name)[0])
