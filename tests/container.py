@@ -137,15 +137,19 @@ class Container:
         self._loops: list[LoopNumber] = []
         self.files = Path(f"/proc/{leader}/root")
 
-    def run(self, *command: str | Path, user: str = "", **keywords: Any) -> subprocess.CompletedProcess[str]:
-        """Run a command on the machine, as root or another of its users; the keywords are those of `subprocess.run`."""
-        enter = ["nsenter", f"--target={self._leader}", "--all", "--wd=/", "--", "env", "-i", f"PATH={PATH}"]
+    def command(self, *command: str | Path, user: str = "") -> list[str]:
+        """What the host has to run so that a command runs on the machine, as root or another of its users."""
+        enter = ["nsenter", f"--target={self._leader}", "--all", "--", "env", "-i", "--chdir=/", f"PATH={PATH}"]
         if user:
             enter += ["runuser", "--user", user, "--"]
+        return [*enter, *map(str, command)]
+
+    def run(self, *command: str | Path, user: str = "", **keywords: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command on the machine; the keywords are those of `subprocess.run`."""
         settings: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 2 * SECONDS_MAX}
         if "input" not in keywords:
             settings["stdin"] = subprocess.DEVNULL
-        return subprocess.run([*enter, *map(str, command)], **(settings | keywords))
+        return subprocess.run(self.command(*command, user=user), **(settings | keywords))
 
     def ok(self, *command: str | Path, **keywords: Any) -> str:
         """What a command printed, which must have ended well."""
@@ -169,15 +173,28 @@ class Container:
         """The end of what the machine has logged."""
         return self.run("journalctl", "--boot", "--no-pager", "--output=short-precise", "--lines=60").stdout
 
-    def new_loop(self, image: Path | None = None) -> LoopNumber:
-        """A loop device for this machine alone, which has its node, also while the device is away."""
+    def new_loop(self, image: Path) -> LoopNumber:
+        """A loop device with the content of an image file, for this machine alone."""
         loop = LoopNumber()
         self._loops.append(loop)
+        self._make_node(loop)
+        loop.attach(image)
+        return loop
+
+    def unplug(self, loop: LoopNumber) -> None:
+        """Let a device that nobody has open vanish."""
+        self.ok("rm", loop.path)  # which the kernel does where /dev is its own; to open it would bring the device back
+        loop.remove()
+
+    def plug(self, loop: LoopNumber, image: Path) -> None:
+        """Let it appear again."""
+        self._make_node(loop)
+        loop.add()
+        loop.attach(image)
+
+    def _make_node(self, loop: LoopNumber) -> None:
         self.ok("mknod", "--mode=660", loop.path, "b", LOOP_MAJOR, str(loop.number))
         self.ok("chgrp", "disk", loop.path)
-        if image is not None:
-            loop.attach(image)
-        return loop
 
     def remove_loops(self) -> None:
         for loop in self._loops:

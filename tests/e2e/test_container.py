@@ -25,10 +25,9 @@ def test_udevd_hears_of_a_device_that_comes_and_goes(container: Container, make_
 
     container.until(is_known, "udevd knows the device")
     assert container.ok("blockdev", "--getsize64", loop.path) == f"{MIB}\n"
-    loop.remove()
+    container.unplug(loop)
     container.until(lambda: not is_known(), "udevd has forgotten the device")
-    loop.add()
-    loop.attach(image)
+    container.plug(loop, image)
     container.until(is_known, "udevd knows the device again")
 
 
