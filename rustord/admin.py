@@ -16,6 +16,7 @@ from rustord.objkey import is_uuid, parse_uuid, uuid_text
 from rustord.plugins import PluginManager
 from rustord.pool import add_device, remove_device
 from rustord.quantity import human_size
+from rustord.scrub import Scrub
 from rustord.wire.api import NewDevice
 from rustord.writer import Writer
 
@@ -26,11 +27,17 @@ class Admin:
     """Answers with plain values, ready for JSON. Every method may block; any thread may call it."""
 
     def __init__(
-        self, store: ObjectStore, writer: Writer, plugins: PluginManager, metrics: Callable[[], bytes] = lambda: b""
+        self,
+        store: ObjectStore,
+        writer: Writer,
+        plugins: PluginManager,
+        scrub: Scrub,
+        metrics: Callable[[], bytes] = lambda: b"",
     ) -> None:
         self._store = store
         self._writer = writer
         self._plugins = plugins
+        self._scrub = scrub
         self.metrics = metrics
         """Makes the text of /metrics."""
 
@@ -158,6 +165,18 @@ class Admin:
             if named or which == str(slot.index) or (is_uuid(which) and parse_uuid(which) == slot.uuid):
                 return slot
         raise NotFound(f"the pool has no device {which[:80]!r}", hint="'rustorctl device list' shows them")
+
+    def scrub(self) -> dict[str, Any]:
+        """How far the scrub is, and what it has found."""
+        return self._scrub.status()
+
+    def start_scrub(self, again: bool) -> dict[str, Any]:
+        """Begin to verify everything, or go on with it; ``again``: from the start. Nothing changes if that is so."""
+        return self._scrub.start(again=again)
+
+    def stop_scrub(self) -> dict[str, Any]:
+        """End the scrub where it is."""
+        return self._scrub.stop()
 
     def plugins(self) -> list[dict[str, Any]]:
         """What is loaded, and what is only installed."""

@@ -122,6 +122,10 @@ class Allocator:
         with self._lock:
             return list(self._free[device])
 
+    def lost_count(self, device: int) -> int:
+        """Blocks that are bad, and that nothing is on."""
+        return self._free[device].lost_count
+
     def fragments(self) -> int:
         """How many runs of free blocks there are."""
         return sum(len(free) for free in self._free.values())

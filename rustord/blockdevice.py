@@ -186,22 +186,22 @@ class _OpenDevice:
 
     def reread(self, offset: int, buffers: Sequence[Buffer]) -> None:
         want = sum(map(len, buffers))
-        length = want + -want % _DIRECT_ALIGNMENT
-        with mmap(-1, max(length, _DIRECT_ALIGNMENT), flags=MAP_PRIVATE | MAP_ANONYMOUS) as aligned:
+        skip = offset % _DIRECT_ALIGNMENT
+        length = skip + want + -(skip + want) % _DIRECT_ALIGNMENT
+        with mmap(-1, max(length, 1), flags=MAP_PRIVATE | MAP_ANONYMOUS) as aligned:
             try:
-                got = os.preadv(self._direct(), (memoryview(aligned)[:length],), offset)
+                got = os.preadv(self._direct(), (memoryview(aligned)[:length],), offset - skip)
             except OSError as error:
                 if error.errno in _UNSUPPORTED:
                     self.read(offset, buffers)
                     return
                 raise self._read_error(offset, want, error) from error
-            if got < want:
+            if got < skip + want:
                 self.read(offset, buffers)  # which says what is wrong
                 return
-            at = 0
             for buffer in buffers:
-                memoryview(buffer)[:] = aligned[at : at + len(buffer)]
-                at += len(buffer)
+                memoryview(buffer)[:] = aligned[skip : skip + len(buffer)]
+                skip += len(buffer)
 
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         want = sum(map(len, buffers))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -71,6 +71,8 @@ class BlockStore:
         self.device_uuids: dict[int, bytes] = {}
         """The uuid of each device, by index."""
         self.erase_policy = erase_policy
+        self.on_damage: Callable[[Record, int, int], None] = lambda record, start, end: None
+        """Told by readers, on their threads, of bytes of an Object of which a copy was wrong or could not be read."""
         self._retired: list[BlockDevice] = []
         self._condemning = threading.Lock()
         self._flushers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="flush")
@@ -245,9 +247,10 @@ class BlockStore:
             return 0
         order = range(len(copies))
         turn = record.uuid[-1] % len(copies)
-        return min(order, key=lambda i: (not self._is_there(copies[i]), (i - turn) % len(copies)))
+        return min(order, key=lambda i: (not self.is_there(copies[i]), (i - turn) % len(copies)))
 
-    def _is_there(self, copy: Copy) -> bool:
+    def is_there(self, copy: Copy) -> bool:
+        """Whether no device of the copy is missing."""
         return all(self.slots[e.device].device is not None for e in copy if e.device in self.slots)
 
     def _fill_now(self, copy: Copy, start: int, buffer: memoryview) -> bool:
@@ -264,13 +267,15 @@ class BlockStore:
         problem: RustordError | None = None
         for turn in range(len(copies)):
             number = (preferred + turn) % len(copies)
-            for _ in range(2):
+            for fill in (self._fill, self._refill):  # what is wrong in the page cache may be right on the medium
                 try:
-                    self._fill(copies[number], start, buffer)
+                    fill(copies[number], start, buffer)
                 except DeviceError as error:
                     problem = problem or error
                     continue
                 if _verified(buffer, sums):
+                    if problem is not None:
+                        self.on_damage(record, start, start + len(buffer))
                     return
                 problem = Damaged(
                     f"Object {uuid_text(record.uuid)}, bytes {start} to {start + len(buffer) - 1}, does not match its "
@@ -281,7 +286,7 @@ class BlockStore:
                 log.error(
                     "copy %d of Object %s is damaged near byte %d", number, uuid, start, extra=OBJECT_DAMAGED(uuid=uuid)
                 )
-        if len(copies) > 1 and len(buffer) > CHUNK_BYTES:  # one copy has this chunk, another one that
+        if len(buffer) > CHUNK_BYTES:  # one copy has this chunk, another one that; and an error names one chunk
             for at in range(0, len(buffer), CHUNK_BYTES):
                 number = at // CHUNK_BYTES
                 self._fill_from_any(
@@ -289,6 +294,10 @@ class BlockStore:
                 )
             return
         assert problem is not None
+        self.on_damage(record, start, start + len(buffer))
+        if isinstance(problem, DeviceError):
+            where = f"Object {uuid_text(record.uuid)}, bytes {start} to {start + len(buffer) - 1}"
+            raise DeviceError(f"{where}, cannot be read: {problem.message}", hint=problem.hint) from problem
         raise problem
 
     def verify(self, record: Record, number: int, offset: int, length: int) -> bool:
@@ -300,6 +309,12 @@ class BlockStore:
         """Bytes of a copy, footer included, as they are on the device. Raises DeviceError."""
         buffer = memoryview(bytearray(length))
         self._fill(copy, offset, buffer)
+        return buffer
+
+    def reread_copy(self, copy: Copy, offset: int, length: int) -> memoryview:
+        """As `read_copy`, but as they are on the medium, whatever the page cache has."""
+        buffer = memoryview(bytearray(length))
+        self._refill(copy, offset, buffer)
         return buffer
 
     def repair(self, record: Record, number: int, footer: bytes) -> None:
@@ -322,6 +337,10 @@ class BlockStore:
     def _fill(self, copy: Copy, start: int, buffer: memoryview) -> None:
         for index, offset, piece in self._pieces(copy, start, buffer):
             self.device(index).read(offset, (piece,))
+
+    def _refill(self, copy: Copy, start: int, buffer: memoryview) -> None:
+        for index, offset, piece in self._pieces(copy, start, buffer):
+            self.device(index).reread(offset, (piece,))
 
     def _pieces(self, copy: Copy, start: int, buffer: memoryview) -> Iterable[tuple[int, int, memoryview]]:
         """(device, offset on it, part of ``buffer``) for the bytes of ``copy`` from ``start`` on."""

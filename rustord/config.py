@@ -188,6 +188,16 @@ class LimitsTable:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScrubTable:
+    rate: int = setting(
+        settings.size(1 << 20, 1 << 40),
+        64 << 20,
+        "How much a scrub reads in a second at most. Less leaves more of slow devices to others.",
+        reload=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class LogTable:
     level: str = setting(
         settings.choice("debug", "info", "warning", "error"), "info", "The least severity that is logged.", reload=True
@@ -239,6 +249,7 @@ class Config:
     keystore: KeystoreTable = table(KeystoreTable, "Where names and places of Objects are looked up.")
     erase: EraseTable = table(EraseTable, "What deletion does on the devices.")
     limits: LimitsTable = table(LimitsTable, "How much clients may ask at once, and how slow they may be.")
+    scrub: ScrubTable = table(ScrubTable, "How everything that is stored is verified; see 'rustorctl scrub --help'.")
     log: LogTable = table(LogTable, "What is logged. Under systemd it goes to the journal, else to standard error.")
     sources: tuple[Path, ...] = ()
 

@@ -31,6 +31,8 @@ from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
 from rustord.plugins import PluginManager
 from rustord.pool import open_devices, open_pool
+from rustord.repair import Repairer
+from rustord.scrub import Scrub
 from rustord.supervisor import Supervisor
 from rustord.writer import Writer
 
@@ -237,7 +239,9 @@ class _Daemon:
         self._supervisor = supervisor
         self._metrics = Metrics()
         self._writer = Writer(store, self._metrics.on_cycle)
-        self._admin = Admin(store, self._writer, plugins, self._metrics.text)
+        self._repairer = Repairer(store, self._writer)
+        self._scrub = Scrub(store, self._repairer, config.pool.directory / "scrub.json", config.scrub.rate)
+        self._admin = Admin(store, self._writer, plugins, self._scrub, self._metrics.text)
         self._server = HttpServer(
             store,
             self._writer,
@@ -246,7 +250,7 @@ class _Daemon:
             roles=roles(config),
             slow_request_s=config.log.slow_request,
         )
-        self._metrics.watch(store, self._server.traffic)
+        self._metrics.watch(store, self._server.traffic, self._scrub)
         self._stop = asyncio.Event()
         self._hotplug: Hotplug | None = None
         self._look = asyncio.Event()
@@ -260,6 +264,7 @@ class _Daemon:
         loop.add_signal_handler(signal.SIGHUP, self._apply)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
         following = self._follow_devices()
+        self._scrub.resume()
         await self._server.serve(listener)
         log.info("serving on %s", listener.getsockname())
         watchdog = asyncio.create_task(self._watchdog())
@@ -275,6 +280,7 @@ class _Daemon:
             await asyncio.wait_for(self._server.close(DRAIN_S), DRAIN_S + CUT_S)
         except TimeoutError:
             _give_up()
+        await asyncio.to_thread(self._scrub.close)
         if not await asyncio.to_thread(self._writer.close, FINISH_S):
             _give_up()
         with suppress(asyncio.CancelledError):
@@ -340,6 +346,7 @@ class _Daemon:
         logging.getLogger().setLevel(config.log.level.upper())
         self._server.roles = roles(config)
         self._server.slow_request_s = config.log.slow_request
+        self._scrub.task.bytes_s_max = config.scrub.rate
         self._config = config
         if self._hotplug is not None:
             self._hotplug.config = config

@@ -67,6 +67,13 @@ OBJECT_DAMAGED = Event(
     "A copy of an Object is damaged",
     "What was read does not match its checksum. If there is another copy, the reader got that; if not, an error.",
 )
+OBJECT_MENDED = Event("e76148f898aa4c75b7acc4349c030805", "A damaged Object has been mended", _NOTHING)
+SCRUB_BEGAN = Event("f9867ed974ec44fe8ab093c14511a82c", "A scrub has begun", _NOTHING)
+SCRUB_ENDED = Event(
+    "f2d0e48deef84b4d805b68e997f8d36b",
+    "A scrub has ended",
+    "The message has what it found. If something is lost, 'rustorctl scrub status' lists the Objects: restore these.",
+)
 REQUEST_SLOW = Event(
     "84d6131cc6da4d7abfb8ab3955e1c09e",
     "A request was slow",

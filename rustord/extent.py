@@ -79,3 +79,14 @@ def trim(copy: list[Extent], count: int) -> list[Extent]:
         cut.append(Extent(device, block + keep, length - keep))
         count -= length - keep
     return cut
+
+
+def part(copy: Iterable[Extent], first: int, end: int) -> list[Extent]:
+    """The blocks of ``copy`` from its ``first`` to before its ``end``."""
+    found = []
+    for device, block, count in copy:
+        skip, stop = max(first, 0), min(end, count)
+        if skip < stop:
+            found.append(Extent(device, block + skip, stop - skip))
+        first, end = first - count, end - count
+    return found

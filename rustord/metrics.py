@@ -12,6 +12,7 @@ from prometheus_client.process_collector import ProcessCollector
 from rustord.distribution import Distribution
 from rustord.frontends.traffic import Traffic
 from rustord.objectstore import ObjectStore
+from rustord.scrub import Scrub
 
 _STATES = ("online", "failed", "read-only", "missing")
 _SIZE_BOUNDS = tuple(float(1 << power) for power in range(10))
@@ -26,9 +27,9 @@ class Metrics:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
 
-    def watch(self, store: ObjectStore, traffic: Traffic) -> None:
+    def watch(self, store: ObjectStore, traffic: Traffic, scrub: Scrub) -> None:
         """Tell of these from now on."""
-        self._store, self._traffic = store, traffic
+        self._store, self._traffic, self._scrub = store, traffic, scrub
         self._registry.register(self)
 
     def on_cycle(self, changes: int, seconds: float) -> None:
@@ -45,6 +46,7 @@ class Metrics:
         yield from self._requests()
         yield from self._cycles()
         yield from self._pool()
+        yield from self._integrity()
 
     def _requests(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(
@@ -110,6 +112,28 @@ class Metrics:
         yield free
         yield bad
         yield state
+
+
+    def _integrity(self) -> Iterator[Metric]:
+        scrub, repairer = self._scrub, self._scrub.repairer
+        report = scrub.report
+        yield CounterMetricFamily(
+            "rustord_damaged", "Chunks and footers that were found damaged", value=repairer.damaged
+        )
+        yield CounterMetricFamily(
+            "rustord_mended", "Of these, those that were made good from another copy", value=repairer.mended
+        )
+        yield CounterMetricFamily(
+            "rustord_transient", "Pieces that were read wrong, and right the next time", value=repairer.transient
+        )
+        yield CounterMetricFamily("rustord_scrub_bytes", "What scrubs have read", value=scrub.bytes_total)
+        yield GaugeMetricFamily("rustord_scrub_running", "1 while a scrub runs", value=scrub.task.is_running)
+        yield GaugeMetricFamily(
+            "rustord_scrub_lost", "Chunks that the last scrub found damaged on every copy", value=report.lost
+        )
+        yield GaugeMetricFamily(
+            "rustord_scrub_ended_timestamp_seconds", "When the last scrub was done; 0 if none was", value=report.ended
+        )
 
 
 def _histogram(name: str, text: str, distribution: Distribution) -> Metric:

@@ -296,8 +296,9 @@ class ObjectStore:
     def condemn(self, extents: Sequence[Extent]) -> None:
         """Never use these blocks again, in this life or another; what is on them stays there. Called between cycles.
 
-        Raises DeviceError if a device cannot note it durably.
+        Raises ReadOnly, or DeviceError if a device cannot note it durably.
         """
+        self.check_changeable()
         self.allocator.condemn(extents)
         self.blocks.condemn(extents)
 

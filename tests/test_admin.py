@@ -21,6 +21,8 @@ from rustord.objectstore import ObjectStore
 from rustord.objkey import parse_uuid, uuid_text
 from rustord.placer import Contiguous, Mirrored, Placer
 from rustord.plugins import PluginManager
+from rustord.repair import Repairer
+from rustord.scrub import Scrub
 from rustord.wire.api import NewDevice
 from rustord.writer import Writer
 from tests.daemon import MIB, make_pool
@@ -47,7 +49,9 @@ class Opened(NamedTuple):
 def opened(directory: Path, *images: Path, placer: Placer | None = None) -> Iterator[Opened]:
     with rustord.open(images, directory=directory / "index", placer=placer) as store:
         writer = Writer(store)
-        yield Opened(store, Admin(store, writer, PluginManager()))
+        scrub = Scrub(store, Repairer(store, writer), directory / "scrub.json")
+        yield Opened(store, Admin(store, writer, PluginManager(), scrub))
+        scrub.close()
         assert writer.close()
 
 

@@ -16,7 +16,10 @@ import rustord
 from rustord import metrics
 from rustord.frontends.traffic import Traffic
 from rustord.objectstore import ObjectStore
+from rustord.repair import Repairer
+from rustord.scrub import Scrub
 from rustord.wire.api import ROUTES
+from rustord.writer import Writer
 from tests.daemon import MIB, Daemon, make_pool, until
 
 DOCUMENT = Path(metrics.__file__).with_name("METRICS.md")
@@ -104,6 +107,7 @@ def test_the_document_names_every_state_and_phase(daemon: Daemon) -> None:
 
 def test_names_carry_the_base_unit(daemon: Daemon) -> None:
     counted = {"rustord_index_lag", "rustord_objects", "rustord_free_runs", "rustord_connections_open"}
+    counted |= {"rustord_scrub_running", "rustord_scrub_lost"}
     counted |= {"rustord_read_only", "rustord_device_state", "rustord_cycle_changes"}
     for name in documented().keys() - counted:
         assert name.endswith(("_seconds", "_bytes", "_ratio", "_total")), name
@@ -253,9 +257,18 @@ def store(image: Path, tmp_path: Path) -> Iterator[ObjectStore]:
         yield store
 
 
-def test_lag_and_journal_grow_until_the_index_has_caught_up(store: ObjectStore) -> None:
+def idle_scrub(store: ObjectStore, directory: Path) -> Scrub:
+    """One that leaves the store alone."""
+    writer = Writer(store)
+    writer.close()
+    scrub = Scrub(store, Repairer(store, writer), directory / "scrub.json")
+    scrub.close()
+    return scrub
+
+
+def test_lag_and_journal_grow_until_the_index_has_caught_up(store: ObjectStore, tmp_path: Path) -> None:
     told = metrics.Metrics()
-    told.watch(store, Traffic([]))
+    told.watch(store, Traffic([]), idle_scrub(store, tmp_path))
     assert Scrape(told.text())("rustord_index_lag") == 0
     for _ in range(100):
         store.put(b"data")
@@ -268,9 +281,9 @@ def test_lag_and_journal_grow_until_the_index_has_caught_up(store: ObjectStore) 
     assert moment("rustord_journal_used_ratio") == 0
 
 
-def test_a_pool_that_takes_no_changes_says_so(store: ObjectStore) -> None:
+def test_a_pool_that_takes_no_changes_says_so(store: ObjectStore, tmp_path: Path) -> None:
     told = metrics.Metrics()
-    told.watch(store, Traffic([]))
+    told.watch(store, Traffic([]), idle_scrub(store, tmp_path))
     assert Scrape(told.text())("rustord_read_only") == 0
     store.read_only = "a test says so"
     assert Scrape(told.text())("rustord_read_only") == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rustord.cli import edge, objects, pool, put, report, setup, top
+from rustord.cli import edge, objects, pool, put, report, scrub, setup, top
 from rustord.cli.edge import Commands
 
 EPILOG = """\b
@@ -31,7 +31,15 @@ def rustorctl(context: click.Context, socket: Path | None) -> None:
     context.obj = socket
 
 
-for command in (*put.COMMANDS, *objects.COMMANDS, *pool.COMMANDS, *top.COMMANDS, *report.COMMANDS, *setup.COMMANDS):
+for command in (
+    *put.COMMANDS,
+    *objects.COMMANDS,
+    *pool.COMMANDS,
+    *scrub.COMMANDS,
+    *top.COMMANDS,
+    *report.COMMANDS,
+    *setup.COMMANDS,
+):
     rustorctl.add_command(command)
 
 

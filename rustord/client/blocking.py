@@ -26,7 +26,9 @@ from rustord.wire.request import (
     METRICS,
     PLUGINS,
     POOL,
+    SCRUB,
     SLOW_REQUESTS,
+    STOP_SCRUB,
     Info,
     Listing,
     Request,
@@ -40,6 +42,7 @@ from rustord.wire.request import (
     read_info,
     read_stored,
     remove_device,
+    start_scrub,
     store,
 )
 
@@ -168,6 +171,18 @@ class Client:
     def slow_requests(self) -> list[dict[str, Any]]:
         """The last requests that took long, as the server tells it, the newest at the end."""
         return list(self._json(SLOW_REQUESTS))
+
+    def scrub(self) -> dict[str, Any]:
+        """How far the scrub is, and what it, or the last one, has found."""
+        return dict(self._json(SCRUB))
+
+    def start_scrub(self, *, again: bool = False) -> dict[str, Any]:
+        """Begin to verify everything that is stored, or go on where that was stopped; ``again``: from the start."""
+        return dict(self._json(start_scrub(again)))
+
+    def stop_scrub(self) -> dict[str, Any]:
+        """End the scrub where it is."""
+        return dict(self._json(STOP_SCRUB))
 
     def plugins(self) -> list[dict[str, Any]]:
         """The plugins that are loaded or installed."""

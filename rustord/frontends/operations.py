@@ -22,6 +22,7 @@ from rustord.wire.api import (
     NewDevice,
     if_match,
     if_none_match_any,
+    is_asked,
     is_not_modified,
     json_lines,
     manifest_json,
@@ -66,6 +67,15 @@ class Admin(Protocol):
 
     def map_device(self, device: str, cell_count: int) -> Mapping[str, object]:
         """How full each part of the device with that uuid or index is. Raises NotFound."""
+
+    def scrub(self) -> Mapping[str, object]:
+        """How far the scrub is, and what it has found."""
+
+    def start_scrub(self, again: bool) -> Mapping[str, object]:
+        """Begin a scrub, or go on with it; what it is like then."""
+
+    def stop_scrub(self) -> Mapping[str, object]:
+        """End the scrub; what it is like then."""
 
     def plugins(self) -> Iterable[Mapping[str, object]]:
         """The plugins that are loaded."""
@@ -324,6 +334,19 @@ class Operations:
 
     def remove_device(self, exchange: Exchange) -> Reply | None:
         self._ask(exchange, lambda: json_reply(self._admin.remove_device(exchange.request.argument)))
+        return None
+
+    def get_scrub(self, exchange: Exchange) -> Reply | None:
+        self._ask(exchange, lambda: json_reply(self._admin.scrub()))
+        return None
+
+    def start_scrub(self, exchange: Exchange) -> Reply | None:
+        again = is_asked(exchange.request.query, "again")
+        self._ask(exchange, lambda: json_reply(self._admin.start_scrub(again), 202))
+        return None
+
+    def stop_scrub(self, exchange: Exchange) -> Reply | None:
+        self._ask(exchange, lambda: json_reply(self._admin.stop_scrub()))
         return None
 
     def list_plugins(self, exchange: Exchange) -> Reply | None:

@@ -104,6 +104,11 @@ ROUTES: Mapping[str, Mapping[str, Operation]] = {
     "/v1/devices/{device}": {"DELETE": Operation("remove_device", Role.ADMIN)},
     "/v1/devices/{device}/map": {"GET": Operation("map_device", Role.READER, query=frozenset(("cells",)))},
     "/v1/slow-requests": {"GET": Operation("list_slow_requests", Role.READER)},
+    "/v1/scrub": {
+        "GET": Operation("get_scrub", Role.READER),
+        "POST": Operation("start_scrub", Role.ADMIN, query=frozenset(("again",))),
+        "DELETE": Operation("stop_scrub", Role.ADMIN),
+    },
     "/v1/plugins": {"GET": Operation("list_plugins", Role.READER)},
     "/v1/openapi.json": {"GET": Operation("get_openapi", Role.READER)},
     "/metrics": {"GET": Operation("get_metrics", Role.READER)},
@@ -235,6 +240,14 @@ def _read_query(query: str, known: frozenset[str]) -> Mapping[str, str]:
 def map_cells(query: Mapping[str, str]) -> int:
     """In how many cells a device is to be shown, 1,024 by default. Raises InvalidRequest."""
     return _number(query.get("cells", "1024"), "number of cells", MAP_CELL_COUNT_MAX)
+
+
+def is_asked(query: Mapping[str, str], name: str) -> bool:
+    """Whether a parameter says true; it need not be given. Raises InvalidRequest."""
+    text = query.get(name, "false")
+    if text not in ("true", "false"):
+        raise InvalidRequest(f"{text[:80]!r} is neither true nor false", hint=f"write {name}=true")
+    return text == "true"
 
 
 def page_limit(query: Mapping[str, str], limits: Limits) -> int:

@@ -187,7 +187,14 @@ def map_device(device: str, cells: int) -> Request:
     return Request("GET", f"/v1/devices/{quote(device, safe='')}/map?cells={cells}")
 
 
+def start_scrub(again: bool) -> Request:
+    """Begin a scrub, or go on with it."""
+    return Request("POST", "/v1/scrub" + ("?again=true" if again else ""))
+
+
 POOL = Request("GET", "/v1/pool")
+SCRUB = Request("GET", "/v1/scrub")
+STOP_SCRUB = Request("DELETE", "/v1/scrub")
 DEVICES = Request("GET", "/v1/devices")
 PLUGINS = Request("GET", "/v1/plugins")
 SLOW_REQUESTS = Request("GET", "/v1/slow-requests")

@@ -17,6 +17,8 @@ from rustord.frontends.http import HttpServer
 from rustord.frontends.operations import openapi
 from rustord.frontends.peer import Peer
 from rustord.plugins import PluginManager
+from rustord.repair import Repairer
+from rustord.scrub import Scrub
 from rustord.wire.api import Role
 from rustord.wire.http1 import read_reply_head
 from rustord.wire.limits import Limits
@@ -110,6 +112,7 @@ class Served:
         self.store = rustord.open(image)
         self.writer = Writer(self.store)
         self.plugins = PluginManager()
+        self.scrub = Scrub(self.store, Repairer(self.store, self.writer), path.with_suffix(".scrub"))
         self._roles = roles
         self._slow_request_s = slow_request_s
         self._started = threading.Event()
@@ -124,7 +127,7 @@ class Served:
         self.server = HttpServer(
             self.store,
             self.writer,
-            Admin(self.store, self.writer, self.plugins, lambda: b"rustord_up 1\n"),
+            Admin(self.store, self.writer, self.plugins, self.scrub, lambda: b"rustord_up 1\n"),
             limits=self.limits,
             roles=self._roles,
             slow_request_s=self._slow_request_s,
@@ -143,6 +146,7 @@ class Served:
         self._thread.join(SECONDS_MAX)
         assert not self._thread.is_alive()
         if self.writer.is_alive():
+            self.scrub.close()
             assert self.writer.close(SECONDS_MAX)
             self.store.close()
 

@@ -1,0 +1,394 @@
+"""Scrubs: everything that lives is read, in the order of the devices; what is damaged is found, mended and told."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from rustord.change import Put
+from rustord.errors import Damaged
+from rustord.extent import Extent
+from rustord.objectstore import ObjectStore
+from rustord.objkey import uuid_text
+from rustord.placer import Mirrored
+from rustord.record import Metadata, Record
+from rustord.repair import Repairer
+from rustord.scrub import Report, Scrub
+from rustord.writer import Writer
+from tests.simulation import MIB, Simulation, check_sound, live, run, stored
+
+CHUNK = 65536
+DATA = random.Random(9).randbytes(4 * CHUNK)
+SIZES = (0, 10, 4000, 4096, 30_000, CHUNK, CHUNK + 1, 3 * CHUNK + 5000)
+
+
+class Bench:
+    """A pool that is open, with everything at work that a daemon has at work for a scrub."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        self.simulation = simulation
+        self.notes = simulation.index.parent / "scrub.json"
+        self.open()
+
+    def open(self) -> None:
+        self.store: ObjectStore = self.simulation.open()
+        self.writer = Writer(self.store)
+        self.scrub = Scrub(self.store, Repairer(self.store, self.writer), self.notes)
+
+    def end(self) -> None:
+        self.scrub.close()
+        assert self.writer.close()
+        run(self.store)
+
+    def restart(self) -> None:
+        self.end()
+        self.simulation.close()
+        self.open()
+
+    def fill(self) -> list[Record]:
+        puts = [Put(DATA[:size], Metadata(f"o{size}")) for size in SIZES]
+        return [stored(outcome) for outcome in run(self.store, *puts)]
+
+    def run(self) -> Report:
+        self.scrub.start()
+        assert self.scrub.task.wait(60)
+        return self.scrub.report
+
+    def flip(self, device: int, offset: int, mask: int = 4) -> None:
+        with self.simulation.paths[device].open("r+b") as file:
+            file.seek(offset)
+            byte = file.read(1)[0]
+            file.seek(offset)
+            file.write(bytes([byte ^ mask]))
+
+
+@pytest.fixture
+def single(simulation: Simulation) -> Iterator[Bench]:
+    bench = Bench(simulation)
+    yield bench
+    bench.end()
+
+
+@pytest.fixture
+def mirrored(simulate: Callable[..., Simulation]) -> Iterator[Bench]:
+    bench = Bench(simulate(16 * MIB, 16 * MIB, placer=Mirrored(2)))
+    yield bench
+    bench.end()
+
+
+def test_a_pool_that_is_whole(mirrored: Bench) -> None:
+    mirrored.fill()
+    assert mirrored.scrub.status()["state"] == "never"
+    report = mirrored.run()
+    assert (report.state, report.copies, report.damaged, report.transient) == ("done", 2 * len(SIZES), 0, 0)
+    status = mirrored.scrub.status()
+    assert status["done_bytes"] >= status["total_bytes"] - 2 * len(SIZES) * 4096
+    assert not status["running"]
+
+
+def test_an_empty_pool(single: Bench) -> None:
+    assert (single.run().state, single.scrub.report.copies) == ("done", 0)
+
+
+def test_it_reads_in_the_order_of_the_device(single: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = single.fill()
+    run(single.store)
+    single.writer.call(lambda: single.store.delete(records[0].uuid))
+    single.writer.call(lambda: single.store.put(b"its blocks are taken by one with a later uuid"))
+    read: list[int] = []
+    examine = single.scrub.repairer.examine
+
+    def note(record: Record, copies: list[int], pace: Callable[[int], None]) -> object:
+        read.append(record.copies[copies[0]][0].block)
+        return examine(record, copies, pace=pace)
+
+    monkeypatch.setattr(single.scrub.repairer, "examine", note)
+    single.run()
+    assert read == sorted(record.copies[0][0].block for record in live(single.store))
+    assert read != [record.copies[0][0].block for record in live(single.store)]
+
+
+def test_more_copies_than_are_put_in_order_at_once(single: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rustord.scrub._WINDOW_COUNT_MAX", 3)
+    monkeypatch.setattr("rustord.scrub._PAGE_COUNT", 2)
+    single.fill()
+    assert single.run().copies == len(SIZES)
+
+
+def test_one_scrub_finds_every_flip_and_a_mirrored_pool_heals(mirrored: Bench, seed: int) -> None:
+    for turn in range(8):
+        if turn == 0:
+            mirrored.fill()
+        records = {record.uuid: mirrored.store.get(record.uuid) for record in live(mirrored.store)}
+        chance = random.Random(seed + turn)
+        flipped = 0
+        for record in live(mirrored.store):
+            (device, block, count), *_ = chance.choice(record.copies)
+            mirrored.flip(device, chance.randrange(block * 4096, (block + count) * 4096), 1 << chance.randrange(8))
+            flipped += 1
+        mirrored.scrub.start(again=True)
+        assert mirrored.scrub.task.wait(60)
+        report = mirrored.scrub.report
+        assert (report.state, report.lost) == ("done", 0)
+        assert len({entry["uuid"] for entry in report.damaged_objects}) == flipped
+        assert report.damaged == report.mended >= flipped
+        assert {record.uuid: mirrored.store.get(record.uuid) for record in live(mirrored.store)} == records
+        mirrored.restart()
+        check_sound(mirrored.store)
+        assert mirrored.run().damaged == 0
+
+
+def test_what_is_lost_is_listed_with_its_ranges(single: Bench) -> None:
+    records = single.fill()
+    record = records[-1]
+    single.flip(0, record.extents[0].block * 4096 + CHUNK + 5)
+    report = single.run()
+    assert (report.damaged, report.mended, report.lost) == (1, 0, 1)
+    (entry,) = report.damaged_objects
+    assert (entry["uuid"], entry["name"], entry["state"]) == (uuid_text(record.uuid), record.name, "lost")
+    assert entry["ranges"] == [{"copy": 0, "what": "data", "start": CHUNK, "end": 2 * CHUNK}]
+    assert report.bad_extents == [{"device": 0, "block": record.extents[0].block + 16, "count": 16}]
+    json.dumps(single.scrub.status())
+
+
+def test_it_goes_on_after_a_stop_and_a_restart(single: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    single.fill()
+    blocks = sorted(record.copies[0][0].block for record in live(single.store))
+    read: list[int] = []
+    reached, may_go_on = threading.Event(), threading.Event()
+    examine = Repairer.examine
+
+    def note(self: Repairer, record: Record, copies: list[int], pace: Callable[[int], None]) -> object:
+        if len(read) in (3, 6) and not may_go_on.is_set():
+            reached.set()
+            assert may_go_on.wait(20)
+        health = examine(self, record, copies, pace=pace)
+        read.append(record.copies[copies[0]][0].block)
+        return health
+
+    monkeypatch.setattr(Repairer, "examine", note)
+    single.scrub.start()
+    assert reached.wait(20)
+    stopping = threading.Thread(target=single.scrub.stop)  # somebody asks for it
+    stopping.start()
+    while not single.scrub.task._stopping.is_set():
+        pass
+    may_go_on.set()
+    stopping.join()
+    assert single.scrub.report.state == "stopped"
+    assert read == blocks[:3]
+    single.restart()
+    single.scrub.resume()  # what was stopped stays so
+    assert not single.scrub.task.is_running
+    reached.clear()
+    may_go_on.clear()
+    single.scrub.start()
+    assert reached.wait(20)
+    ending = threading.Thread(target=single.scrub.close)  # the daemon ends
+    ending.start()
+    while not single.scrub.task._stopping.is_set():
+        pass
+    may_go_on.set()
+    ending.join()
+    single.restart()
+    single.scrub.resume()
+    assert single.scrub.task.wait(60)
+    assert single.scrub.report.state == "done"
+    assert read == blocks
+    assert single.scrub.report.copies == len(blocks)
+
+
+def test_it_goes_on_after_a_crash(single: Bench) -> None:
+    single.fill()
+    single.scrub.report = Report("running", block=10, copies=2)
+    single.scrub._note()
+    single.scrub.report = Report()
+    single.restart()
+    single.scrub.resume()
+    assert single.scrub.task.wait(60)
+    assert (single.scrub.report.state, single.scrub.report.copies) == ("done", 2 + len(SIZES))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '{"state": 1}', "\0", json.dumps({**Report().__dict__, "block": "x"})]
+)
+def test_notes_that_say_nothing_are_begun_anew(single: Bench, text: str) -> None:
+    single.notes.write_text(text)
+    single.fill()
+    single.restart()
+    assert single.scrub.report == Report()
+    assert single.run().copies == len(SIZES)
+
+
+def test_notes_that_cannot_be_written_end_nothing(single: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    single.notes.with_name("scrub.json.new").mkdir()
+    single.fill()
+    assert single.run().state == "done"
+    assert "cannot be noted" in caplog.text
+
+
+def test_it_runs_beside_changes_and_takes_nothing_for_damage(mirrored: Bench, seed: int) -> None:
+    chance = random.Random(seed)
+    done = threading.Event()
+    uuids: list[bytes] = []
+    count = 0
+
+    def change() -> None:
+        nonlocal count
+        while not done.is_set():
+            count += 1
+            size = chance.choice(SIZES)
+            uuids.append(mirrored.writer.call(lambda size=size: mirrored.store.put(DATA[:size])).uuid)  # type: ignore[misc]
+            if len(uuids) > 20:
+                uuid = uuids.pop(chance.randrange(len(uuids)))
+                mirrored.writer.call(lambda uuid=uuid: mirrored.store.delete(uuid))  # type: ignore[misc]
+
+    mirrored.fill()
+    changing = threading.Thread(target=change)
+    changing.start()
+    try:
+        while count < 400:
+            mirrored.scrub.start(again=True)
+            assert mirrored.scrub.task.wait(60)
+            report = mirrored.scrub.report
+            assert (report.state, report.damaged, report.transient) == ("done", 0, 0), report
+    finally:
+        done.set()
+        changing.join()
+    assert mirrored.store.blocks.slots[0].bad.runs == ()
+
+
+def test_missing_devices_are_counted_and_the_rest_is_read(mirrored: Bench) -> None:
+    mirrored.fill()
+    mirrored.end()
+    mirrored.simulation.close()
+    mirrored.store = mirrored.simulation.open(without={1})
+    mirrored.writer = Writer(mirrored.store)
+    mirrored.scrub = Scrub(mirrored.store, Repairer(mirrored.store, mirrored.writer), mirrored.notes)
+    report = mirrored.run()
+    assert (report.state, report.copies, report.unread, report.damaged) == ("done", 2 * len(SIZES), len(SIZES), 0)
+
+
+def test_a_second_start_changes_nothing(single: Bench) -> None:
+    single.fill()
+    single.scrub.task.bytes_s_max = 1
+    single.scrub.start()
+    began = single.scrub.report
+    single.scrub.start(again=True)
+    assert single.scrub.report is began
+    assert single.scrub.stop()["state"] == "stopped"
+
+
+class TestFlips:
+    """Bytes of a small pool flipped in turn: the right bytes, or an error that names the Object and the range.
+
+    By default some bytes are flipped; with --long, all that mean anything (the rest of a pool is free or unused).
+    """
+
+    def test_of_what_lives(self, single: Bench, seed: int, request: pytest.FixtureRequest) -> None:
+        contents = {record.uuid: DATA[: record.size] for record in single.fill()}
+        single.store.blocks.on_damage = lambda record, start, end: None  # it would be mended while we flip it back
+        every = [
+            (record, offset)
+            for record in live(single.store)
+            for extent in record.extents
+            for offset in range(extent.block * 4096, extent.end * 4096)
+        ]
+        chance = random.Random(seed)
+        for record, offset in every if request.config.option.long else chance.sample(every, 600):
+            mask = 1 << chance.randrange(8)
+            single.flip(0, offset, mask)
+            at = offset - record.extents[0].block * 4096
+            try:
+                assert single.store.read(record, 0, record.size) == contents[record.uuid]
+                assert at >= record.size, "a flipped byte of data was not noticed"
+            except Damaged as error:
+                found = re.match(rf"Object {uuid_text(record.uuid)}, bytes (\d+) to (\d+), ", error.message)
+                assert found is not None
+                assert int(found[1]) <= at <= int(found[2])
+                assert at < record.size
+            single.flip(0, offset, mask)
+        for uuid, content in contents.items():
+            assert single.store.get(uuid) == content
+
+    def test_one_scrub_finds_all_that_are_in_what_lives(self, single: Bench, seed: int) -> None:
+        single.fill()
+        chance = random.Random(seed)
+        flipped = set()
+        for record in live(single.store):
+            ((_, block, count),) = record.extents
+            for at in {chance.randrange(count * 4096) for _ in range(3)}:
+                single.flip(0, block * 4096 + at, 1 << chance.randrange(8))
+                flipped.add(block + at // 4096)
+        single.run()
+        assert all(single.store.blocks.slots[0].bad.within(block, 1) for block in flipped)
+        assert {entry["uuid"] for entry in single.scrub.report.damaged_objects} == {
+            uuid_text(record.uuid) for record in live(single.store)
+        }
+
+    def test_of_labels_journals_and_tables(self, single: Bench, seed: int, request: pytest.FixtureRequest) -> None:
+        records = single.fill()
+        single.store.condemn([Extent(0, block, 1) for block in range(3000, 3200, 2)])
+        geometry = single.store.blocks.slots[0].geometry
+        single.end()
+        single.simulation.close()
+        areas = [(offset, 8192) for offset in geometry.label_offsets]
+        areas += [(offset, 4096) for offset in geometry.bad_table_offsets]
+        areas += [(geometry.journal_offset, 20 * 4096)]
+        every = [offset for start, length in areas for offset in range(start, start + length)]
+        chance = random.Random(seed)
+        offsets = every if request.config.option.long else chance.sample(every, 60)
+        offsets += [chance.randrange(geometry.size) for _ in range(60)]
+        path = single.simulation.paths[0]
+        pristine = path.with_suffix(".pristine")
+        shutil.copyfile(path, pristine)
+        lives = {offset for record in records for e in record.extents for offset in range(e.block * 4096, e.end * 4096)}
+        for offset in offsets:
+            if offset in lives:
+                continue
+            single.flip(0, offset, 1 << chance.randrange(8))
+            store = single.simulation.open()
+            assert {record.uuid: store.get(record.uuid) for record in live(store)} == {
+                record.uuid: DATA[: record.size] for record in records
+            }
+            assert len(store.blocks.slots[0].bad.runs) == 100
+            check_sound(store)
+            single.simulation.close()
+            single.simulation.open()  # what was healed opens again
+            single.simulation.close()
+            shutil.copyfile(pristine, path)
+        single.open()
+
+    def test_of_one_device_of_a_mirrored_pool_after_a_crash(self, mirrored: Bench, seed: int) -> None:
+        records = mirrored.fill()
+        mirrored.end()
+        mirrored.simulation.cut_power()
+        index = mirrored.simulation.index
+        paths = [*mirrored.simulation.paths, index / "data.mdb"]
+        pristine = [path.with_suffix(".pristine") for path in paths]
+        for path, copy in zip(paths, pristine, strict=True):
+            shutil.copyfile(path, copy)
+        used = max(extent.end for record in records for extent in record.extents) * 4096
+        chance = random.Random(seed)
+        for _ in range(60):
+            device = chance.randrange(2)
+            offset = chance.choice([chance.randrange(used), chance.randrange(1 << 20, (1 << 20) + 4 * 4096)])
+            mirrored.flip(device, offset, 1 << chance.randrange(8))
+            mirrored.open()
+            assert {record.uuid: mirrored.store.get(record.uuid) for record in live(mirrored.store)} == {
+                record.uuid: DATA[: record.size] for record in records
+            }
+            assert mirrored.run().lost == 0
+            mirrored.end()
+            check_sound(mirrored.store)
+            mirrored.simulation.close()
+            for path, copy in zip(paths, pristine, strict=True):
+                shutil.copyfile(copy, path)
+            mirrored.notes.unlink()
+        mirrored.open()
