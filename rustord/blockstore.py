@@ -231,7 +231,7 @@ class BlockStore:
         sums = record.sums(first, last)
         buffer = memoryview(bytearray(end - start))
         if not wait:
-            copy = record.copies[self._preferred(record)]
+            copy = record.copies[self.preferred(record)]
             if not self._fill_now(copy, start, buffer) or not _verified(buffer, sums):
                 return None
         else:
@@ -240,7 +240,7 @@ class BlockStore:
             return buffer
         return buffer[offset - start : offset - start + length]
 
-    def _preferred(self, record: Record) -> int:
+    def preferred(self, record: Record) -> int:
         """The copy to read first: the copies share the load, and those on missing devices come last."""
         copies = record.copies
         if len(copies) == 1:
@@ -253,6 +253,18 @@ class BlockStore:
         """Whether no device of the copy is missing."""
         return all(self.slots[e.device].device is not None for e in copy if e.device in self.slots)
 
+    def read_copy_now(
+        self, record: Record, number: int, offset: int, buffer: memoryview, *, verify: bool = False
+    ) -> bool:
+        """Fill ``buffer`` with bytes of copy ``number`` from the page cache; False, never an error, if it cannot be.
+
+        With ``verify`` it is false, too, if they do not match their checksums; the range is one of whole chunks then.
+        """
+        if not self._fill_now(record.copies[number], offset, buffer):
+            return False
+        first, last = offset // CHUNK_BYTES, -(-(offset + len(buffer)) // CHUNK_BYTES)
+        return not verify or _verified(buffer, record.sums(first, last))
+
     def _fill_now(self, copy: Copy, start: int, buffer: memoryview) -> bool:
         """Fill ``buffer`` from the page cache; False if that is not possible."""
         for index, offset, piece in self._pieces(copy, start, buffer):
@@ -263,7 +275,7 @@ class BlockStore:
 
     def _fill_from_any(self, record: Record, start: int, buffer: memoryview, sums: bytes) -> None:
         copies = record.copies
-        preferred = self._preferred(record)
+        preferred = self.preferred(record)
         problem: RustordError | None = None
         for turn in range(len(copies)):
             number = (preferred + turn) % len(copies)

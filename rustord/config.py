@@ -17,13 +17,14 @@ from typing import Any, Literal
 from rustord import settings
 from rustord.errors import ConfigError
 from rustord.settings import Place, setting, table, tables
-from rustord.wire.limits import Limits
+from rustord.wire.limits import Limits, NbdLimits
 
 DEFAULT_FILE = Path("/etc/rustord/rustord.toml")
 DEFAULT_DIRECTORY = Path("/var/lib/rustord")
 DEFAULT_SOCKET = Path("/run/rustord/rustord.sock")
 
 _LIMITS = Limits()
+_NBD_LIMITS = NbdLimits()
 _NAME = r"[a-z0-9][a-z0-9._-]{0,31}"
 _PRINCIPAL = r"@?[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}\$?"
 _PRINCIPALS = 'a list of users ("alice", "1000") and groups ("@backup", "@34")'
@@ -56,6 +57,45 @@ class SocketTable:
         0o660,
         "Permissions of the socket: who may connect at all. What they may do is in [roles].",
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class NbdTable:
+    path: Path | None = setting(
+        settings.path(),
+        None,
+        "The Unix socket on which Objects are served as block devices, over NBD. If it is not set, that is nbd.sock "
+        "beside socket.path. When systemd passes a socket of rustord-nbd.socket, that one is used instead.",
+    )
+    mode: int = setting(
+        settings.file_mode(),
+        0o660,
+        "Permissions of that socket: who may connect at all. What they may do is in [roles].",
+    )
+    connections: int = setting(
+        settings.integer(1, 65536),
+        _NBD_LIMITS.connections,
+        "How many clients may be connected at once, each with a thread and up to 2 MiB. A further one is refused.",
+    )
+    connections_per_client: int = setting(
+        settings.integer(1, 65536),
+        _NBD_LIMITS.connections_per_client,
+        "How many of them may be the same user.",
+    )
+    handshake: float = setting(
+        settings.duration(0.1, 3600.0),
+        _NBD_LIMITS.handshake_s,
+        "How long a client may take to choose an export.",
+    )
+
+    def limits(self) -> NbdLimits:
+        """The limits of the NBD frontend."""
+        return dataclasses.replace(
+            _NBD_LIMITS,
+            connections=self.connections,
+            connections_per_client=self.connections_per_client,
+            handshake_s=self.handshake,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +281,7 @@ class Config:
         reload=True,
     )
     socket: SocketTable = table(SocketTable, "Where clients connect.")
+    nbd: NbdTable = table(NbdTable, "How Objects are served as block devices.")
     roles: RolesTable = table(
         RolesTable, "Who may do what, told by the user and the groups of the process that connects."
     )

@@ -12,18 +12,20 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from systemd.journal import JournalHandler
 
 from rustord.admin import Admin
-from rustord.config import Config, SocketTable, changes
+from rustord.config import Config, changes
 from rustord.errors import ConfigError, DeviceBusy, DeviceError, PluginError, RustordError
 from rustord.event import CONFIG_LOADED, CONFIG_REFUSED, DEVICE_MISSING, FAULT, POOL_CLOSED, POOL_OPENED, POOL_READ_ONLY
+from rustord.frontends.exports import Exports
 from rustord.frontends.http import HttpServer
+from rustord.frontends.nbd import NbdServer
 from rustord.frontends.peer import Principals, Roles
 from rustord.hotplug import Hotplug, find_devices
 from rustord.metrics import Metrics
@@ -44,6 +46,8 @@ CUT_S = 10.0
 """How long those that are cut off then may take to let go."""
 FINISH_S = 60.0
 """How long the Writer may take after that: it erases what has been deleted."""
+NBD_SOCKET = "rustord-nbd.socket"
+"""The unit whose socket is that of NBD; any other is that of the object API."""
 STUCK_S = 60.0
 """A cycle that takes longer than this is no sign of life: the watchdog may restart us."""
 
@@ -58,14 +62,11 @@ def run(config: Config, reload: Callable[[], Config]) -> None:
     set_up_logging(config)
     with closing(Supervisor()) as supervisor:
         store, plugins = _open(config, supervisor)
-        listener = None
         try:
-            listener = listen(config.socket, supervisor)
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-            asyncio.run(_serve(config, reload, store, plugins, listener, supervisor))
+            with listen(config, supervisor) as listeners:
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+                asyncio.run(_serve(config, reload, store, plugins, listeners, supervisor))
         finally:
-            if listener is not None:
-                listener.close()
             supervisor.status("closing the pool")
             store.close()
             log.info("the pool is closed", extra=POOL_CLOSED())
@@ -146,21 +147,40 @@ def _because(error: PluginError, plugins: PluginManager) -> str:
     return "; ".join(f"{problem.message} ({problem.hint})" for problem in (error, *plugins.problems))
 
 
-def listen(config: SocketTable, supervisor: Supervisor) -> socket.socket:
-    """The socket that systemd passed, or a new one at the configured path."""
-    passed = supervisor.sockets()
-    if len(passed) > 1:
-        for _, listener in passed:
-            listener.close()
-        raise ConfigError(f"systemd passed {len(passed)} sockets", hint="rustord.socket has one ListenStream=")
-    if passed:
-        return passed[0][1]
-    path = config.path
+class Listeners(NamedTuple):
+    """The listening sockets: of the object API, and of NBD."""
+
+    api: socket.socket
+    nbd: socket.socket
+
+
+@contextmanager
+def listen(config: Config, supervisor: Supervisor) -> Iterator[Listeners]:
+    """The sockets that systemd passed, and new ones at the configured paths for what it did not pass."""
+    with ExitStack() as opened:
+        passed: dict[bool, list[socket.socket]] = {True: [], False: []}
+        for name, listener in supervisor.sockets():
+            passed[name == NBD_SOCKET].append(opened.enter_context(listener))
+        for name, listeners in (("rustord.socket", passed[False]), (NBD_SOCKET, passed[True])):
+            if len(listeners) > 1:
+                raise ConfigError(f"systemd passed {len(listeners)} sockets", hint=f"{name} has one ListenStream=")
+        api, nbd = passed[False], passed[True]
+        if not api:
+            api.append(opened.enter_context(_bind("socket", config.socket.path, config.socket.mode)))
+        if not nbd:
+            path = config.nbd.path or config.socket.path.with_name("nbd.sock")
+            nbd.append(opened.enter_context(_bind("nbd", path, config.nbd.mode)))
+        yield Listeners(api[0], nbd[0])
+
+
+def _bind(table: str, path: Path, mode: int) -> socket.socket:
+    """A new listening socket. ``table`` is where the configuration names its path."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    hint = f"choose another path with {table}.path" + (" or --socket" if table == "socket" else "")
     try:
-        _remove_stale(path)
+        _remove_stale(path, hint)
         path.parent.mkdir(parents=True, exist_ok=True)
-        previous = os.umask(0o777 & ~config.mode)
+        previous = os.umask(0o777 & ~mode)
         try:
             listener.bind(str(path))
         finally:
@@ -168,24 +188,21 @@ def listen(config: SocketTable, supervisor: Supervisor) -> socket.socket:
         listener.listen(1024)
     except OSError as error:
         listener.close()
-        raise ConfigError(
-            f"the socket {path} cannot be made: {error.strerror or error}",
-            hint="choose another path with --socket or socket.path",
-        ) from error
+        raise ConfigError(f"the socket {path} cannot be made: {error.strerror or error}", hint=hint) from error
     except RustordError:
         listener.close()
         raise
     return listener
 
 
-def _remove_stale(path: Path) -> None:
+def _remove_stale(path: Path, hint: str) -> None:
     """Remove a socket on which nobody listens."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise ConfigError(f"{path} is not a socket", hint="choose another path with --socket or socket.path")
+        raise ConfigError(f"{path} is not a socket", hint=hint)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:
@@ -195,7 +212,7 @@ def _remove_stale(path: Path) -> None:
                 raise
             path.unlink(missing_ok=True)
             return
-    raise DeviceBusy(f"another daemon listens on {path}", hint="stop it, or choose another path with --socket")
+    raise DeviceBusy(f"another daemon listens on {path}", hint=f"stop it, or {hint}")
 
 
 def roles(config: Config) -> Roles:
@@ -216,10 +233,10 @@ async def _serve(
     reload: Callable[[], Config],
     store: ObjectStore,
     plugins: PluginManager,
-    listener: socket.socket,
+    listeners: Listeners,
     supervisor: Supervisor,
 ) -> None:
-    await _Daemon(config, reload, store, plugins, supervisor).serve(listener)
+    await _Daemon(config, reload, store, plugins, supervisor).serve(listeners)
 
 
 class _Daemon:
@@ -250,14 +267,15 @@ class _Daemon:
             roles=roles(config),
             slow_request_s=config.log.slow_request,
         )
+        self._nbd = NbdServer(Exports(store, self._writer), roles(config), config.nbd.limits())
         self._metrics.watch(store, self._server.traffic, self._scrub)
         self._stop = asyncio.Event()
         self._hotplug: Hotplug | None = None
         self._look = asyncio.Event()
         """There may be something to do for ``_hotplug``."""
 
-    async def serve(self, listener: socket.socket) -> None:
-        """Serve on ``listener`` until a signal says stop, then let what is under way end."""
+    async def serve(self, listeners: Listeners) -> None:
+        """Serve on ``listeners`` until a signal says stop, then let what is under way end."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
@@ -265,8 +283,9 @@ class _Daemon:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
         following = self._follow_devices()
         self._scrub.resume()
-        await self._server.serve(listener)
-        log.info("serving on %s", listener.getsockname())
+        await self._server.serve(listeners.api)
+        await self._nbd.serve(listeners.nbd)
+        log.info("serving on %s", " and ".join(str(listener.getsockname()) for listener in listeners))
         watchdog = asyncio.create_task(self._watchdog())
         await self._stop.wait()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
@@ -277,7 +296,8 @@ class _Daemon:
             self._look.set()
             await asyncio.wait([following], timeout=DRAIN_S)
         try:
-            await asyncio.wait_for(self._server.close(DRAIN_S), DRAIN_S + CUT_S)
+            ends = asyncio.gather(self._server.close(DRAIN_S), self._nbd.close(DRAIN_S))
+            await asyncio.wait_for(ends, DRAIN_S + CUT_S)
         except TimeoutError:
             _give_up()
         await asyncio.to_thread(self._scrub.close)
@@ -344,7 +364,7 @@ class _Daemon:
             else:
                 log.warning("%s has changed, and takes effect when rustord is started again", name)
         logging.getLogger().setLevel(config.log.level.upper())
-        self._server.roles = roles(config)
+        self._server.roles = self._nbd.roles = roles(config)
         self._server.slow_request_s = config.log.slow_request
         self._scrub.task.bytes_s_max = config.scrub.rate
         self._config = config

@@ -63,6 +63,7 @@ class InvalidRequest(RustordError):
 class TooLarge(InvalidRequest):
     code = "too-large"
     http_status = 413
+    nbd_error = errno.EOVERFLOW
     exit_status = 2
 
 

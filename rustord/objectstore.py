@@ -26,7 +26,7 @@ from rustord.allocator import Allocator
 from rustord.blockstore import BlockStore, chunk_sums
 from rustord.change import Change, Delete, Erase, Move, Put, Undo, check_match
 from rustord.distribution import Distribution
-from rustord.errors import DeviceError, NoSpace, NotFound, PreconditionFailed, ReadOnly, RustordError
+from rustord.errors import DeviceError, InUse, NoSpace, NotFound, PreconditionFailed, ReadOnly, RustordError
 from rustord.extent import Extent, block_count, extend, trim, without
 from rustord.footer import encode_footer, footer_blocks
 from rustord.journal import NOTHING
@@ -145,6 +145,7 @@ class ObjectStore:
         self._abandoned: deque[Erase] = deque()
         self._held: list[Erase] = []
         self._pins: Counter[RecordId] = Counter()
+        self._exports: Counter[ObjectId] = Counter()
         self._pinning = threading.Lock()
         self._on_close = on_close
 
@@ -237,6 +238,33 @@ class ObjectStore:
             self._pins[record.id] -= 1
             if self._pins[record.id] <= 0:
                 del self._pins[record.id]
+
+    def begin_export(self, uuid: ObjectId) -> Record:
+        """Keep an Object from being deleted, and its blocks from being erased, until `end_export`.
+
+        Called on the thread that changes the pool, between two cycles: no deletion is half done then. Raises NotFound.
+        """
+        record = self.stat(uuid)
+        with self._pinning:
+            self._exports[uuid] += 1
+        self.pin(record)
+        return record
+
+    def continue_export(self, record: Record, moved: Record) -> bool:
+        """Keep the blocks that the Object has now, in place of those that it had; whether it still has them."""
+        self.pin(moved)
+        current = self.keystore.get(moved.uuid)
+        kept = current is not None and current.id == moved.id
+        self.unpin(record if kept else moved)
+        return kept
+
+    def end_export(self, record: Record) -> None:
+        """Undo one `begin_export`; any thread may."""
+        self.unpin(record)
+        with self._pinning:
+            self._exports[record.uuid] -= 1
+            if self._exports[record.uuid] <= 0:
+                del self._exports[record.uuid]
 
     # Changing
 
@@ -494,6 +522,11 @@ class ObjectStore:
             batch.following.append(delete)  # it will be told that the Object is gone
             return
         check_match(record, delete.if_match, f"Object {uuid_text(delete.uuid)}")
+        if clients := self._exports.get(delete.uuid, 0):
+            raise InUse(
+                f"Object {uuid_text(delete.uuid)} is open as a block device, by {clients} connections",
+                hint="'rustorctl exports' shows by whom; detach it first",
+            )
         self._check_erasable(record)
         self._sequence += 1
         delete.record = record

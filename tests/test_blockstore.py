@@ -138,7 +138,7 @@ class TestReading:
         for last in (0, 1):
             key = ObjKey(bytes(15) + bytes([last]), "xxh3-128", b"", len(DATA))
             record = Record(encode_record(key, 1, 0, COPIES, chunk_sums(DATA), b"", b"", b""))
-            turns.add(rig.store._preferred(record))
+            turns.add(rig.store.preferred(record))
         assert turns == {0, 1}
 
     def test_an_empty_object(self, rig: Rig) -> None:

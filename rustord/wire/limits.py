@@ -1,4 +1,4 @@
-"""Limits: how much one peer of the HTTP API, or all of them, may ask of the daemon."""
+"""Limits: how much one peer of a frontend, or all of them, may ask of the daemon."""
 
 from __future__ import annotations
 
@@ -62,3 +62,18 @@ class Limits:
     """How long a stream keeps a thread while others wait for one."""
     admin_threads: int = 4
     """Threads for what is asked of the daemon itself: a device that takes long to add holds up no Object."""
+
+
+@dataclass(frozen=True)
+class NbdLimits:
+    """Every limit of the NBD frontend beside those of the protocol, which are in its modules."""
+
+    connections: int = 256
+    """Each is a thread, and 2 MiB if it moves large requests."""
+    connections_per_client: int = 64
+    """Of one user, or one address: four devices with as many connections as the kernel's client takes for one."""
+    negotiating: int = 32
+    """Connections whose handshake is under way. One more, and the oldest of them has to go: a good client is through
+    in milliseconds, whatever others do."""
+    handshake_s: float = 10.0
+    """From the connection to the choice of an export."""

@@ -1,0 +1,283 @@
+"""NBD: Objects and volumes as block devices, on a socket of their own.
+
+Every connection has a thread, and blocks. That was measured against the alternatives: a blocking thread wakes up and
+answers in less time than an event loop, whose turn costs two further system calls, so it is the fastest at depth 1, and
+as fast as a process of its own at any depth as long as others are idle. The event loop accepts connections; what they
+do then is up to their threads.
+
+What one client can take is bounded: how long it may negotiate, how many connections it and all together may have, and
+two buffers for each (see `rustord.wire.transmission`). One that reads no replies holds up nobody but itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+import ssl
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from rustord.errors import RustordError
+from rustord.frontends.exports import Exports, Offered
+from rustord.frontends.peer import Peer, Roles, peer_of
+from rustord.wire.api import Role
+from rustord.wire.limits import NbdLimits
+from rustord.wire.negotiation import Agreement, Directory, Negotiation, State
+from rustord.wire.transmission import Transmission
+
+log = logging.getLogger(__name__)
+
+_ACCEPT_AGAIN_S = 1.0
+"""After the process ran out of file descriptors."""
+_FOLLOW_S = 2.0
+"""How often Objects that were moved are looked for."""
+_SEND_BUFFER_BYTES = 4 << 20
+_READ_BYTES = 4096
+_CUT_S = 5.0
+"""How long the threads of connections that were cut off may take to notice."""
+
+
+class Client:
+    """Who has connected: ``key`` is what is counted, ``text`` is for people."""
+
+    __slots__ = ("directory", "key", "text")
+
+    def __init__(self, key: object, text: str, directory: Directory) -> None:
+        self.key = key
+        self.text = text
+        self.directory = directory
+
+
+class _Connection:
+    """One client's connection, served by a thread."""
+
+    def __init__(self, sock: socket.socket, client: Client, tls: ssl.SSLContext | None, deadline: float) -> None:
+        self.client = client
+        self.since = time.time()
+        self.agreement: Agreement | None = None
+        self.transmission: Transmission | None = None
+        self._sock = sock
+        self._tls = tls
+        self._deadline = deadline
+
+    def serve(self) -> None:
+        """Negotiate, then serve requests until the client goes, breaks the rules, or `cut` is called."""
+        try:
+            negotiation = self._negotiate()
+            if negotiation is not None:
+                assert self.agreement is not None
+                self._transmit(self.agreement, negotiation.rest)
+        except TimeoutError:
+            log.info("%s took too long to choose an export", self.client.text)
+        except (OSError, ssl.SSLError) as error:
+            log.debug("the connection of %s has ended: %s", self.client.text, error)
+        except Exception:
+            log.exception("the connection of %s has failed", self.client.text)
+        finally:
+            self._close()
+
+    def _negotiate(self) -> Negotiation | None:
+        """Returns None if nothing is to follow. Raises OSError, of which TimeoutError is one."""
+        negotiation = Negotiation(self.client.directory, tls=self._tls is not None)
+        self._send(negotiation.greeting)
+        try:
+            state = negotiation.state
+            while state not in (State.AGREED, State.ENDED):
+                if state is State.TLS:
+                    self._begin_tls()
+                    negotiation.secured()
+                data = self._receive()
+                if not data:
+                    return None
+                for reply in negotiation.feed(data):
+                    self._send(reply)
+                state = negotiation.state
+        finally:
+            self.agreement = negotiation.agreed
+        return negotiation if state is State.AGREED else None
+
+    def _receive(self) -> bytes:
+        self._sock.settimeout(max(self._deadline - time.monotonic(), 0.001))
+        return self._sock.recv(_READ_BYTES)
+
+    def _send(self, data: bytes) -> None:
+        self._sock.settimeout(max(self._deadline - time.monotonic(), 0.001))
+        self._sock.sendall(data)
+
+    def _begin_tls(self) -> None:
+        assert self._tls is not None
+        self._sock.settimeout(max(self._deadline - time.monotonic(), 0.001))
+        self._sock = self._tls.wrap_socket(self._sock, server_side=True)
+
+    def _transmit(self, agreement: Agreement, rest: bytes) -> None:
+        log.info("%s has opened %r", self.client.text, agreement.name)
+        sock = self._sock
+        sock.settimeout(None)
+        self.transmission = transmission = Transmission(agreement)
+        for first in range(0, len(rest), _READ_BYTES):
+            part = rest[first : first + _READ_BYTES]
+            transmission.space()[: len(part)] = part
+            for reply in transmission.received(len(part)):
+                sock.sendall(reply)
+        while not transmission.ended and (count := sock.recv_into(transmission.space())):
+            for reply in transmission.received(count):
+                sock.sendall(reply)
+
+    def cut(self, how: int = socket.SHUT_RDWR) -> None:
+        """End it from another thread: with SHUT_RD once what has come is answered, else at once."""
+        with suppress(OSError):
+            self._sock.shutdown(how)
+
+    def _close(self) -> None:
+        if self.agreement is not None:
+            self.agreement.export.close()
+        self._sock.close()
+
+    def describe(self) -> dict[str, Any] | None:
+        """What /v1/exports tells; None while it negotiates."""
+        agreement, transmission = self.agreement, self.transmission
+        if agreement is None or transmission is None:
+            return None
+        return {
+            "name": agreement.name,
+            "client": self.client.text,
+            "since": self.since,
+            "size": agreement.export.size,
+            "read_only": agreement.export.read_only,
+            "requests": transmission.requests,
+            "read_bytes": transmission.read_bytes,
+            "written_bytes": transmission.written_bytes,
+        }
+
+
+class NbdServer:
+    """Serves exports. Made, used and closed on one running event loop; `exports` may be called by any thread."""
+
+    def __init__(
+        self, exports: Exports, roles: Callable[[Peer], Role] | None = None, limits: NbdLimits | None = None
+    ) -> None:
+        """``roles`` may be changed at any time, for those who connect from then on."""
+        self.roles = roles or Roles()
+        self._offer = exports
+        self._limits = limits or NbdLimits()
+        self._loop = asyncio.get_running_loop()
+        self._listening: dict[socket.socket, ssl.SSLContext | None] = {}
+        self._connections: dict[_Connection, threading.Thread] = {}
+        """In the order of their coming."""
+        self._lock = threading.Lock()
+        """Of `_connections`."""
+        self._following = self._loop.call_later(_FOLLOW_S, self._follow)
+
+    # Connections
+
+    async def serve(self, sock: socket.socket, tls: ssl.SSLContext | None = None) -> None:
+        """Accept connections from a listening socket from now on, until `close`; with ``tls`` only secured ones."""
+        sock.setblocking(False)
+        self._listening[sock] = tls
+        self._loop.add_reader(sock, self._accept, sock)
+
+    def _accept(self, listening: socket.socket) -> None:
+        try:
+            sock, _ = listening.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                raise
+            log.error("no further connection can be accepted: %s", error.strerror)
+            self._loop.remove_reader(listening)
+            self._loop.call_later(_ACCEPT_AGAIN_S, self._accept_again, listening)
+            return
+        try:
+            self._admit(sock, self._listening[listening])
+        except (RustordError, OSError) as error:
+            log.warning("a connection was refused: %s", error)
+            sock.close()
+
+    def _accept_again(self, listening: socket.socket) -> None:
+        if listening in self._listening:
+            self._loop.add_reader(listening, self._accept, listening)
+
+    def _admit(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
+        client = self._identify(sock)
+        self._make_room(client)
+        sock.setblocking(True)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection = _Connection(sock, client, tls, time.monotonic() + self._limits.handshake_s)
+        thread = threading.Thread(target=self._run, args=(connection,), name="nbd", daemon=True)
+        with self._lock:
+            self._connections[connection] = thread
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no more threads
+            self._forget(connection)
+            raise OSError(str(error)) from error
+
+    def _identify(self, sock: socket.socket) -> Client:
+        """Who has connected. Raises OSError if he is gone."""
+        peer = peer_of(sock)
+        return Client(peer.uid, f"process {peer.pid} of user {peer.uid}", Offered(self._offer, self.roles(peer)))
+
+    def _follow(self) -> None:
+        self._loop.run_in_executor(None, self._offer.follow)
+        self._following = self._loop.call_later(_FOLLOW_S, self._follow)
+
+    def _make_room(self, client: Client) -> None:
+        """Raise OSError if the limits leave no room for one more connection."""
+        with self._lock:
+            connections = list(self._connections)
+        open_count = Counter(connection.client.key for connection in connections)
+        negotiating = [connection for connection in connections if connection.transmission is None]
+        if len(negotiating) >= self._limits.negotiating:
+            negotiating[0].cut()
+            open_count[negotiating[0].client.key] -= 1
+        if open_count.total() >= self._limits.connections:
+            raise OSError(f"there are {self._limits.connections} connections already")
+        if open_count[client.key] >= self._limits.connections_per_client:
+            raise OSError(f"{client.text} has {self._limits.connections_per_client} connections already")
+
+    def _run(self, connection: _Connection) -> None:
+        try:
+            connection.serve()
+        finally:
+            self._forget(connection)
+
+    def _forget(self, connection: _Connection) -> None:
+        with self._lock:
+            self._connections.pop(connection, None)
+
+    def exports(self) -> Iterable[Mapping[str, Any]]:
+        """What is open, by whom; an entry for each connection."""
+        with self._lock:
+            connections = list(self._connections)
+        return [told for connection in connections if (told := connection.describe())]
+
+    # The end
+
+    async def close(self, grace_s: float = 10.0) -> None:
+        """Accept nothing more, let requests that have come be answered for up to ``grace_s`` seconds, then cut."""
+        for sock in self._listening:
+            self._loop.remove_reader(sock)
+            sock.close()
+        self._listening.clear()
+        self._following.cancel()
+        await asyncio.to_thread(self._end, grace_s)
+
+    def _end(self, grace_s: float) -> None:
+        for how, patience_s in ((socket.SHUT_RD, grace_s), (socket.SHUT_RDWR, _CUT_S)):
+            deadline = time.monotonic() + patience_s
+            with self._lock:
+                left = dict(self._connections)
+            for connection in left:
+                connection.cut(how)
+            for thread in left.values():
+                thread.join(max(0.0, deadline - time.monotonic()))

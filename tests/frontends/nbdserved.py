@@ -1,0 +1,150 @@
+"""A store on an image file, served over NBD by a thread of the test's own process, and a client that does as told."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import rustord
+from rustord.frontends.exports import Exports
+from rustord.frontends.nbd import NbdServer
+from rustord.frontends.peer import Peer
+from rustord.wire.api import Role
+from rustord.wire.limits import NbdLimits
+from rustord.writer import Writer
+from tests.daemon import make_pool
+from tests.frontends.served import SECONDS_MAX
+from tests.wire.peer import Chunk, OptionReply, info_request, option, option_replies, replies, request
+
+GO = 7
+
+
+class NbdPeer:
+    """A raw connection. It has been greeted, and has said its flags, unless told otherwise."""
+
+    def __init__(self, path: Path, *, flags: int | None = 3) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        try:
+            self.sock.settimeout(SECONDS_MAX)
+            self.sock.connect(str(path))
+            if flags is not None:
+                assert self.receive(18) == b"NBDMAGICIHAVEOPT\0\3"
+                self.send(struct.pack(">I", flags))
+        except BaseException:
+            self.sock.close()
+            raise
+
+    def __enter__(self) -> NbdPeer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.sock.close()
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def receive(self, length: int) -> bytes:
+        data = b""
+        while len(data) < length:
+            part = self.sock.recv(length - len(data))
+            assert part, f"the connection ended after {data[:100]!r}"
+            data += part
+        return data
+
+    def is_ended(self) -> bool:
+        """Whether the server closes the connection, whatever it has sent before."""
+        try:
+            while self.sock.recv(1 << 20):
+                pass
+        except ConnectionResetError:
+            pass
+        return True
+
+    def ask(self, number: int, data: bytes = b"") -> list[OptionReply]:
+        """The replies to an option."""
+        self.send(option(number, data))
+        said = b""
+        while True:
+            head = self.receive(20)
+            said += head + self.receive(int.from_bytes(head[16:], "big"))
+            if (last := option_replies(said)[-1]).kind == 1 or last.kind >> 31:
+                return option_replies(said)
+
+    def go(self, name: str = "disk") -> NbdPeer:
+        """Choose an export."""
+        assert self.ask(GO, info_request(name))[-1].kind == 1
+        return self
+
+    def read(self, offset: int, length: int) -> Chunk:
+        """One READ, with a simple reply."""
+        self.send(request(0, offset, length, cookie=1))
+        head = self.receive(16)
+        error = int.from_bytes(head[4:8], "big")
+        (reply,) = replies(head + (b"" if error else self.receive(length)), {1: length})
+        return reply
+
+    def one(self, command: int, offset: int = 0, length: int = 0, *, payload: bytes = b"") -> Chunk:
+        """One request that has no data in its reply."""
+        self.send(request(command, offset, length, cookie=1) + payload)
+        (reply,) = replies(self.receive(16))
+        return reply
+
+
+class NbdServed:
+    """A server with its store; ``path`` is its socket. It has an Object "disk" with ``data``, and nothing else."""
+
+    def __init__(self, image: Path, path: Path, limits: NbdLimits, roles: Callable[[Peer], Role] | None) -> None:
+        make_pool(image)
+        self.path = path
+        self.limits = limits
+        self.roles = roles
+        self.store = rustord.open(image)
+        self.data = b"".join(bytes((number % 251,)) * 4096 for number in range(2048))
+        self.store.put(self.data, name="disk")
+        self.writer = Writer(self.store)
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="served")
+        self._thread.start()
+        assert self._started.wait(SECONDS_MAX)
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        self.server = NbdServer(Exports(self.store, self.writer), self.roles, self.limits)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(self.path))
+        listener.listen(1024)
+        await self.server.serve(listener)
+        self._started.set()
+        await self._stop.wait()
+        await self.server.close(2.0)
+
+    def listen(self, tls: ssl.SSLContext | None) -> int:
+        """Serve on the loopback's TCP, too; the port."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        asyncio.run_coroutine_threadsafe(self.server.serve(listener, tls), self._loop).result(SECONDS_MAX)
+        return port
+
+    def connect(self, *, flags: int | None = 3) -> NbdPeer:
+        return NbdPeer(self.path, flags=flags)
+
+    def works(self) -> bool:
+        """Whether a good client is served."""
+        with self.connect() as peer:
+            return peer.go().read(4096, 4096).data == self.data[4096:8192]
+
+    def stop(self) -> None:
+        """Stops the server, and closes the store."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(SECONDS_MAX)
+        assert not self._thread.is_alive()
+        if self.writer.is_alive():
+            assert self.writer.close(SECONDS_MAX)
+            self.store.close()
