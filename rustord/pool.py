@@ -133,7 +133,7 @@ def open_pool(
     """
     backend_open = False
     try:
-        label, blocks = _assemble(devices, erase_policy)
+        label, blocks = assemble(devices, erase_policy)
         backend.open(directory)
         backend_open = True
         keystore = KeyStore(backend, label.pool_uuid)
@@ -173,7 +173,7 @@ def _close(store: ObjectStore) -> None:
         store.blocks.close()
 
 
-def _assemble(devices: Sequence[BlockDevice], erase_policy: ErasePolicy) -> tuple[Label, BlockStore]:
+def assemble(devices: Sequence[BlockDevice], erase_policy: ErasePolicy) -> tuple[Label, BlockStore]:
     """The newest label of the devices, and the pool's slots with the devices in them."""
     labels = [_label_of(device) for device in devices]
     pools = sorted({uuid_text(label.pool_uuid) for label in labels})
@@ -241,7 +241,7 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
     ordered = [entry for _, entry in sorted(changes.items())]
     dropped: set[int] = set()
     for entry in ordered:
-        flushed = _was_flushed(entry.sequence, durable, label)
+        flushed = was_flushed(entry.sequence, durable, label)
         if entry.kind is Kind.PUT and (buried or not flushed):
             record = Record(entry.payload[16:])
             was_there = flushed or gone.get(record.uuid, 0) > entry.sequence
@@ -263,7 +263,7 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
     return replace(label, generation=generation, state=State.OPEN, voids=voids, members=members), last
 
 
-def _was_flushed(sequence: int, durable: Sequence[int], label: Label) -> bool:
+def was_flushed(sequence: int, durable: Sequence[int], label: Label) -> bool:
     """Whether a later batch of the same opening of the pool shows that this change was made durable.
 
     Batches of later openings, in which the device was perhaps missing, prove nothing: a void lies between. The change
@@ -326,7 +326,7 @@ def _is_whole(record: Record, blocks: BlockStore, label: Label) -> bool | None:
     if not record.devices <= blocks.slots.keys():
         return None  # it was on a device that has been removed, so it has been deleted or moved
     try:
-        whole = [_copy_is_whole(record, number, blocks, label) for number in range(len(record.copies))]
+        whole = [copy_is_whole(record, number, blocks, label) for number in range(len(record.copies))]
         if any(whole) and not all(whole):
             for number in range(len(whole)):
                 if not whole[number]:
@@ -344,7 +344,7 @@ def _footer(record: Record, number: int, blocks: BlockStore, label: Label) -> by
     return encode_footer(record.raw, record.size, copy, blocks.device_uuids, label.secret, label.block_size)
 
 
-def _copy_is_whole(record: Record, number: int, blocks: BlockStore, label: Label) -> bool:
+def copy_is_whole(record: Record, number: int, blocks: BlockStore, label: Label) -> bool:
     for offset in range(0, record.size, _VERIFY_BYTES):
         length = min(_VERIFY_BYTES, record.size - offset)
         if not blocks.verify(record, number, offset, length):
@@ -582,12 +582,12 @@ def remove_device(store: ObjectStore, index: int) -> None:
         device.close()
 
 
-def open_devices(paths: Iterable[str | os.PathLike[str]]) -> list[BlockDevice]:
+def open_devices(paths: Iterable[str | os.PathLike[str]], *, read_only: bool = False) -> list[BlockDevice]:
     """Open and lock all of ``paths``, or none. Raises DeviceError."""
     devices: list[BlockDevice] = []
     try:
         for path in paths:
-            devices.append(open_device(path))
+            devices.append(open_device(path, read_only=read_only))
     except RustordError:
         for device in devices:
             device.close()

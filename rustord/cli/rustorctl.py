@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rustord.cli import edge, objects, pool, put, report, scrub, setup, top
+from rustord.cli import edge, objects, pool, put, recovery, report, scrub, setup, top
 from rustord.cli.edge import Commands
 
 EPILOG = """\b
@@ -41,6 +41,8 @@ for command in (
     *setup.COMMANDS,
 ):
     rustorctl.add_command(command)
+for command in recovery.COMMANDS:
+    pool.pool.add_command(command)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from rustord.blockdevice import BlockDevice
@@ -153,7 +153,10 @@ class Ring:
         return data
 
     def _search(self) -> list[tuple[int, Batch]]:
-        found: dict[int, tuple[int, Batch]] = {}
+        return newest_run(self.batches())
+
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        """Every whole batch that stands in the ring, and in which of its blocks; also those that were let go."""
         step = _SCAN_BYTES // self._block_size
         for first in range(0, self._block_count, step):
             count = min(step, self._block_count - first)
@@ -163,10 +166,15 @@ class Ring:
                 if batch_length(data[start : start + BATCH.size]) is not None:
                     batch = self._read(first + block)
                     if batch is not None:
-                        found[batch.number] = (first + block, batch)
-        number = max(found, default=0)
-        run = []
-        while number in found:
-            run.append(found[number])
-            number -= 1
-        return run[::-1]
+                        yield first + block, batch
+
+
+def newest_run(batches: Iterable[tuple[int, Batch]]) -> list[tuple[int, Batch]]:
+    """Those of ``batches`` that make up the journal: the longest run of numbers that ends with the highest one."""
+    found = {batch.number: (block, batch) for block, batch in batches}
+    number = max(found, default=0)
+    run = []
+    while number in found:
+        run.append(found[number])
+        number -= 1
+    return run[::-1]

@@ -13,6 +13,7 @@ The index is an ordered store of byte keys (`rustord.keystore.backend`). FORMAT.
 ``n`` name                  uuid; a name of more than 480 bytes is cut there and its BLAKE2b-128 added, and
                             the whole name follows the uuid
 ``p`` device uuid           where the index's knowledge of that device's journal ends
+``r``                       the pool's uuid; only while a rebuild is putting an index together
 ``s``                       the newest sequence that the index knows, the label's generation, the pool's uuid
 ==========================  ===========================================================================
 """
@@ -46,10 +47,12 @@ from rustord.keystore.ring import Ring, RingFull
 from rustord.objkey import ObjectId, uuid_text
 from rustord.record import EXTENT, RECORD_ID, Grave, Record, RecordId, decode_extents, encode_extents
 
-_OBJECT, _GRAVE, _NAME, _POSITION, _STATE = b"o", b"g", b"n", b"p", b"s"
+_OBJECT, _GRAVE, _NAME, _POSITION, _REBUILDING, _STATE = b"o", b"g", b"n", b"p", b"r", b"s"
 STATE = struct.Struct("<QQ16s")
 """sequence, generation, pool_uuid"""
 _NAME_KEY_BYTES = 480
+_BATCH = 50_000
+"""Entries in one commit of a rebuild: about 20 MiB."""
 _OVERLAY_MAX = 50_000
 """Changes that wait in memory before a cycle waits for the index: about 20 MiB."""
 
@@ -72,7 +75,7 @@ class KeyStore:
     """Reads may come from any thread; all changes from one at a time, and `checkpoint` from another beside it."""
 
     def __init__(self, backend: Backend, pool_uuid: bytes) -> None:
-        """Over an opened ``backend``. Raises PoolError if that belongs to another pool."""
+        """Over an opened ``backend``. Raises PoolError if that belongs to another pool, or is half a rebuilt one."""
         self._backend = backend
         self._pool_uuid = pool_uuid
         self._rings: dict[int, Ring] = {}
@@ -87,6 +90,8 @@ class KeyStore:
         """The longest batch that every journal can take, in bytes."""
         self.generation = 0
         """The label's generation when the index was last opened for writing; 0 for a new index."""
+        if backend.get(_REBUILDING):
+            raise PoolError("a rebuild of the index was cut short", hint="run 'rustorctl pool rebuild' once more")
         if state := backend.get(_STATE):
             self.indexed_sequence, self.generation, owner = STATE.unpack(state)
             if owner != pool_uuid:
@@ -108,7 +113,8 @@ class KeyStore:
             raise PoolError(
                 f"the index has no knowledge of device {uuid_text(ring.device_uuid)}, and its journal does not reach "
                 "back to the beginning",
-                hint="put back the index directory that belongs to this pool",
+                hint="put back the index directory that belongs to this pool; if it is lost, 'rustorctl pool rebuild' "
+                "makes a new one",
             )
         self._rings[device] = ring
         self._note_rings()
@@ -420,6 +426,34 @@ def _grave(key: bytes, table: bytes) -> Grave:
     if len(key) != 1 + RECORD_ID.size or len(table) % EXTENT.size:
         raise FormatError("a grave in the index is damaged", hint="put back the index, or rebuild it from the devices")
     return Grave(RecordId(*RECORD_ID.unpack_from(key, 1)), decode_extents(table))
+
+
+def replace_index(
+    backend: Backend,
+    state: tuple[int, int, bytes],
+    positions: Mapping[bytes, bytes],
+    objects: Iterable[Record],
+    graves: Iterable[Grave],
+) -> None:
+    """Put these into an opened ``backend`` in place of all that it holds; ``state`` is that of `STATE`.
+
+    It is done in many commits, and the last one makes an index of it: a crash before leaves one that is refused.
+    """
+    backend.commit({_REBUILDING: state[2]}, (_STATE,))
+    while keys := [key for key, _ in islice(backend.scan(b"", _REBUILDING), _BATCH)]:
+        backend.commit({}, keys)
+    batch: dict[bytes, bytes] = {}
+    for record in objects:
+        batch[_OBJECT + record.uuid] = record.raw
+        if name := record.name:
+            key, tail = _name_key(name)
+            batch[key] = record.uuid + tail
+        if len(batch) >= _BATCH:
+            backend.commit(batch, ())
+            batch = {}
+    batch |= {_GRAVE + RECORD_ID.pack(*grave.id): encode_extents(grave.extents) for grave in graves}
+    batch |= {_POSITION + device_uuid: position for device_uuid, position in positions.items()}
+    backend.commit(batch | {_STATE: STATE.pack(*state)}, (_REBUILDING,))
 
 
 def _name_key(name: str) -> tuple[bytes, bytes]:

@@ -1,0 +1,117 @@
+"""The commands for a pool that is not well: pool rebuild."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rustord.cli.output import print_json, say
+from rustord.cli.parameters import json_option
+from rustord.quantity import human_size
+
+if TYPE_CHECKING:
+    from rustord.blockdevice import BlockDevice
+    from rustord.config import Config
+    from rustord.keystore.backend import Backend
+    from rustord.rebuild import Report
+
+config_option = click.option(
+    "--config", "file", type=click.Path(path_type=Path), help="The configuration [/etc/rustord/rustord.toml]."
+)
+directory_option = click.option(
+    "--directory", type=click.Path(path_type=Path), help="Where the index is [as in the configuration]."
+)
+devices_argument = click.argument("devices", metavar="[DEVICE]...", nargs=-1, type=click.Path(path_type=Path))
+
+
+@click.command()
+@devices_argument
+@config_option
+@directory_option
+@click.option("--without", type=int, multiple=True, metavar="INDEX", help="Do without this device, which is lost.")
+@click.option("--replace", is_flag=True, help="Discard the index that is there.")
+@click.option("--dry-run", is_flag=True, help="Only look, and say what would be found.")
+@json_option
+def rebuild(
+    devices: tuple[Path, ...],
+    file: Path | None,
+    directory: Path | None,
+    without: tuple[int, ...],
+    replace: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Make a lost index anew, from what the devices hold.
+
+    Works while the daemon is stopped. All devices of the pool are needed: those that the configuration means, or each
+    DEVICE that is named. They are read from end to end, and not written to.
+    """
+    from rustord.cli.transfer import Bar
+    from rustord.config import load
+    from rustord.rebuild import rebuild as make_anew
+
+    config = load(file)
+    opened = open_pool_devices(devices, config)
+    with Bar("reading the devices", sum(device.size for device in opened)) as bar:
+        report = make_anew(
+            opened,
+            backend=make_backend(config),
+            directory=directory.absolute() if directory else config.pool.directory,
+            without=without,
+            replace=replace,
+            dry_run=dry_run,
+            progress=bar.advance,
+        )
+    if as_json:
+        print_json(_plain(report))
+    else:
+        _say_report(report, dry_run)
+
+
+def open_pool_devices(devices: Sequence[Path], config: Config, *, read_only: bool = True) -> list[BlockDevice]:
+    """The devices that were named, or those that the configuration means, locked. Raises DeviceError, ConfigError."""
+    from rustord.hotplug import find_devices
+    from rustord.pool import open_devices
+
+    return open_devices(devices or find_devices(config), read_only=read_only)
+
+
+def make_backend(config: Config) -> Backend:
+    """What the configuration chooses to keep the index in. Raises PluginError."""
+    from rustord.plugins import PluginManager
+
+    return PluginManager(config.plugins).make("keystore", config.keystore.backend, config.keystore.options)
+
+
+def _plain(report: Report) -> dict[str, Any]:
+    from rustord.objkey import uuid_text
+
+    return {
+        "uuid": uuid_text(report.pool_uuid),
+        "name": report.pool_name,
+        "objects": report.object_count,
+        "data_bytes": report.data_bytes,
+        "names": report.name_count,
+        "to_erase": report.grave_count,
+        "never_committed": report.void_count,
+        "losses": list(report.losses),
+        "doubtful": list(report.doubtful),
+    }
+
+
+def _say_report(report: Report, dry_run: bool) -> None:
+    for text in (*report.losses, *report.doubtful):
+        say(f"note: {text}")
+    found = f"{report.object_count:,} Objects with {human_size(report.data_bytes)} of data, {report.name_count:,} names"
+    say(f"{'would find' if dry_run else 'found'} {found}")
+    if report.grave_count:
+        say(f"the next start erases what may be left of {report.grave_count:,} deleted Objects")
+    if report.void_count:
+        say(f"left out {report.void_count:,} Objects that were never committed")
+
+
+COMMANDS = (rebuild,)
+"""For the group ``pool``."""

@@ -1,0 +1,461 @@
+"""Survey: what a pool holds, told from its devices alone: their labels, journals and footers, without the index.
+
+It changes nothing, and comes to what an index would say that had never been lost. Each Record that left a trace is, in
+this order:
+
+- *gone* if any journal says so: its Object was deleted or replaced, or it was undone, or its blocks have been erased;
+- *committed* if its PUT is in a journal and was flushed, or is whole on the devices (as at each opening of a pool);
+- *void* if it bears a sequence that was never committed: that of a void in the label, or one that the journals of all
+  of its devices reach back to and do not have;
+- *committed* otherwise: its PUT has been overwritten in the journal, which happens to what is in the index only.
+
+Of the committed Records of one Object the newest counts: it has been moved. Where two Objects have one name or one
+block, the newer one counts: the older one was deleted before.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+
+from rustord.blockstore import BlockStore, Slot, read_label
+from rustord.errors import DeviceError, FormatError
+from rustord.extent import Extent, without
+from rustord.footer import MAGIC, Piece, decode_piece
+from rustord.journal import NOTHING, Batch, Kind, decode_record_ids
+from rustord.keystore.ring import POSITION, Ring, newest_run
+from rustord.label import Label, State
+from rustord.objkey import ObjectId, uuid_text
+from rustord.pool import VOID_LENGTH, copy_is_whole, was_flushed
+from rustord.record import Grave, Record, RecordId
+
+log = logging.getLogger(__name__)
+
+SCAN_BYTES = 4 << 20
+"""How much of a device is read at once."""
+
+Progress = Callable[[int], object]
+"""Is told of each further number of bytes that has been read; from several threads."""
+
+
+@dataclass
+class Survey:
+    """What was found. Everything in it is as it would be in the index.
+
+    ``sequence`` is the newest that is known; from ``positions`` on (by device uuid, as in the index) the journals have
+    changes whose copies an opening has yet to compare.
+    """
+
+    label: Label
+    live: dict[ObjectId, bytes] = field(default_factory=dict)
+    """The Records of the Objects."""
+    gone: dict[RecordId, bytes] = field(default_factory=dict)
+    """Records that do not count any more, whose blocks are not known to be erased."""
+    void: dict[RecordId, bytes] = field(default_factory=dict)
+    """Records that were never committed, and left their footers behind."""
+    sequence: int = 0
+    positions: dict[bytes, bytes] = field(default_factory=dict)
+    footers: dict[int, array[int]] = field(default_factory=dict)
+    """The blocks of each device that end with the last piece of a good footer, ascending."""
+    damaged: list[Extent] = field(default_factory=list)
+    """Blocks with a footer that does not match its signature, or whose other pieces are not there: damage, or what a
+    write leaves that was cut short."""
+    unreadable: list[Extent] = field(default_factory=list)
+    doubtful: list[str] = field(default_factory=list)
+    """Where Objects contradicted one another, and how that was decided."""
+
+    def graves(self) -> Iterator[Grave]:
+        """What has yet to be erased: blocks that none but a Record that is gone has."""
+        for id, raw in self.gone.items():
+            live = self.live.get(id.uuid)
+            extents = Record(raw).extents
+            yield Grave(id, without(extents, Record(live).extents) if live else extents)
+
+    def unknown(self, blocks: Iterable[Extent]) -> list[Extent]:
+        """Those of ``blocks`` that belong to no Object that is known, live or deleted."""
+        left = set(blocks)
+        if left:
+            for raw in chain(self.live.values(), self.gone.values()):
+                for extent in Record(raw).extents:
+                    left -= {one for one in left if _has(extent, one)}
+        return sorted(left)
+
+
+def take_survey(label: Label, blocks: BlockStore, progress: Progress = lambda size: None) -> Survey:
+    """Look at all devices that are there, from end to end. ``label`` is the pool's newest. Raises FormatError."""
+    survey = Survey(label)
+    journals = _Journals(label, blocks)
+    with ThreadPoolExecutor(max_workers=8, thread_name_prefix="scan") as pool:
+        scans = [_Scan(slot, label, blocks) for slot in blocks.slots.values() if slot.device is not None]
+        for _ in pool.map(lambda scan: scan.run(progress), scans):
+            pass
+    _Verdict(survey, journals, blocks).judge(scans)
+    survey.sequence = journals.newest(survey.live.values())
+    survey.positions = journals.positions()
+    for scan in scans:
+        survey.footers[scan.index] = scan.footers
+        survey.damaged += scan.damaged
+        survey.unreadable += scan.unreadable
+    return survey
+
+
+class _Journals:
+    """What the journals say. All whole batches count, also those that were let go and not overwritten yet."""
+
+    def __init__(self, label: Label, blocks: BlockStore) -> None:
+        self.puts: dict[int, tuple[ObjectId, bytes]] = {}
+        """By sequence: what each PUT replaces, and its record."""
+        self.ended: dict[ObjectId, int] = {}
+        """The newest change that says that an Object was there before: it was deleted, replaced, or moved."""
+        self.deleted: set[ObjectId] = set()
+        self.undone: set[RecordId] = set()
+        self.erased: set[RecordId] = set()
+        self.unerased: set[RecordId] = set()
+        self.reach: dict[int, tuple[int, int]] = {}
+        """The sequences that the journal of a device has, all of them, of changes that concern it; half-open."""
+        self._label = label
+        self._block_size = label.block_size
+        self._newest = 0
+        self._durable: set[int] = set()
+        self._runs: dict[bytes, list[tuple[int, Batch]]] = {}
+        self._sequences: dict[tuple[bytes, int], list[int]] = {}  # of the changes in each batch
+        for slot in blocks.slots.values():
+            if slot.device is not None:
+                self._read(slot, Ring(slot.device, slot.uuid, slot.geometry, label.secret))
+        self._closed_from = self._since_the_last_crash(blocks)
+        self._flushed = sorted(self._durable)
+
+    def _since_the_last_crash(self, blocks: BlockStore) -> int:
+        """The sequence from which on all PUTs are known to be durable, if all devices took part in an orderly close."""
+        own = [read_label(slot.device) if slot.device else None for slot in blocks.slots.values()]
+        closed = all(label and label.generation == self._label.generation for label in own)
+        if self._label.state is State.OPEN or not closed:
+            return 1 << 64
+        return self._label.voids[-1][1] if self._label.voids else 0
+
+    def _read(self, slot: Slot, ring: Ring) -> None:
+        batches = []
+        for block, batch in ring.batches():
+            self._absorb(batch)
+            batches.append((block, batch._replace(entries=())))
+            self._sequences[slot.uuid, batch.number] = [entry.sequence for entry in batch.entries if entry.sequence]
+        run = newest_run(batches)
+        self._runs[slot.uuid] = run
+        sequences = [sequence for _, batch in run for sequence in self._sequences[slot.uuid, batch.number]]
+        if sequences:
+            first = 0 if run[0][1].number == 1 else min(sequences)
+            self.reach[slot.index] = (first, max(sequences) + 1)
+
+    def _absorb(self, batch: Batch) -> None:
+        self._durable.add(batch.durable)
+        for kind, sequence, payload in batch.entries:
+            self._newest = max(self._newest, sequence)
+            if kind is Kind.PUT or kind is Kind.DELETE:
+                self.ended[payload[:16]] = max(sequence, self.ended.get(payload[:16], 0))
+            if kind is Kind.PUT:
+                self.puts[sequence] = payload[:16], payload[16:]
+            elif kind is Kind.DELETE:
+                self.deleted.add(payload)
+            else:
+                ids = {Kind.UNDO: self.undone, Kind.ERASED: self.erased, Kind.UNERASED: self.unerased}[kind]
+                ids.update(decode_record_ids(payload))
+
+    def was_flushed(self, sequence: int) -> bool:
+        """Whether a PUT is known to have been durable: by a later batch, or because the pool was closed in order."""
+        return sequence >= self._closed_from or was_flushed(sequence, self._flushed, self._label)
+
+    def newest(self, live: Iterable[bytes]) -> int:
+        """The newest sequence of a change that may have been committed."""
+        return max([self._newest, *(int.from_bytes(raw[24:32], "little") for raw in live)])
+
+    def positions(self) -> dict[bytes, bytes]:
+        """Where in each journal the changes begin that an opening should go through once more; its end if none should.
+
+        They begin with the first PUT that nothing says was flushed, the same in all journals: a part of what happened
+        to a name would leave that name wrong.
+        """
+        unsure = [sequence for sequence in self.puts if not self.was_flushed(sequence)]
+        start = min(unsure, default=self._newest + 1)
+        found = {}
+        for uuid, run in self._runs.items():
+            number, block = 1, 0
+            for at, batch in run:
+                number, block = batch.number, at
+                if max(self._sequences[uuid, number], default=0) >= start:
+                    break
+                number, block = number + 1, at + -(-batch.length // self._block_size)
+            found[uuid] = POSITION.pack(number, block)
+        return found
+
+
+class _Scan:
+    """Reads one device from end to end, and finds the footers that end in its blocks."""
+
+    def __init__(self, slot: Slot, label: Label, blocks: BlockStore) -> None:
+        self.index = slot.index
+        self.records: list[bytes] = []
+        self.footers: array[int] = array("Q")
+        self.damaged: list[Extent] = []
+        self.unreadable: list[Extent] = []
+        self._slot = slot
+        self._blocks = blocks
+        self._secret = label.secret
+        self._block_size = label.block_size
+
+    def run(self, progress: Progress) -> None:
+        step = SCAN_BYTES // self._block_size
+        buffer = memoryview(bytearray(SCAN_BYTES))
+        for first, count in self._slot.geometry.data_runs:
+            for block in range(first, first + count, step):
+                piece = min(step, first + count - block)
+                data = buffer[: piece * self._block_size]
+                self._read(block, piece, data)
+                for at in trailers(data, self._block_size):
+                    self._look(block + at, data[at * self._block_size : (at + 1) * self._block_size])
+                progress(len(data))
+
+    def _read(self, block: int, count: int, data: memoryview) -> None:
+        """Fill ``data``; blocks that cannot be read are noted, and are zeros."""
+        device = self._blocks.device(self.index)
+        size = self._block_size
+        try:
+            device.read(block * size, (data,))
+            return
+        except DeviceError:
+            pass  # each for itself: the others can be read
+        for at in range(count):
+            piece = data[at * size : (at + 1) * size]
+            try:
+                device.read((block + at) * size, (piece,))
+            except DeviceError:
+                piece[:] = bytes(size)
+                self.unreadable.append(Extent(self.index, block + at, 1))
+
+    def _look(self, block: int, data: memoryview) -> None:
+        """Note the record whose footer ends in ``block``, if one does."""
+        if any(run.dead for run in self._slot.bad.within(block, 1)):
+            return
+        try:
+            piece = decode_piece(data, self._slot.uuid, block, self._secret)
+            if piece is None or piece.number + 1 != piece.piece_count:
+                return
+            raw = self._joined(piece)
+            copies = Record(raw).copies
+            if all((copy[-1].device, copy[-1].end - 1) != (self.index, block) for copy in copies if copy):
+                raise FormatError(f"the footer in block {block} says that it is elsewhere")
+        except (FormatError, DeviceError) as error:
+            log.info("device %d: %s", self.index, error)
+            self.damaged.append(Extent(self.index, block, 1))
+            return
+        self.records.append(raw)
+        self.footers.append(block)
+
+    def _joined(self, last: Piece) -> bytes:
+        """The record that ends with the piece ``last``."""
+        pieces = [last]
+        while (piece := pieces[-1]).number:
+            index, block = piece.previous
+            uuid = self._blocks.device_uuids.get(index, b"")
+            data = memoryview(bytearray(self._block_size))
+            self._blocks.device(index).read(block * self._block_size, (data,))
+            before = decode_piece(data, uuid, block, self._secret)
+            if before is None or (before.number, before.piece_count) != (piece.number - 1, piece.piece_count):
+                raise FormatError(f"the footer's piece {piece.number - 1} is not in block {block} of device {index}")
+            pieces.append(before)
+        return b"".join([piece.data for piece in reversed(pieces)])
+
+
+def trailers(data: memoryview, block_size: int) -> Iterator[int]:
+    """The numbers of the blocks of ``data`` that end with a trailer's magic. No loop over all blocks."""
+    words = block_size // len(MAGIC)
+    ends = bytes(data.cast("Q")[words - 1 :: words])
+    at = ends.find(MAGIC)
+    while at >= 0:
+        if at % len(MAGIC) == 0:
+            yield at // len(MAGIC)
+        at = ends.find(MAGIC, at + 1)
+
+
+class _Verdict:
+    """Decides what became of each Object that left a trace."""
+
+    def __init__(self, survey: Survey, journals: _Journals, blocks: BlockStore) -> None:
+        self._survey = survey
+        self._journals = journals
+        self._blocks = blocks
+        self._label = survey.label
+        self._missing = {index for index, slot in blocks.slots.items() if slot.device is None}
+
+    def judge(self, scans: Sequence[_Scan]) -> None:
+        found = [Record(raw) for scan in scans for raw in scan.records]
+        ended = self._judge_journals(found)
+        for record in found:
+            self._judge_footer(record, ended)
+        self._settle_names()
+        self._settle_blocks()
+
+    def _judge_journals(self, found: Iterable[Record]) -> set[ObjectId]:
+        """The PUTs in the journals, as an opening of the pool would. Returns the Objects that are gone.
+
+        ``found`` are the Records whose footers are there.
+        """
+        journals = self._journals
+        oldest_footer: dict[ObjectId, int] = {}
+        for record in found:
+            oldest_footer[record.uuid] = min(record.sequence, oldest_footer.get(record.uuid, record.sequence))
+        ended = set(journals.deleted)
+        committed = []
+        for sequence, (replaced, raw) in sorted(journals.puts.items()):
+            record = Record(raw)
+            if not self._is_on(record):
+                continue  # the device was empty when it was removed
+            stays = replaced == record.uuid and oldest_footer.get(record.uuid, sequence) < sequence
+            if record.id not in journals.undone and (
+                journals.was_flushed(sequence)
+                or journals.ended.get(record.uuid, 0) > sequence
+                or self._may_be_whole(record, unless=stays)
+            ):
+                committed.append(record)
+                if replaced not in (NOTHING, record.uuid):
+                    ended.add(replaced)
+            else:
+                self._bury(record)
+        for record in committed:
+            self._commit(record, ended)
+        return ended
+
+    def _commit(self, record: Record, ended: set[ObjectId]) -> None:
+        """A Record that was committed counts, unless something says that it is gone."""
+        live = self._survey.live.get(record.uuid)
+        if record.uuid in ended or record.id in self._journals.unerased or record.id in self._journals.erased:
+            self._bury(record)
+        elif live is None or Record(live).sequence < record.sequence:
+            self._survey.live[record.uuid] = record.raw
+            if live is not None:
+                self._bury(Record(live))
+        elif live != record.raw:
+            self._bury(record)
+
+    def _bury(self, record: Record, *, has_footer: bool = False) -> None:
+        """A Record is gone. Its blocks are to be erased, unless they have been: the footer would not be there then.
+
+        A Record that is known from its journal alone is left alone if a device is missing: its blocks may be those of
+        an Object by now that only the missing device knows.
+        """
+        if has_footer or (record.id not in self._journals.erased and not self._missing):
+            self._survey.gone[record.id] = record.raw
+
+    def _is_on(self, record: Record) -> bool:
+        """Whether the Object is on devices of the pool; not if one has been removed since."""
+        return record.devices <= self._blocks.slots.keys()
+
+    def _may_be_whole(self, record: Record, *, unless: bool = False) -> bool:
+        """Whether a copy of an Object is whole; if that cannot be asked, yes ``unless`` told otherwise."""
+        try:
+            if any(copy_is_whole(record, number, self._blocks, self._label) for number in range(len(record.copies))):
+                return True
+        except DeviceError as error:
+            log.info("Object %s cannot be verified: %s", uuid_text(record.uuid), error)
+            return not unless
+        return False
+
+    def _judge_footer(self, record: Record, ended: set[ObjectId]) -> None:
+        survey, journals = self._survey, self._journals
+        if record.uuid in ended or record.id in survey.gone or record.id in journals.unerased | journals.undone:
+            self._bury(record, has_footer=True)
+        elif record.sequence in journals.puts:
+            pass  # judged by its journal
+        elif self._is_void(record) or (self._is_unsure(record) and not self._may_be_whole(record)):
+            survey.void[record.id] = record.raw
+        else:
+            self._commit(record, ended)
+
+    def _is_void(self, record: Record) -> bool:
+        """Whether the Record was certainly never committed, or was on a device that has been removed."""
+        if not self._is_on(record):
+            return True
+        sequence, voids = record.sequence, self._label.voids
+        at = bisect_right(voids, (sequence, 1 << 64)) - 1
+        if at >= 0 and sequence < voids[at][1]:
+            return True
+        reaches = [self._journals.reach.get(device) for device in record.devices]
+        if not all(reach is not None and reach[0] <= sequence for reach in reaches):
+            return False
+        # Behind the end of a journal there was one more cycle, when the power failed.
+        return self._label.state is State.OPEN or any(reach is not None and sequence < reach[1] for reach in reaches)
+
+    def _is_unsure(self, record: Record) -> bool:
+        """Whether no journal that is there can tell if the Object was committed, so that its data has to."""
+        reaches = [self._journals.reach.get(device) for device in record.devices]
+        return all(reach is None or reach[0] <= record.sequence for reach in reaches)
+
+    def _settle_names(self) -> None:
+        """Where two Objects have one name, the newer one has replaced the older one, if it is whole."""
+        live = self._survey.live
+        owners: dict[str, Record] = {}
+        for record in sorted(filter(_is_named, map(Record, live.values())), key=lambda record: record.sequence):
+            older = owners.setdefault(record.name, record)
+            if older is not record:
+                loser, winner = (older, record) if self._may_be_whole(record) else (record, older)
+                owners[record.name] = winner
+                self._lose(loser, winner, f"the name {record.name!r}")
+                self._survey.gone[loser.id] = loser.raw
+
+    def _settle_blocks(self) -> None:
+        """Where two Objects have one block, the newer one counts, if it is whole: no block is given out twice."""
+        for record, other in self._contested():
+            if record.uuid in self._survey.live and other.uuid in self._survey.live:
+                older, newer = sorted((record, other), key=lambda record: record.sequence)
+                loser, winner = (older, newer) if self._may_be_whole(newer) else (newer, older)
+                self._lose(loser, winner, "a block")
+
+    def _lose(self, loser: Record, winner: Record, what: str) -> None:
+        del self._survey.live[loser.uuid]
+        self._survey.doubtful.append(
+            f"Objects {uuid_text(winner.uuid)} and {uuid_text(loser.uuid)} both have {what}: the latter is gone"
+        )
+
+    def _contested(self) -> list[tuple[Record, Record]]:
+        """The pairs of live Objects that have a block in common."""
+        runs: dict[int, list[int]] = {index: [] for index in self._blocks.slots}
+        for raw in self._survey.live.values():
+            for device, block, count in Record(raw).extents:
+                runs[device].append(block << 32 | count)
+        contested = set()
+        for index, values in runs.items():
+            values.sort()
+            for one, other in pairwise(values):
+                if (one >> 32) + (one & 0xFFFFFFFF) > other >> 32:
+                    contested.add(Extent(index, other >> 32, 1))
+        if not contested:
+            return []
+        return self._owners(contested)
+
+    def _owners(self, contested: set[Extent]) -> list[tuple[Record, Record]]:
+        owners: dict[Extent, list[Record]] = {}
+        for raw in self._survey.live.values():
+            record = Record(raw)
+            for point in contested:
+                if any(_has(extent, point) for extent in record.extents):
+                    owners.setdefault(point, []).append(record)
+        return [(one, other) for found in owners.values() for other in found for one in found if one is not other]
+
+
+def _has(extent: Extent, point: Extent) -> bool:
+    """Whether the first block of ``point`` is in ``extent``."""
+    return extent.device == point.device and extent.block <= point.block < extent.end
+
+
+def _is_named(record: Record) -> bool:
+    return bool(record.name)
+
+
+def skip_behind(survey: Survey) -> int:
+    """Sequences to leave out because of devices that are missing: they may hold changes that nobody knows of."""
+    members = {member.device_uuid for member in survey.label.members}
+    return VOID_LENGTH if members - survey.positions.keys() else 0
