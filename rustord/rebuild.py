@@ -14,7 +14,7 @@ from rustord.blockdevice import BlockDevice
 from rustord.blockstore import BlockStore, read_label
 from rustord.errors import PoolError
 from rustord.keystore.backend import Backend
-from rustord.keystore.store import replace_index
+from rustord.keystore.store import owner_of, replace_index
 from rustord.label import Label
 from rustord.objkey import uuid_text
 from rustord.pool import assemble
@@ -71,7 +71,7 @@ def rebuild(
         else:
             backend.open(directory)
             try:
-                _check_index(backend, directory, replace)
+                _check_index(backend, directory, label, replace)
                 survey = take_survey(label, blocks, progress)
                 _write(backend, survey)
             finally:
@@ -101,8 +101,14 @@ def _check_devices(label: Label, blocks: BlockStore, without: Collection[int]) -
             )
 
 
-def _check_index(backend: Backend, directory: Path, replace: bool) -> None:
-    if not replace and next(backend.scan(b"o", b"t"), None) is not None:
+def _check_index(backend: Backend, directory: Path, label: Label, replace: bool) -> None:
+    owner, is_whole = owner_of(backend)
+    if owner and owner != label.pool_uuid:
+        raise PoolError(
+            f"the index at {directory} belongs to pool {uuid_text(owner)}, not to {uuid_text(label.pool_uuid)}",
+            hint="give each pool a directory of its own",
+        )
+    if is_whole and not replace:
         raise PoolError(
             f"there is an index at {directory}",
             hint="if it is not to be trusted, give --replace, which discards it, or move it away before",

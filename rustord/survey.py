@@ -39,6 +39,10 @@ log = logging.getLogger(__name__)
 SCAN_BYTES = 4 << 20
 """How much of a device is read at once."""
 
+_UUID = slice(8, 24)
+_SEQUENCE = slice(24, 32)
+"""Where these stand in a record: most of them need not be decoded any further."""
+
 Progress = Callable[[int], object]
 """Is told of each further number of bytes that has been read; from several threads."""
 
@@ -171,7 +175,7 @@ class _Journals:
 
     def newest(self, live: Iterable[bytes]) -> int:
         """The newest sequence of a change that may have been committed."""
-        return max([self._newest, *(int.from_bytes(raw[24:32], "little") for raw in live)])
+        return max([self._newest, *map(_sequence, live)])
 
     def positions(self) -> dict[bytes, bytes]:
         """Where in each journal the changes begin that an opening should go through once more; its end if none should.
@@ -292,29 +296,28 @@ class _Verdict:
         self._missing = {index for index, slot in blocks.slots.items() if slot.device is None}
 
     def judge(self, scans: Sequence[_Scan]) -> None:
-        found = [Record(raw) for scan in scans for raw in scan.records]
-        ended = self._judge_journals(found)
-        for record in found:
-            self._judge_footer(record, ended)
+        ended = self._judge_journals(scans)
+        for scan in scans:
+            for raw in scan.records:
+                self._judge_footer(Record(raw), ended)
+            scan.records = []
         self._settle_names()
         self._settle_blocks()
 
-    def _judge_journals(self, found: Iterable[Record]) -> set[ObjectId]:
-        """The PUTs in the journals, as an opening of the pool would. Returns the Objects that are gone.
-
-        ``found`` are the Records whose footers are there.
-        """
+    def _judge_journals(self, scans: Sequence[_Scan]) -> set[ObjectId]:
+        """The PUTs in the journals, as an opening of the pool would. Returns the Objects that are gone."""
         journals = self._journals
-        oldest_footer: dict[ObjectId, int] = {}
-        for record in found:
-            oldest_footer[record.uuid] = min(record.sequence, oldest_footer.get(record.uuid, record.sequence))
+        moved = {raw[_UUID] for replaced, raw in journals.puts.values() if replaced == raw[_UUID]}
+        footers = [raw for scan in scans for raw in scan.records if raw[_UUID] in moved] if moved else []
         ended = set(journals.deleted)
         committed = []
         for sequence, (replaced, raw) in sorted(journals.puts.items()):
             record = Record(raw)
             if not self._is_on(record):
                 continue  # the device was empty when it was removed
-            stays = replaced == record.uuid and oldest_footer.get(record.uuid, sequence) < sequence
+            stays = replaced == record.uuid and any(
+                raw[_UUID] == record.uuid and _sequence(raw) < sequence for raw in footers
+            )
             if record.id not in journals.undone and (
                 journals.was_flushed(sequence)
                 or journals.ended.get(record.uuid, 0) > sequence
@@ -366,10 +369,11 @@ class _Verdict:
 
     def _judge_footer(self, record: Record, ended: set[ObjectId]) -> None:
         survey, journals = self._survey, self._journals
-        if record.uuid in ended or record.id in survey.gone or record.id in journals.unerased | journals.undone:
+        if record.uuid in ended or record.id in journals.unerased or record.id in journals.undone:
             self._bury(record, has_footer=True)
         elif record.sequence in journals.puts:
-            pass  # judged by its journal
+            if survey.live.get(record.uuid) != record.raw:
+                self._bury(record, has_footer=True)
         elif self._is_void(record) or (self._is_unsure(record) and not self._may_be_whole(record)):
             survey.void[record.id] = record.raw
         else:
@@ -444,6 +448,10 @@ class _Verdict:
                 if any(_has(extent, point) for extent in record.extents):
                     owners.setdefault(point, []).append(record)
         return [(one, other) for found in owners.values() for other in found for one in found if one is not other]
+
+
+def _sequence(raw: bytes) -> int:
+    return int.from_bytes(raw[_SEQUENCE], "little")
 
 
 def _has(extent: Extent, point: Extent) -> bool:

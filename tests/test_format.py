@@ -121,7 +121,7 @@ def test_every_kind_of_entry_is_listed() -> None:
 def test_every_kind_of_key_is_listed() -> None:
     (rows,) = [rows for _, head, rows in tables() if head[0] == "Key"]
     store = module_of("store")
-    keys = [store._OBJECT, store._GRAVE, store._NAME, store._POSITION, store._STATE]
+    keys = [store._OBJECT, store._GRAVE, store._NAME, store._POSITION, store._REBUILDING, store._STATE]
     assert [re.findall("`(.)`", row[0])[0].encode() for row in rows] == keys
     assert f"A name of up to {store._NAME_KEY_BYTES} bytes" in TEXT
 

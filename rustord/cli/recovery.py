@@ -108,9 +108,9 @@ def _say_report(report: Report, dry_run: bool) -> None:
     found = f"{report.object_count:,} Objects with {human_size(report.data_bytes)} of data, {report.name_count:,} names"
     say(f"{'would find' if dry_run else 'found'} {found}")
     if report.grave_count:
-        say(f"the next start erases what may be left of {report.grave_count:,} deleted Objects")
+        say(f"deleted, and left for the next start to erase: {report.grave_count:,}")
     if report.void_count:
-        say(f"left out {report.void_count:,} Objects that were never committed")
+        say(f"never committed, and left out: {report.void_count:,}")
 
 
 COMMANDS = (rebuild,)

@@ -456,6 +456,13 @@ def replace_index(
     backend.commit(batch | {_STATE: STATE.pack(*state)}, (_REBUILDING,))
 
 
+def owner_of(backend: Backend) -> tuple[bytes, bool]:
+    """The uuid of the pool whose index an opened ``backend`` holds, empty if none; and whether that index is whole."""
+    if state := backend.get(_STATE):
+        return STATE.unpack(state)[2], True
+    return backend.get(_REBUILDING) or b"", False
+
+
 def _name_key(name: str) -> tuple[bytes, bytes]:
     """The index's key for a name, and what follows the uuid in its value."""
     encoded = name.encode()

@@ -42,7 +42,7 @@ def test_a_lost_index_comes_back(
     stop(daemon)
     shutil.rmtree(index)
     looked = rustorctl.ok("pool", "rebuild", "--dry-run", "--directory", index, *pool_of_loops)
-    assert looked.startswith("would find 19 Objects with 171 bytes of data, 19 names\n")
+    assert looked.startswith("would find 19 Objects with 171 B of data, 19 names\n")
     assert not index.exists()
     made = json.loads(rustorctl.ok("pool", "rebuild", "--json", "--directory", index, *pool_of_loops))
     assert (made["objects"], made["losses"]) == (19, [])
