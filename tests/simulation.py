@@ -88,7 +88,9 @@ class VolatileDevice:
         return not self.fail_reads and self._below.read_now(offset, buffers)
 
     def reread(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        self.read(offset, buffers)
+        if self.fail_reads:
+            raise DeviceError(f"{self.path}: reading at byte {offset} fails, as it was told to")
+        self._below.reread(offset, buffers)
 
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self._power.spend()

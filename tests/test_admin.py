@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -347,3 +348,26 @@ def test_plugins_are_listed_with_what_they_offer(admin: Admin) -> None:
 
 def test_uuids_are_text_that_can_be_read_back(admin: Admin, store: ObjectStore) -> None:
     assert parse_uuid(admin.devices()[0]["uuid"]) == store.blocks.slots[0].uuid
+
+
+def test_what_a_scrub_found_lost_is_a_problem(pool: Opened) -> None:
+    key = pool.store.put(b"precious", name="precious")
+    (extent,) = pool.store.stat(key.uuid).extents
+    device = pool.store.blocks.device(0)
+    device.write(extent.block * 4096, [b"damaged"])
+    pool.admin.start_scrub(False)
+    deadline = time.monotonic() + 20
+    while pool.admin.scrub()["running"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert pool.admin.pool()["state"] == "degraded"
+    assert "1 chunks lost" in pool.admin.pool()["problems"][0]
+    (listed,) = pool.admin.scrub()["damaged_objects"]
+    assert (listed["name"], listed["state"]) == ("precious", "lost")
+    assert pool.admin.devices()[0]["bad_bytes"] == 4096
+    pool.store.delete(key.uuid)
+    pool.admin.start_scrub(True)
+    while pool.admin.scrub()["running"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert pool.admin.pool()["state"] == "ok"

@@ -154,6 +154,14 @@ def test_what_no_copy_has_right_is_an_error_that_names_object_and_range(single: 
     assert not single.store.allocator._free[0].contains(bad.block, 1)
 
 
+def test_what_a_reader_finds_lost_is_noted_as_bad(single: Bench) -> None:
+    record = single.put()
+    bad = single.flip(record, 0, CHUNK + 1)
+    with pytest.raises(Damaged):
+        single.store.get(record.uuid)
+    single.until(lambda: single.is_bad(bad))
+
+
 def test_poison_in_the_last_block_moves_with_it(single: Bench) -> None:
     record = single.put()
     single.flip(record, 0, len(DATA) - 1)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from rustord.change import Put
-from rustord.errors import Damaged
+from rustord.errors import Damaged, DeviceError
 from rustord.extent import Extent
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
@@ -283,6 +285,52 @@ def test_a_second_start_changes_nothing(single: Bench) -> None:
     single.scrub.start(again=True)
     assert single.scrub.report is began
     assert single.scrub.stop()["state"] == "stopped"
+
+
+def test_a_device_that_answers_with_errors(simulate: Callable[..., Simulation], faulty_loop: Any) -> None:
+    """A real device, whose errors come from the kernel: the mirror goes on, and is whole when the device is well again.
+
+    What cannot be mended now, since the device takes no new blocks either, is mended by the next scrub.
+    """
+    bench = Bench(simulate(faulty_loop.path, 16 * MIB, placer=Mirrored(2)))
+    try:
+        contents = {record.uuid: DATA[: record.size] for record in bench.fill()}
+        with faulty_loop.failing():
+            report = bench.run()
+            assert (report.state, report.lost) == ("done", 0)
+            found = {part["what"] for entry in report.damaged_objects for part in entry["ranges"]}
+            assert found == {"data", "footer"}  # though all of it is in the page cache
+            for uuid, content in contents.items():
+                assert bench.store.get(uuid) == content
+        bench.end()
+        bench.simulation.cut_power()
+        bench.open()
+        assert bench.run().lost == 0
+        bench.end()
+        check_sound(bench.store)
+        assert {uuid: bench.store.get(uuid) for uuid in contents} == contents
+    finally:
+        bench.end()
+
+
+def test_a_single_copy_on_a_device_that_answers_with_errors(
+    simulate: Callable[..., Simulation], faulty_loop: Any
+) -> None:
+    bench = Bench(simulate(faulty_loop.path))
+    try:
+        record = bench.fill()[-1]
+        bench.restart()
+        with open(faulty_loop.path, "rb") as file:  # so that nothing is in the page cache
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with faulty_loop.failing():
+            with pytest.raises(DeviceError) as caught:
+                bench.store.read(record, 0, record.size)
+            where = f"Object {uuid_text(record.uuid)}, bytes 0 to 65535, cannot be read: "
+            assert caught.value.message.startswith(where)
+            assert "Input/output error" in caught.value.message
+        assert bench.store.get(record.uuid) == DATA[: record.size]
+    finally:
+        bench.end()
 
 
 class TestFlips:

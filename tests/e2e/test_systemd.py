@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import socket
@@ -34,16 +35,18 @@ needs_analyze = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reas
 
 @needs_analyze
 def test_units_are_valid(tmp_path: Path) -> None:
-    for unit in UNITS.glob("rustord.*"):
-        (tmp_path / unit.name).write_text(unit.read_text().replace("/usr/bin/rustord", sys.executable))
+    for unit in UNITS.glob("rustord*.*"):
+        text = re.sub(r"/usr/bin/rustor(d|ctl)\b", sys.executable, unit.read_text())
+        (tmp_path / unit.name).write_text(text)
     verify = ["systemd-analyze", "verify", "--man=no", *map(str, tmp_path.iterdir())]
     done = subprocess.run(verify, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @needs_analyze
-def test_service_is_sandboxed() -> None:
-    security = ["systemd-analyze", "security", "--offline=yes", "--threshold=20", str(UNITS / "rustord.service")]
+@pytest.mark.parametrize("unit", [unit.name for unit in UNITS.glob("*.service")])
+def test_service_is_sandboxed(unit: str) -> None:
+    security = ["systemd-analyze", "security", "--offline=yes", "--threshold=20", str(UNITS / unit)]
     done = subprocess.run(security, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-200:]
 
