@@ -90,7 +90,7 @@ def mirrored(simulate: Callable[..., Simulation]) -> Iterator[Bench]:
 @pytest.mark.parametrize("at", [0, CHUNK + 7, 3 * CHUNK - 1, len(DATA) - 1])
 def test_what_a_reader_finds_damaged_is_mended_beside_him(mirrored: Bench, at: int) -> None:
     record = mirrored.put()
-    bad = mirrored.flip(record, mirrored.store.blocks._preferred(record), at)
+    bad = mirrored.flip(record, mirrored.store.blocks.preferred(record), at)
     assert mirrored.store.get(record.uuid) == DATA
     mirrored.until(lambda: mirrored.repairer.mended == 1)
     moved = mirrored.store.stat(record.uuid)
