@@ -68,6 +68,24 @@ class Allocator:
                 self._free[device].take(block, length)
             return extents
 
+    def run(self, count: int, device: int, *, only: bool = False) -> Extent:
+        """``count`` blocks in one run: on ``device`` if it has one, else (unless ``only``) on the emptiest that has.
+
+        For what no Placer is asked about, since it is no Object. Raises NoSpace.
+        """
+        with self._lock:
+            offered = [index for index in self._writable() if index in self._free and (index == device or not only)]
+            offered.sort(key=lambda index: (index != device, -self._free[index].free_count))
+            for index in offered:
+                block = self._free[index].best_fit(count)
+                if block is not None:
+                    self._free[index].take(block, count)
+                    return Extent(index, block, count)
+        raise NoSpace(
+            f"no {count} free blocks in a row on {f'device {device}' if only else 'any device'}",
+            hint="delete Objects or volumes, trim what a volume does not use, or add a device",
+        )
+
     def _take(self, chosen: Sequence[Sequence[Extent]], count: int) -> list[list[Extent]]:
         taken: list[Extent] = []
         try:

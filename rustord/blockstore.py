@@ -19,10 +19,11 @@ from rustord.blockdevice import BlockDevice
 from rustord.distribution import Distribution
 from rustord.errors import Damaged, DeviceError, FormatError, RustordError
 from rustord.event import DEVICE_FAILED, OBJECT_DAMAGED
-from rustord.extent import Extent, extend
+from rustord.extent import LAYERS, Extent, extend
 from rustord.label import LABEL_BYTES, Geometry, Label, choose_label, decode_label, label_offsets
 from rustord.manifest import CHUNK_BYTES, Copy, Data
 from rustord.objkey import uuid_text
+from rustord.page import Page, encode_slot, slot_of
 from rustord.record import Record
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,8 @@ class BlockStore:
         self.erase_policy = erase_policy
         self.on_damage: Callable[[Record, int, int], None] = lambda record, start, end: None
         """Told by readers, on their threads, of bytes of an Object of which a copy was wrong or could not be read."""
+        self.read_layer: Callable[[int, memoryview], None] = _no_layer
+        """Fills a buffer from an offset in bytes on what stands for a device with index `LAYERS`."""
         self._retired: list[BlockDevice] = []
         self._condemning = threading.Lock()
         self._flushers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="flush")
@@ -172,6 +175,19 @@ class BlockStore:
                 if bad.runs != slot.bad.runs:
                     slot.bad = replace(bad, number=bad.number + 1)
                     write_bad_blocks(self.writable(index), slot)
+
+    def keep_pages(self, secret: bytes, pages: Iterable[Page]) -> None:
+        """Write pages of Layers to their slots, durably. What a device does not take, it has as it was before."""
+        touched = set()
+        for page in pages:
+            slot = slot_of(page)
+            data = encode_slot(page.encode(), self.device_uuids[slot.device], slot.block, secret, self.block_size)
+            try:
+                self.write(slot, (data,))
+                touched.add(slot.device)
+            except DeviceError as error:
+                log.error("the map of a volume is written no more: %s", error)
+        self.flush(touched)
 
     def erase(self, extents: Iterable[Extent]) -> None:
         """Do to the blocks of deleted Objects what the policy says. The last block of an extent is always zeroed.
@@ -337,7 +353,7 @@ class BlockStore:
         start = 0
         for device, block, count in record.copies[number]:
             end = start + count * self.block_size
-            for at in range(start, end, _REPAIR_BYTES):
+            for at in range(start, end, _REPAIR_BYTES) if device != LAYERS else ():
                 stop = min(at + _REPAIR_BYTES, end)
                 data = self.read(record, at, min(stop, record.size) - at) if at < record.size else b""
                 assert data is not None
@@ -348,11 +364,17 @@ class BlockStore:
 
     def _fill(self, copy: Copy, start: int, buffer: memoryview) -> None:
         for index, offset, piece in self._pieces(copy, start, buffer):
-            self.device(index).read(offset, (piece,))
+            if index == LAYERS:
+                self.read_layer(offset, piece)
+            else:
+                self.device(index).read(offset, (piece,))
 
     def _refill(self, copy: Copy, start: int, buffer: memoryview) -> None:
         for index, offset, piece in self._pieces(copy, start, buffer):
-            self.device(index).reread(offset, (piece,))
+            if index == LAYERS:
+                self.read_layer(offset, piece)
+            else:
+                self.device(index).reread(offset, (piece,))
 
     def _pieces(self, copy: Copy, start: int, buffer: memoryview) -> Iterable[tuple[int, int, memoryview]]:
         """(device, offset on it, part of ``buffer``) for the bytes of ``copy`` from ``start`` on."""
@@ -387,6 +409,10 @@ class BlockStore:
         for slot in self.slots.values():
             if slot.device is not None:
                 slot.device.close()
+
+
+def _no_layer(offset: int, buffer: memoryview) -> None:
+    raise DeviceError("the pool has no volumes, and an Object needs one", hint="the Object is damaged")
 
 
 def _verified(buffer: memoryview, sums: bytes) -> bool:

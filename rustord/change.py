@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rustord.errors import InvalidRequest, PreconditionFailed, RustordError, TooLarge
 from rustord.extent import Extent
+from rustord.layer import Frozen, Layer
 from rustord.manifest import Data
 from rustord.objkey import ObjectId
 from rustord.record import Metadata, Record, RecordId, encode_metadata
@@ -24,7 +25,9 @@ _NO_METADATA = Metadata()
 
 
 class Put:
-    """Store an Object: its data, or an `Upload` that has taken it in already. ``replaced``: whether it replaced one.
+    """Store an Object: its data, an `Upload` that has taken it in already, or a `Frozen` Layer.
+
+    ``replaced`` says whether it replaced one.
 
     With ``if_none_match`` the change fails if its name is taken; with ``if_match`` it fails unless the name maps to an
     Object with one of these entity tags ("*" for any Object). A name that is taken is replaced otherwise. Raises
@@ -35,7 +38,7 @@ class Put:
 
     def __init__(
         self,
-        source: Data | Upload,
+        source: Data | Upload | Frozen,
         metadata: Metadata | None = None,
         *,
         if_none_match: bool = False,
@@ -95,11 +98,12 @@ class Erase:
     """Erase blocks that no Object names any more, and give them back once that is durable.
 
     ``id`` is that of the Record that named them, None for blocks that never were an Object's. ``cause`` is the Delete
-    that waits for it. ``after`` is the sequence up to which the index has to hold everything before. ``erased`` is set
+    that waits for it. ``layers`` are forgotten with it, and ``layer`` is the number of one that it had needed.
+    ``after`` is the sequence up to which the index has to hold everything before. ``erased`` is set
     once the blocks have been written over, so that only the flush is left to do; ``error`` says why they could not be.
     """
 
-    __slots__ = ("after", "cause", "erased", "error", "extents", "id")
+    __slots__ = ("after", "cause", "erased", "error", "extents", "finished", "id", "layer", "layers")
 
     def __init__(
         self,
@@ -108,9 +112,15 @@ class Erase:
         cause: Delete | None = None,
         *,
         after: int = 0,
+        layer: int = 0,
+        layers: Sequence[Layer] = (),
     ) -> None:
         self.extents = extents
         self.id = id
+        self.layer = layer
+        self.layers = layers
+        self.finished: Callable[[RustordError | None], None] | None = None
+        """Is told that it is done, or why it could not be."""
         self.cause = cause
         self.after = after
         self.erased = False

@@ -6,6 +6,11 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from typing import NamedTuple
 
+LAYERS = 0xFFFF
+"""In place of a device's index: the blocks are those of a Layer (`rustord.layer`)."""
+LAYER_SHIFT = 32
+"""Block ``number << LAYER_SHIFT`` of `LAYERS` is the first one of the Layer with that number."""
+
 
 class Extent(NamedTuple):
     """``count`` blocks of device ``device`` from block ``block`` on.

@@ -40,6 +40,11 @@ class Kind(enum.IntEnum):
     """payload: ids of Records that are gone and whose blocks have not been erased yet, so that older batches need not
     be kept for their tombstones; sequence is 0"""
 
+    LAYER = 6
+    """payload: `rustord.page.LayerEntry`, the head of a Layer, new or changed"""
+    MAP = 7
+    """payload: `rustord.page.MapEntry`, what has changed in the map of a Layer"""
+
 
 class Entry(NamedTuple):
     kind: Kind
@@ -89,6 +94,11 @@ def decode_record_ids(payload: bytes) -> list[RecordId]:
     if len(payload) % RECORD_ID.size:
         raise FormatError(f"{len(payload)} bytes in a journal batch are no list of records")
     return [RecordId(*fields) for fields in RECORD_ID.iter_unpack(payload)]
+
+
+def layer_entry(sequence: int, kind: Kind, payload: bytes) -> bytes:
+    """A change of a Layer: a LAYER or a MAP."""
+    return ENTRY.pack(len(payload), kind, 0, 0, sequence) + payload
 
 
 def encode_batch(entries: Sequence[bytes], device_uuid: bytes, number: int, durable: int, secret: bytes) -> bytes:

@@ -38,6 +38,8 @@ _MIB = 1 << 20
 DEVICE_BYTES_MIN = 16 * _MIB
 JOURNAL_BYTES_MIN = 4 * _MIB
 JOURNAL_BYTES_MAX = 1024 * _MIB
+LAYERED = 1
+"""Incompatible feature: the pool has, or had, volumes."""
 BLOCK_SIZES = (4096, 8192, 16384, 32768, 65536)
 
 
@@ -139,6 +141,7 @@ class Label:
     state: State = State.CLEAN
     members: tuple[Member, ...] = ()
     voids: tuple[tuple[int, int], ...] = ()
+    incompatible: int = 0
 
     @property
     def geometry(self) -> Geometry:
@@ -166,7 +169,7 @@ class Label:
             self.state,
             0,
             0,
-            0,
+            self.incompatible,
             self.pool_uuid,
             self.device_uuid,
             self.device_index,
@@ -219,7 +222,7 @@ def decode_label(data: bytes | memoryview) -> Label | None:
     tables_end = TABLES_AT + member_count * MEMBER.size + void_count * VOID.size
     if not TABLES_AT <= length <= len(view) or xxh3_64_digest(view[_SUMMED_FROM:length]) != checksum:
         raise FormatError("the label does not match its checksum")
-    if version != FORMAT_VERSION or incompatible:
+    if version != FORMAT_VERSION or incompatible & ~LAYERED:
         raise FormatError(
             f"the label has format version {version} and incompatible features {incompatible:#x}",
             hint="open the pool with the newer rustord that wrote it",
@@ -240,6 +243,7 @@ def decode_label(data: bytes | memoryview) -> Label | None:
         state=State(state),
         members=tuple(Member(uuid, index, blocks, gen) for uuid, gen, blocks, index, _, _ in members),
         voids=tuple(VOID.iter_unpack(view[tables_end - void_count * VOID.size : tables_end])),
+        incompatible=incompatible,
     )
 
 

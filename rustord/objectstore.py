@@ -29,12 +29,14 @@ from rustord.distribution import Distribution
 from rustord.errors import DeviceError, InUse, NoSpace, NotFound, PreconditionFailed, ReadOnly, RustordError
 from rustord.extent import Extent, block_count, extend, trim, without
 from rustord.footer import encode_footer, footer_blocks
-from rustord.journal import NOTHING
+from rustord.journal import NOTHING, Entry, Kind
 from rustord.keygen import KeyGen
 from rustord.keystore.store import KeyStore
 from rustord.label import Label
+from rustord.layer import Frozen, Layers
 from rustord.manifest import Data
 from rustord.objkey import ObjectId, ObjKey, uuid_text
+from rustord.page import LayerEntry, MapEntry
 from rustord.record import Grave, Metadata, Record, RecordId, encode_record, record_length
 from rustord.relocation import Relocation
 from rustord.upload import Upload
@@ -121,6 +123,7 @@ class ObjectStore:
         allocator: Allocator,
         keystore: KeyStore,
         keygen: KeyGen,
+        layers: Layers,
         stock: Stock,
         sequence: int,
         on_close: Callable[[ObjectStore], None],
@@ -132,6 +135,7 @@ class ObjectStore:
         self.allocator = allocator
         self.keystore = keystore
         self.keygen = keygen
+        self.layers = layers
         self.stock = stock
         self.phase_s = {phase: Distribution() for phase in ("place", "write", "journal", "flush", "settle")}
         """How long each phase of the cycles took, in seconds, in the order of the phases."""
@@ -316,6 +320,57 @@ class ObjectStore:
             raise
         return Move(relocation)
 
+    def note(self, notes: Sequence[LayerEntry | MapEntry], devices: Iterable[int]) -> None:
+        """Make changes of Layers durable, in the journals of ``devices``, and known. Called between cycles.
+
+        Raises ReadOnly or DeviceError; the journals may have the changes all the same.
+        """
+        self.check_changeable()
+        writable = self.blocks.writable_indices()
+        entries = []
+        for note in notes:
+            self._sequence += 1
+            kind = Kind.LAYER if isinstance(note, LayerEntry) else Kind.MAP
+            entries.append(Entry(kind, self._sequence, note.encode()))
+        written, failed = self.keystore.journal_layers(
+            entries, set(devices) & set(writable), self._erased, self._durable, writable
+        )
+        failed |= self.blocks.flush(written)
+        for device in written - failed.keys():
+            self._erased.pop(device, None)
+        if failed:
+            self._all_flushed = False
+            raise next(iter(failed.values()))
+        self.keystore.learn_layers(entries, self._sequence)
+        if self._all_flushed:
+            self._durable = self._sequence
+
+    def free(self, extents: Sequence[Extent], finished: Callable[[RustordError | None], None] | None = None) -> None:
+        """Erase blocks that nobody names any more, and give them back, in later cycles; ``finished`` is told then.
+
+        Any thread may call it.
+        """
+        erase = Erase(extents)
+        erase.finished = finished
+        self._abandoned.append(erase)
+
+    def sweep(self, finished: Callable[[RustordError | None], None] | None = None) -> None:
+        """Erase the Layers that nobody needs, in later cycles; ``finished`` is told then. Called between cycles."""
+        erases = self._sweep()
+        for erase in erases:
+            erase.finished = finished
+        self._abandoned.extend(erases)
+        if finished is not None and not erases:
+            finished(None)
+
+    def _sweep(self) -> list[Erase]:
+        """The erasure, all in one, of the Layers that nobody needs."""
+        collected = self.layers.collect()
+        for layer in collected:
+            self.keystore.retire(layer.id, self._sequence)
+        extents = [extent for layer in collected for extent in layer.extents(self.layers.chunk_blocks)]
+        return [Erase(extents, layers=collected)] if collected else []
+
     def check_changeable(self) -> None:
         """Raise ReadOnly, which says why, if the pool takes no changes."""
         if self.read_only:
@@ -418,7 +473,12 @@ class ObjectStore:
                 batch.following.append(put)  # it will see that the name is free
                 return
             self._check_erasable(replaced)
-        placed = self._place_upload(put, put.source) if isinstance(put.source, Upload) else self._place(put, put.source)
+        if isinstance(put.source, Upload):
+            placed = self._place_upload(put, put.source)
+        elif isinstance(put.source, Frozen):
+            placed = self._place_frozen(put, put.source)
+        else:
+            placed = self._place(put, put.source)
         placed.replaced = replaced
         batch.puts.append(placed)
         batch.length += len(placed.record.raw) + 64
@@ -466,6 +526,20 @@ class ObjectStore:
         record = self._record(put, key, upload.copies, upload.sums)
         copies, upload.copies = upload.copies, []  # they are the Object's now: to abort must not give them back
         return self._with_footers(put, record, copies, upload.written_block_count, upload.rest)
+
+    def _place_frozen(self, put: Put, frozen: Frozen) -> _Placed:
+        """Only a footer is written; the data is where it was."""
+        layer = self.layers.numbered(frozen.layer.head.number)
+        data = self.layers.object_extent(layer)
+        key = ObjKey(self.keygen.uuid(), self.keygen.algorithm, frozen.digest, layer.head.size)
+        copies = [[data] for _ in range(self.allocator.placer.copies)]
+        try:
+            self._fit(put, key, copies)
+            record = self._record(put, key, copies, frozen.sums)
+        except RustordError:
+            self.allocator.release(extent for copy in copies for extent in copy)
+            raise
+        return self._with_footers(put, record, copies, data.count, b"")
 
     def _blocks_needed(self, put: Put, key: ObjKey, extent_count: int) -> int:
         """Blocks for the data and the footer of one copy, if all copies have ``extent_count`` extents together."""
@@ -621,7 +695,7 @@ class ObjectStore:
         puts = self._settle_puts(batch, failed)
         deletes = self._settle_deletes(batch, failed, durable)
         undone = self._settle_undos(batch)
-        gone = [erase.id for erase in batch.erases if self._bury(erase, failed, batch) and erase.id]
+        gone = [id for erase in batch.erases for id in self._bury(erase, failed, batch)]
         self.keystore.learn(puts, deletes, undone, gone, self._sequence)
         if failed:
             self._all_flushed = False  # what a device lost may be in its journal all the same: a replay has to look
@@ -640,12 +714,16 @@ class ObjectStore:
             puts.append((record, placed.replaced_uuid))
             batch.outcomes.append((placed.put, record))
             self.stock.add(record)
+            if record.layer and isinstance(placed.put, Put):
+                self.layers.use(record.layer)
             if replaced is not None:
                 self.stock.remove(replaced)
                 after = record.sequence
                 if isinstance(placed.put, Put):
                     placed.put.replaced, after = True, 0
-                erase = Erase(placed.remains(replaced, record), replaced.id, after=after)
+                    if replaced.uuid in self.layers.users:  # a Layer builds on it: it is erased with the last one
+                        continue
+                erase = Erase(placed.remains(replaced, record), replaced.id, after=after, layer=replaced.layer)
                 (self._held if self._is_held(erase) else batch.following).append(erase)
         return puts
 
@@ -660,7 +738,10 @@ class ObjectStore:
                 batch.outcomes.append((change, lost))
                 continue
             self.stock.remove(record)
-            batch.following.append(Erase(record.extents, record.id, change))
+            if record.uuid in self.layers.users:  # a Layer builds on it: it is erased with the last one
+                batch.outcomes.append((change, record))
+            else:
+                batch.following.append(Erase(record.extents, record.id, change, layer=record.layer))
             deletes.append((record, sequence))
         return deletes
 
@@ -668,18 +749,44 @@ class ObjectStore:
         batch.following += [Erase(undo.extents, undo.record.id) for undo, _ in batch.undos]
         return [(Grave(undo.record.id, undo.extents), sequence) for undo, sequence in batch.undos]
 
-    def _bury(self, erase: Erase, failed: dict[int, RustordError], batch: _Batch) -> bool:
-        """Give back erased blocks, if that is durable, and answer the DELETE; otherwise the next start erases them."""
+    def _bury(self, erase: Erase, failed: dict[int, RustordError], batch: _Batch) -> list[RecordId]:
+        """Give back erased blocks, if that is durable, and answer the DELETE; otherwise the next start erases them.
+
+        Returns what is gone now.
+        """
         error = erase.error or next((failed[e.device] for e in erase.extents if e.device in failed), None)
+        gone: list[RecordId] = []
         if error is None:
             self.allocator.release(erase.extents)
-            if erase.id is not None:
-                for device in {extent.device for extent in erase.extents}:
-                    self._erased.setdefault(device, []).append(erase.id)
+            gone = [layer.id for layer in erase.layers] + ([erase.id] if erase.id else [])
+            self.remember_erased(erase.extents, gone)
+            if following := self._needed_no_more(erase):
+                following[-1].cause, following[-1].finished = erase.cause, erase.finished
+                batch.following += following
+                return gone
         if erase.cause is not None:
             assert erase.cause.record is not None
             batch.outcomes.append((erase.cause, error or erase.cause.record))
-        return error is None
+        if erase.finished is not None:
+            erase.finished(error)
+        return gone
+
+    def remember_erased(self, extents: Iterable[Extent], gone: Iterable[RecordId]) -> None:
+        """Have the next batch of each journal say that the blocks of ``gone`` have been erased."""
+        for device in {extent.device for extent in extents}:
+            self._erased.setdefault(device, []).extend(gone)
+
+    def _needed_no_more(self, erase: Erase) -> list[Erase]:
+        """The erasure of what only that needed which has been erased: of Layers, or of deleted Objects below them."""
+        if erase.layer:
+            self.layers.let_go(self.layers.numbered(erase.layer).uuid)
+            return self._sweep()
+        erases = []
+        for base in self.layers.bases(erase.layers):
+            self.layers.let_go(base)
+            if base not in self.layers.users and (record := self.keystore.kept(base)):
+                erases.append(Erase(record.extents, record.id, layer=record.layer))
+        return erases
 
     def close(self) -> None:
         """Put everything in order and let go of the devices."""

@@ -8,6 +8,7 @@ import time
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rustord.allocator import Allocator
@@ -43,8 +44,10 @@ from rustord.label import (
     State,
     merge_voids,
 )
+from rustord.layer import Layers
 from rustord.objectstore import ObjectStore, Stock
 from rustord.objkey import uuid_text
+from rustord.page import LayerEntry
 from rustord.placer import Placer
 from rustord.record import Grave, Record, RecordId
 
@@ -138,13 +141,16 @@ def open_pool(
         backend_open = True
         keystore = KeyStore(backend, label.pool_uuid)
         _check_generation(keystore, label)
+        keystore.keep_pages = partial(blocks.keep_pages, label.secret)
         progress("replaying the journal")
         label, sequence = _replay(label, blocks, keystore)
         progress("reading the index")
         allocator = Allocator(placer, blocks.writable_indices)
-        stock, stale, problem = _take_stock(allocator, blocks, keystore, progress)
-        if not problem:
-            _finish_erasures(allocator, blocks, keystore, stale, sequence)
+        layers = Layers(blocks, keystore.base)
+        layers.load(keystore.pages())
+        blocks.read_layer = layers.read_object
+        stock, graves, stale, problem = _take_stock(allocator, blocks, keystore, layers, progress)
+        erased = _finish_erasures(allocator, blocks, keystore, graves, stale, sequence) if not problem else []
         write_labels(blocks, label)
     except BaseException:
         if backend_open:
@@ -154,7 +160,13 @@ def open_pool(
         raise
     if isinstance(keygen, GuardedKeyGen):
         keygen.is_known = lambda uuid: keystore.get(uuid) is not None
-    return ObjectStore(label, blocks, allocator, keystore, keygen, stock, sequence, _close, read_only or problem)
+    read_only = read_only or problem
+    store = ObjectStore(label, blocks, allocator, keystore, keygen, layers, stock, sequence, _close, read_only)
+    for grave in erased:
+        store.remember_erased(grave.extents, [grave.id])
+    if not read_only:
+        _finish_freezing(store)
+    return store
 
 
 def _close(store: ObjectStore) -> None:
@@ -345,7 +357,8 @@ def _footer(record: Record, number: int, blocks: BlockStore, label: Label) -> by
 
 
 def copy_is_whole(record: Record, number: int, blocks: BlockStore, label: Label) -> bool:
-    for offset in range(0, record.size, _VERIFY_BYTES):
+    # What a Layer has was durable before the Object was thought of.
+    for offset in range(0, record.size if not record.layer else 0, _VERIFY_BYTES):
         length = min(_VERIFY_BYTES, record.size - offset)
         if not blocks.verify(record, number, offset, length):
             return False
@@ -359,23 +372,27 @@ def _footer_is_whole(record: Record, number: int, blocks: BlockStore, label: Lab
 
 
 def _take_stock(
-    allocator: Allocator, blocks: BlockStore, keystore: KeyStore, progress: Callable[[str], None]
-) -> tuple[Stock, list[RecordId], str]:
-    """Fill the FreeLists: free is what no Record names.
+    allocator: Allocator, blocks: BlockStore, keystore: KeyStore, layers: Layers, progress: Callable[[str], None]
+) -> tuple[Stock, list[Grave], list[RecordId], str]:
+    """Fill the FreeLists: free is what no Record and no Layer names.
 
-    Returns also the graves that are none any more, and why the pool takes no changes; "" if it does.
+    Returns also the graves, which of them are none any more, and why the pool takes no changes; "" if it does.
     """
     used: dict[int, list[int]] = {index: [] for index in blocks.slots}
     stock = Stock()
+    has_layers = bool(layers.by_uuid)
     for record in keystore.indexed():
         stock.add(record)
         for device, block, count in record.extents:
             used[device].append(block << 32 | count)
+        if has_layers and record.layer:
+            layers.use(record.layer)
         if stock.count % 500_000 == 0:
             progress(f"reading the index: {stock.count} Objects")
+    graves = keystore.graves() + _add_layers(keystore, layers, used)
     for runs in used.values():
         runs.sort()
-    stale = _add_graves(keystore.graves(), used)
+    stale = _add_graves(graves, used)
     problem = ""
     for index, slot in blocks.slots.items():
         free, overlap = _gaps(slot.geometry.data_runs, used.pop(index))
@@ -383,7 +400,32 @@ def _take_stock(
             problem = f"two Objects claim block {overlap} of device {index}"
         allocator.add(index, FreeList(free), slot.geometry.data_block_count)
         allocator.condemn(Extent(index, run.block, run.count) for run in slot.bad.runs)
-    return stock, stale, problem
+    return stock, graves, stale, problem
+
+
+def _add_layers(keystore: KeyStore, layers: Layers, used: Mapping[int, list[int]]) -> list[Grave]:
+    """Add the blocks of Layers, and of the deleted Objects below them, to ``used``; returns what nobody needs."""
+    needless = layers.collect()
+    for base in layers.bases(needless):
+        layers.let_go(base)
+    graves = [Grave(layer.id, layer.extents(layers.chunk_blocks)) for layer in needless]
+    bases = keystore.bases()
+    graves += [Grave(record.id, record.extents) for record in bases if record.uuid not in layers.users]
+    kept = [record for record in bases if record.uuid in layers.users]
+    keystore.hold((record.id for record in kept), keystore.indexed_sequence)
+    extents = [extent for layer in layers.by_uuid.values() for extent in layer.extents(layers.chunk_blocks)]
+    for device, block, count in extents + [extent for record in kept for extent in record.extents]:
+        used[device].append(block << 32 | count)
+    return graves
+
+
+def _finish_freezing(store: ObjectStore) -> None:
+    """A volume whose Layer an Object names has become that Object: a crash came before its name was given up."""
+    for layer in list(store.layers.volumes.values()):
+        if store.layers.is_frozen(layer):
+            head = layer.head._replace(name="")
+            store.note([LayerEntry(layer.uuid, layer.address, head.encode())], [layer.home])
+            store.layers.rename(layer, head)
 
 
 def _add_graves(graves: Iterable[Grave], used: Mapping[int, list[int]]) -> list[RecordId]:
@@ -447,16 +489,21 @@ def _run(runs: Iterable[tuple[int, int]]) -> tuple[int, int]:
 
 
 def _finish_erasures(
-    allocator: Allocator, blocks: BlockStore, keystore: KeyStore, stale: Sequence[RecordId], sequence: int
-) -> None:
+    allocator: Allocator,
+    blocks: BlockStore,
+    keystore: KeyStore,
+    graves: Iterable[Grave],
+    stale: Sequence[RecordId],
+    sequence: int,
+) -> list[Grave]:
     """Erase what was deleted before the last stop and not erased yet; what cannot be stays a grave, and not free.
 
-    ``stale`` graves were erased before.
+    ``stale`` graves were erased before. Returns those that have been erased now.
     """
     finished = []
     touched: set[int] = set()
     done = set(stale)
-    for grave in keystore.graves():
+    for grave in graves:
         if grave.id in done:
             continue
         try:
@@ -475,6 +522,7 @@ def _finish_erasures(
         allocator.release(grave.extents)
     keystore.learn((), (), (), [*stale, *(grave.id for grave in erased)], sequence)
     keystore.checkpoint()  # before any of these blocks is used again: the journal does not say that they are free
+    return erased
 
 
 def write_labels(blocks: BlockStore, label: Label) -> None:

@@ -17,6 +17,7 @@ from rustord.keystore.backend import Backend
 from rustord.keystore.store import owner_of, replace_index
 from rustord.label import Label
 from rustord.objkey import uuid_text
+from rustord.page import decode_head
 from rustord.pool import assemble
 from rustord.record import Record
 from rustord.survey import Progress, Survey, skip_behind, take_survey
@@ -35,6 +36,7 @@ class Report:
     name_count: int
     grave_count: int
     """Deleted Objects that the next opening erases."""
+    volume_count: int
     void_count: int
     """Footers of Objects that were never committed, and are left out."""
     losses: tuple[str, ...]
@@ -118,8 +120,9 @@ def _check_index(backend: Backend, directory: Path, label: Label, replace: bool)
 def _write(backend: Backend, survey: Survey) -> None:
     label = survey.label
     objects = (Record(raw) for _, raw in sorted(survey.live.items()))
+    bases = map(Record, survey.bases().values())
     state = (survey.sequence + skip_behind(survey), label.generation, label.pool_uuid)
-    replace_index(backend, state, survey.positions, objects, survey.graves())
+    replace_index(backend, state, survey.positions, objects, survey.graves(), bases, survey.pages.values())
 
 
 def _report(survey: Survey, blocks: BlockStore) -> Report:
@@ -131,6 +134,9 @@ def _report(survey: Survey, blocks: BlockStore) -> Report:
         data_bytes=sum(record.size for record in records),
         name_count=sum(bool(record.name) for record in records),
         grave_count=len(survey.gone),
+        volume_count=sum(
+            bool(decode_head(page.content).name) for (_, number), page in survey.pages.items() if number == 0
+        ),
         void_count=len(survey.void),
         losses=tuple(_losses(survey, blocks)),
         doubtful=tuple(survey.doubtful),

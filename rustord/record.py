@@ -16,7 +16,7 @@ import msgpack
 from xxhash import xxh3_64_digest
 
 from rustord.errors import FormatError
-from rustord.extent import Extent
+from rustord.extent import LAYER_SHIFT, LAYERS, Extent
 from rustord.manifest import Copy, Data, Manifest, chunk_count
 from rustord.objkey import ObjectId, ObjKey, uuid_text
 
@@ -137,13 +137,19 @@ class Record:
 
     @property
     def extents(self) -> list[Extent]:
-        """The extents of all copies."""
-        return [extent for copy in self.copies for extent in copy]
+        """The extents of all copies; what a Layer has is the Layer's."""
+        return [extent for copy in self.copies for extent in copy if extent.device != LAYERS]
 
     @property
     def devices(self) -> set[int]:
         """The indices of the devices that hold any part of the Object."""
-        return {extent.device for copy in self.copies for extent in copy}
+        return {extent.device for copy in self.copies for extent in copy if extent.device != LAYERS}
+
+    @property
+    def layer(self) -> int:
+        """The number of the Layer that has the data; 0 if it is in the Object's own extents."""
+        device, block, _ = self.copies[0][0]
+        return block >> LAYER_SHIFT if device == LAYERS else 0
 
     @property
     def _sums_at(self) -> int:

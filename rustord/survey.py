@@ -31,6 +31,16 @@ from rustord.journal import NOTHING, Batch, Kind, decode_record_ids
 from rustord.keystore.ring import POSITION, Ring, newest_run
 from rustord.label import Label, State
 from rustord.objkey import ObjectId, uuid_text
+from rustord.page import MAGIC as PAGE_MAGIC
+from rustord.page import (
+    LayerEntry,
+    MapEntry,
+    Page,
+    decode_head,
+    decode_layer_entry,
+    decode_map_entry,
+    decode_slot,
+)
 from rustord.pool import VOID_LENGTH, copy_is_whole, was_flushed
 from rustord.record import Grave, Record, RecordId
 
@@ -63,6 +73,8 @@ class Survey:
     void: dict[RecordId, bytes] = field(default_factory=dict)
     """Records that were never committed, and left their footers behind."""
     sequence: int = 0
+    pages: dict[tuple[bytes, int], Page] = field(default_factory=dict)
+    """The pages of all Layers, by Layer and number."""
     positions: dict[bytes, bytes] = field(default_factory=dict)
     footers: dict[int, array[int]] = field(default_factory=dict)
     """The blocks of each device that end with the last piece of a good footer, ascending."""
@@ -73,10 +85,22 @@ class Survey:
     doubtful: list[str] = field(default_factory=list)
     """Where Objects contradicted one another, and how that was decided."""
 
+    def bases(self) -> dict[ObjectId, bytes]:
+        """The Records of deleted Objects on which Layers build."""
+        wanted = {decode_head(page.content).base for (_, number), page in self.pages.items() if number == 0}
+        found: dict[ObjectId, bytes] = {}
+        for id, raw in sorted(self.gone.items(), key=lambda item: item[0].sequence):
+            if id.uuid in wanted and id.uuid not in self.live:
+                found[id.uuid] = raw
+        return found
+
     def graves(self) -> Iterator[Grave]:
         """What has yet to be erased: blocks that none but a Record that is gone has."""
+        kept = self.bases()
         for id, raw in self.gone.items():
-            live = self.live.get(id.uuid)
+            live = self.live.get(id.uuid) or kept.get(id.uuid)
+            if live == raw:
+                continue
             extents = Record(raw).extents
             yield Grave(id, without(extents, Record(live).extents) if live else extents)
 
@@ -99,7 +123,8 @@ def take_survey(label: Label, blocks: BlockStore, progress: Progress = lambda si
         for _ in pool.map(lambda scan: scan.run(progress), scans):
             pass
     _Verdict(survey, journals, blocks).judge(scans)
-    survey.sequence = journals.newest(survey.live.values())
+    survey.pages = journals.layers([page for scan in scans for page in scan.pages])
+    survey.sequence = max([journals.newest(survey.live.values()), *(page.sequence for page in survey.pages.values())])
     survey.positions = journals.positions()
     for scan in scans:
         survey.footers[scan.index] = scan.footers
@@ -118,6 +143,8 @@ class _Journals:
         """The newest change that says that an Object was there before: it was deleted, replaced, or moved."""
         self.deleted: set[ObjectId] = set()
         self.undone: set[RecordId] = set()
+        self.noted: dict[int, LayerEntry | MapEntry] = {}
+        """By sequence: changes of Layers."""
         self.erased: set[RecordId] = set()
         self.unerased: set[RecordId] = set()
         self.reach: dict[int, tuple[int, int]] = {}
@@ -165,9 +192,29 @@ class _Journals:
                 self.puts[sequence] = payload[:16], payload[16:]
             elif kind is Kind.DELETE:
                 self.deleted.add(payload)
+            elif kind is Kind.LAYER:
+                self.noted[sequence] = decode_layer_entry(payload)
+            elif kind is Kind.MAP:
+                self.noted[sequence] = decode_map_entry(payload)
             else:
                 ids = {Kind.UNDO: self.undone, Kind.ERASED: self.erased, Kind.UNERASED: self.unerased}[kind]
                 ids.update(decode_record_ids(payload))
+
+    def layers(self, found: Iterable[Page]) -> dict[tuple[bytes, int], Page]:
+        """The pages of the Layers that are left: those in the slots, with what the journals have changed since."""
+        pages: dict[tuple[bytes, int], Page] = {}
+        for page in sorted(found, key=lambda page: page.generation):
+            pages[page.layer, page.number] = page
+        for sequence, note in sorted(self.noted.items()):
+            for change in note.changes():
+                key = change.layer, change.number
+                changed = change.apply(pages.get(key), sequence)
+                if changed is not None:
+                    pages[key] = changed
+        gone = {id.uuid for id in self.erased | self.unerased}
+        return {
+            key: page for key, page in pages.items() if page.address and (key[0], 0) in pages and key[0] not in gone
+        }
 
     def was_flushed(self, sequence: int) -> bool:
         """Whether a PUT is known to have been durable: by a later batch, or because the pool was closed in order."""
@@ -203,6 +250,7 @@ class _Scan:
     def __init__(self, slot: Slot, label: Label, blocks: BlockStore) -> None:
         self.index = slot.index
         self.records: list[bytes] = []
+        self.pages: list[Page] = []
         self.footers: array[int] = array("Q")
         self.damaged: list[Extent] = []
         self.unreadable: list[Extent] = []
@@ -219,8 +267,10 @@ class _Scan:
                 piece = min(step, first + count - block)
                 data = buffer[: piece * self._block_size]
                 self._read(block, piece, data)
-                for at in trailers(data, self._block_size):
+                for at in trailers(data, self._block_size, MAGIC):
                     self._look(block + at, data[at * self._block_size : (at + 1) * self._block_size])
+                for at in trailers(data, self._block_size, PAGE_MAGIC):
+                    self._look_for_page(block + at, data[at * self._block_size : (at + 1) * self._block_size])
                 progress(len(data))
 
     def _read(self, block: int, count: int, data: memoryview) -> None:
@@ -259,6 +309,16 @@ class _Scan:
         self.records.append(raw)
         self.footers.append(block)
 
+    def _look_for_page(self, block: int, data: memoryview) -> None:
+        """Note the page in ``block``, if there is one. One that is torn is no loss: its other slot has the rest."""
+        try:
+            page = decode_slot(data, self._slot.uuid, block, self._secret)
+        except FormatError as error:
+            log.info("device %d: %s", self.index, error)
+            return
+        if page is not None:
+            self.pages.append(page)
+
     def _joined(self, last: Piece) -> bytes:
         """The record that ends with the piece ``last``."""
         pieces = [last]
@@ -274,15 +334,15 @@ class _Scan:
         return b"".join([piece.data for piece in reversed(pieces)])
 
 
-def trailers(data: memoryview, block_size: int) -> Iterator[int]:
-    """The numbers of the blocks of ``data`` that end with a trailer's magic. No loop over all blocks."""
-    words = block_size // len(MAGIC)
+def trailers(data: memoryview, block_size: int, magic: bytes) -> Iterator[int]:
+    """The numbers of the blocks of ``data`` that end with a trailer's ``magic``. No loop over all blocks."""
+    words = block_size // len(magic)
     ends = bytes(data.cast("Q")[words - 1 :: words])
-    at = ends.find(MAGIC)
+    at = ends.find(magic)
     while at >= 0:
-        if at % len(MAGIC) == 0:
-            yield at // len(MAGIC)
-        at = ends.find(MAGIC, at + 1)
+        if at % len(magic) == 0:
+            yield at // len(magic)
+        at = ends.find(magic, at + 1)
 
 
 class _Verdict:

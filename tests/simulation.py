@@ -11,6 +11,7 @@ from rustord.badblocks import BadBlocks, BadRun
 from rustord.blockdevice import BlockDevice, Buffer, open_device
 from rustord.change import Change, Put
 from rustord.errors import DeviceError, RustordError
+from rustord.extent import LAYERS
 from rustord.keygen import HashKeyGen, KeyGen
 from rustord.keystore.backend import Backend
 from rustord.keystore.lmdb import LmdbBackend
@@ -98,9 +99,11 @@ class VolatileDevice:
         if self.fail_writes:
             self._fail("a write failed, as it was told to")
         new = b"".join(buffers)
-        old = bytearray(len(new))
-        self._below.read(offset, (old,))
-        self._unflushed.append(_Unflushed(offset, bytes(old), new))
+        head = offset % SECTOR_BYTES
+        old = bytearray(head + len(new) + -(offset + len(new)) % SECTOR_BYTES)
+        self._below.read(offset - head, (old,))
+        sectors = old[:head] + new + old[head + len(new) :]  # whole ones, as the page cache writes them
+        self._unflushed.append(_Unflushed(offset - head, bytes(old), bytes(sectors)))
         self._below.write(offset, (new,))
 
     def flush(self) -> None:
@@ -252,21 +255,24 @@ def live(store: ObjectStore) -> list[Record]:
 
 
 def check_sound(store: ObjectStore) -> None:
-    """Assert that every block is free, bad or one Object's, none both or neither, and that every Object is whole.
+    """Assert that every block is free, bad, an Object's or a Layer's, and only one of that; and that Objects are whole.
 
     Nothing may be under way: no upload, and no erasure that follows from an earlier cycle.
     """
     records = live(store)
+    kept = filter(None, map(store.keystore.kept, store.layers.users))
+    named = [extent for record in [*records, *kept] for extent in record.extents]
+    named += [e for layer in store.layers.by_uuid.values() for e in layer.extents(store.layers.chunk_blocks)]
     for index, slot in store.blocks.slots.items():
         runs = list(store.allocator._free[index])
-        runs += [(block, count) for record in records for device, block, count in record.extents if device == index]
+        runs += [(block, count) for device, block, count in named if device == index]
         used = BadBlocks(tuple(BadRun(block, count) for block, count in sorted(runs)))
         runs += [run for bad in slot.bad.runs for run in used.without(bad.block, bad.count)]
         assert _joined(runs) == list(slot.geometry.data_runs), f"the blocks of device {index} do not add up"
     for record in records:
         store.read(record, 0, record.size)
         for number, copy in enumerate(record.copies):
-            if all(store.blocks.slots[extent.device].device is not None for extent in copy):
+            if all(store.blocks.slots[extent.device].device is not None for extent in copy if extent.device != LAYERS):
                 assert store.blocks.verify(record, number, 0, record.size), f"copy {number} of {record.key} is damaged"
     assert (store.stock.count, store.stock.size) == (len(records), sum(record.size for record in records))
 

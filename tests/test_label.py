@@ -152,8 +152,8 @@ def test_anything_with_the_right_checksum_is_a_label_or_refused(changes: dict[in
 
 @pytest.mark.parametrize(
     ("at", "value"),
-    [(28, b"\2\0"), (28, b"\0\0"), (48, b"\1"), (55, b"\x80")],
-    ids=["version 2", "version 0", "incompatible 1", "incompatible 2**63"],
+    [(28, b"\2\0"), (28, b"\0\0"), (48, b"\2"), (55, b"\x80")],
+    ids=["version 2", "version 0", "incompatible 2", "incompatible 2**63"],
 )
 def test_a_newer_format_is_refused_and_says_so(at: int, value: bytes) -> None:
     with pytest.raises(FormatError, match=r"version|incompatible") as caught:

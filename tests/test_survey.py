@@ -28,14 +28,14 @@ def test_trailers_are_found_at_the_ends_of_blocks_only(block_size: int, seed: in
         at = rng.randrange(len(data) - 8)
         if at % block_size < block_size - 16:
             data[at : at + 8] = MAGIC
-    assert list(trailers(memoryview(data), block_size)) == expected
-    assert list(trailers(memoryview(bytes(len(data))), block_size)) == []
+    assert list(trailers(memoryview(data), block_size, MAGIC)) == expected
+    assert list(trailers(memoryview(bytes(len(data))), block_size, MAGIC)) == []
 
 
 def test_a_magic_across_two_ends_is_none() -> None:
     data = bytearray(4 * 4096)
     data[4092:4096], data[8184:8188] = MAGIC[:4], MAGIC[4:]
-    assert list(trailers(memoryview(data), 4096)) == []
+    assert list(trailers(memoryview(data), 4096, MAGIC)) == []
 
 
 def test_blocks_that_cannot_be_read_are_told_and_the_others_are_read(disk_path: Path) -> None:

@@ -95,6 +95,7 @@ def _plain(report: Report) -> dict[str, Any]:
         "objects": report.object_count,
         "data_bytes": report.data_bytes,
         "names": report.name_count,
+        "volumes": report.volume_count,
         "to_erase": report.grave_count,
         "never_committed": report.void_count,
         "losses": list(report.losses),
@@ -107,6 +108,8 @@ def _say_report(report: Report, dry_run: bool) -> None:
         say(f"note: {text}")
     found = f"{report.object_count:,} Objects with {human_size(report.data_bytes)} of data, {report.name_count:,} names"
     say(f"{'would find' if dry_run else 'found'} {found}")
+    if report.volume_count:
+        say(f"volumes: {report.volume_count:,}")
     if report.grave_count:
         say(f"deleted, and left for the next start to erase: {report.grave_count:,}")
     if report.void_count:

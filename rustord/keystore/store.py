@@ -10,6 +10,9 @@ The index is an ordered store of byte keys (`rustord.keystore.backend`). FORMAT.
 ==========================  ===========================================================================
 ``o`` uuid                  the Record of a live Object
 ``g`` uuid, sequence        the extents of a Record that is gone and whose blocks are not erased yet (a grave)
+``b`` uuid                  the Record of a deleted Object on which a Layer builds
+``l`` layer, page number    a page of the map of a Layer
+``k``                       a rebuild has made the pages, and their slots may have older ones
 ``n`` name                  uuid; a name of more than 480 bytes is cut there and its BLAKE2b-128 added, and
                             the whole name follows the uuid
 ``p`` device uuid           where the index's knowledge of that device's journal ends
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from heapq import merge
@@ -38,6 +41,7 @@ from rustord.journal import (
     decode_record_ids,
     delete_entry,
     erased_entry,
+    layer_entry,
     put_entry,
     undo_entry,
     unerased_entry,
@@ -45,9 +49,18 @@ from rustord.journal import (
 from rustord.keystore.backend import Backend
 from rustord.keystore.ring import Ring, RingFull
 from rustord.objkey import ObjectId, uuid_text
+from rustord.page import (
+    Page,
+    PageChange,
+    decode_head,
+    decode_layer_entry,
+    decode_map_entry,
+    decode_page,
+)
 from rustord.record import EXTENT, RECORD_ID, Grave, Record, RecordId, decode_extents, encode_extents
 
-_OBJECT, _GRAVE, _NAME, _POSITION, _REBUILDING, _STATE = b"o", b"g", b"n", b"p", b"r", b"s"
+_OBJECT, _GRAVE, _BASE, _PAGE, _UNKEPT, _NAME, _POSITION = b"o", b"g", b"b", b"l", b"k", b"n", b"p"
+_REBUILDING, _STATE = b"r", b"s"
 STATE = struct.Struct("<QQ16s")
 """sequence, generation, pool_uuid"""
 _NAME_KEY_BYTES = 480
@@ -63,12 +76,14 @@ class _Overlay:
 
     objects: dict[ObjectId, bytes | None] = field(default_factory=dict)
     graves: dict[bytes, bytes | None] = field(default_factory=dict)
+    bases: dict[ObjectId, bytes | None] = field(default_factory=dict)
+    pages: dict[bytes, bytes | None] = field(default_factory=dict)
     names: dict[bytes, bytes | None] = field(default_factory=dict)
     sequence: int = 0
     positions: dict[bytes, bytes] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.objects) + len(self.graves)
+        return len(self.objects) + len(self.graves) + len(self.pages)
 
 
 class KeyStore:
@@ -84,6 +99,13 @@ class KeyStore:
         self._learning = threading.Lock()  # held while the overlay changes hands, and for each `learn`
         self._checkpointing = threading.Lock()
         self._unerased: dict[RecordId, int] = {}  # sequence of each tombstone whose blocks are not erased yet
+        self._bases = {page.layer: decode_head(page.content).base for page in self.pages() if not page.number}
+        """What each Layer builds on."""
+        self._kept = {record.id for record in self.bases()}
+        self._retired: set[bytes] = set()
+        self._carry_due = False
+        self.keep_pages: Callable[[list[Page]], None] = lambda pages: None
+        """Writes pages to their slots, durably, before the journal that has what is in them is let go."""
         self.indexed_sequence = 0
         """Every change up to this one is in the index."""
         self.batch_bytes_max = 0
@@ -139,6 +161,8 @@ class KeyStore:
         """
         with self._learning:
             overlay = self._fresh
+            if self._backend.get(_UNKEPT) is not None:
+                self._keep_all(overlay)
             for entry in entries:
                 overlay.sequence = max(overlay.sequence, entry.sequence)
                 if entry.sequence in dropped:
@@ -148,6 +172,8 @@ class KeyStore:
                     self._learn_put(overlay, Record(entry.payload[16:]), entry.payload[:16])
                 elif entry.kind is Kind.DELETE and (raw := self._raw(entry.payload)):
                     self._learn_delete(overlay, Record(raw), entry.sequence)
+                elif entry.kind in (Kind.LAYER, Kind.MAP):
+                    self._learn_layer(overlay, entry)
             for entry in erased:
                 for gone in decode_record_ids(entry.payload):
                     if (raw := self._raw(gone.uuid)) and Record(raw).id == gone:
@@ -169,6 +195,19 @@ class KeyStore:
     def graves(self) -> list[Grave]:
         """The graves in the index: what is gone and whose blocks have not been erased yet."""
         return [_grave(key, table) for key, table in self._backend.scan(_GRAVE, _successor(_GRAVE))]
+
+    def bases(self) -> list[Record]:
+        """The deleted Objects in the index that were kept because a Layer builds, or built, on them."""
+        return [Record(raw) for _, raw in self._backend.scan(_BASE, _successor(_BASE))]
+
+    def pages(self) -> Iterator[Page]:
+        """All pages of Layers in the index."""
+        return (decode_page(raw) for _, raw in self._backend.scan(_PAGE, _successor(_PAGE)))
+
+    def hold(self, gone: Iterable[RecordId], sequence: int) -> None:
+        """Say of these again, with the next batch of the journal, that they are deleted, and keep what says so."""
+        self._unerased.update(dict.fromkeys(gone, sequence))
+        self._carry_due = bool(self._unerased)
 
     # Changing
 
@@ -204,6 +243,26 @@ class KeyStore:
                 entries.setdefault(device, []).append(entry)
         if entries:
             self._carry(entries, writable, newest)
+        return self._append_all(entries, erased, durable, newest)
+
+    def journal_layers(
+        self,
+        entries: Sequence[Entry],
+        devices: Iterable[int],
+        erased: Mapping[int, list[RecordId]],
+        durable: int,
+        writable: Collection[int],
+    ) -> tuple[set[int], dict[int, RustordError]]:
+        """The same for changes of Layers, which go to the journal of each of ``devices``."""
+        newest = entries[-1].sequence
+        batch = [layer_entry(entry.sequence, entry.kind, entry.payload) for entry in entries]
+        batches = {device: list(batch) for device in devices}
+        self._carry(batches, set(writable), newest)
+        return self._append_all(batches, erased, durable, newest)
+
+    def _append_all(
+        self, entries: dict[int, list[bytes]], erased: Mapping[int, list[RecordId]], durable: int, newest: int
+    ) -> tuple[set[int], dict[int, RustordError]]:
         failed: dict[int, RustordError] = {}
         for device, batch in entries.items():
             if erased.get(device):
@@ -221,7 +280,8 @@ class KeyStore:
         for it.
         """
         oldest = min(self._unerased.values(), default=newest)
-        if any(self._rings[device].is_held_by(oldest) for device in writable):
+        if self._carry_due or any(self._rings[device].is_held_by(oldest) for device in writable):
+            self._carry_due = False
             entry = unerased_entry(self._unerased)
             for device in writable:
                 entries.setdefault(device, []).append(entry)
@@ -262,6 +322,64 @@ class KeyStore:
                 self._learn_grave(overlay, grave, tombstone)
             overlay.sequence = sequence
             self._note_positions(overlay)
+
+    def learn_layers(self, entries: Iterable[Entry], sequence: int) -> None:
+        """The same for changes of Layers."""
+        with self._learning:
+            overlay = self._fresh
+            for entry in entries:
+                self._learn_layer(overlay, entry)
+            overlay.sequence = sequence
+            self._note_positions(overlay)
+
+    def _learn_layer(self, overlay: _Overlay, entry: Entry) -> None:
+        if entry.kind is Kind.LAYER:
+            new = decode_layer_entry(entry.payload)
+            self._bases[new.layer] = decode_head(new.content).base
+            changes = new.changes()
+        else:
+            changes = decode_map_entry(entry.payload).changes()
+        for change in changes:
+            if change.layer in self._bases:  # or else it has been erased since
+                self._change_page(overlay, change, entry.sequence)
+
+    def _change_page(self, overlay: _Overlay, change: PageChange, sequence: int) -> None:
+        """Each version that goes into the index has the next generation, so that it is written to the other slot."""
+        key = page_key(change.layer, change.number)
+        raw = self._page(key)
+        page = change.apply(decode_page(raw) if raw else None, sequence)
+        if page is not None:  # or else a device that was missing has an old entry
+            generation = page.generation + (key not in overlay.pages)
+            overlay.pages[key] = page._replace(generation=generation).encode()
+
+    def _keep_all(self, overlay: _Overlay) -> None:
+        """Have all pages written to their slots: a rebuild, which writes to no device, made them of the journals."""
+        for page in self.pages():
+            newer = page._replace(generation=page.generation + 1)
+            overlay.pages[page_key(page.layer, page.number)] = newer.encode()
+        overlay.pages[_UNKEPT] = None
+
+    def _page(self, key: bytes) -> bytes | None:
+        for overlay in (self._fresh, self._draining):
+            if key in overlay.pages:
+                return overlay.pages[key]
+        return self._backend.get(key)
+
+    def _forget_layer(self, overlay: _Overlay, layer: bytes) -> None:
+        del self._bases[layer]
+        prefix = _PAGE + layer
+        keys = [key for key, _ in self._backend.scan(prefix, _successor(prefix))]
+        keys += [key for table in (self._fresh.pages, self._draining.pages) for key in table if key.startswith(prefix)]
+        overlay.pages.update(dict.fromkeys(keys))
+
+    def retire(self, layer: RecordId, sequence: int) -> None:
+        """A Layer is about to be erased, since nobody needs it: its pages are not written to their slots any more.
+
+        Like a tombstone at ``sequence`` it keeps the journal until then. Waits for a `checkpoint` under way.
+        """
+        with self._checkpointing:
+            self._retired.add(layer.uuid)
+        self._unerased[layer] = sequence
 
     def make_room(self) -> None:
         """Wait for the index if too much waits for it. Raises what the index raises."""
@@ -308,7 +426,12 @@ class KeyStore:
     def _learn_delete(self, overlay: _Overlay, record: Record, sequence: int) -> None:
         uuid = record.uuid
         overlay.objects[uuid] = None
-        self._bury(overlay, record, None, sequence)
+        if uuid in self._bases.values():
+            overlay.bases[uuid] = record.raw
+            self._kept.add(record.id)
+            self._unerased[record.id] = sequence
+        else:
+            self._bury(overlay, record, None, sequence)
         if name := record.name:
             key, _ = _name_key(name)
             value = self._name_value(key)
@@ -318,6 +441,11 @@ class KeyStore:
     def _learn_erased(self, overlay: _Overlay, gone: RecordId) -> None:
         overlay.graves[RECORD_ID.pack(*gone)] = None
         self._unerased.pop(gone, None)
+        if gone.uuid in self._bases:
+            self._forget_layer(overlay, gone.uuid)
+        if gone in self._kept:
+            self._kept.discard(gone)
+            overlay.bases[gone.uuid] = None
 
     def checkpoint(self) -> None:
         """Put what has been learnt into the index, durably, and let go of the journal that holds it."""
@@ -329,6 +457,8 @@ class KeyStore:
                 self._draining, self._fresh = overlay, _Overlay()
                 unerased = min(self._unerased.values(), default=overlay.sequence + 1)
             sequence = max(overlay.sequence, self.indexed_sequence)
+            pages = map(decode_page, filter(None, overlay.pages.values()))
+            self.keep_pages([page for page in pages if page.layer not in self._retired])
             puts, deletes = _changes(overlay)
             puts[_STATE] = STATE.pack(sequence, self.generation, self._pool_uuid)
             try:
@@ -357,6 +487,23 @@ class KeyStore:
         """The Record of a live Object, or None."""
         raw = self._raw(uuid)
         return None if raw is None else Record(raw)
+
+    def base(self, uuid: ObjectId) -> Record | None:
+        """The Record of an Object that is live, or was deleted and is kept because a Layer builds on it; or None."""
+        raw = self._raw(uuid)
+        if raw is None:
+            for overlay in (self._fresh, self._draining):
+                if uuid in overlay.bases:
+                    raw = overlay.bases[uuid]
+                    break
+            else:
+                raw = self._backend.get(_BASE + uuid)
+        return None if raw is None else Record(raw)
+
+    def kept(self, uuid: ObjectId) -> Record | None:
+        """The Record of a deleted Object that was kept because a Layer builds, or built, on it; or None."""
+        record = self.base(uuid)
+        return record if record is not None and record.id in self._kept else None
 
     def resolve(self, name: str) -> ObjectId | None:
         """The uuid that a name maps to, or None."""
@@ -434,6 +581,8 @@ def replace_index(
     positions: Mapping[bytes, bytes],
     objects: Iterable[Record],
     graves: Iterable[Grave],
+    bases: Iterable[Record] = (),
+    pages: Iterable[Page] = (),
 ) -> None:
     """Put these into an opened ``backend`` in place of all that it holds; ``state`` is that of `STATE`.
 
@@ -452,6 +601,9 @@ def replace_index(
             backend.commit(batch, ())
             batch = {}
     batch |= {_GRAVE + RECORD_ID.pack(*grave.id): encode_extents(grave.extents) for grave in graves}
+    batch |= {_BASE + record.uuid: record.raw for record in bases}
+    batch[_UNKEPT] = b""
+    batch |= {page_key(page.layer, page.number): page.encode() for page in pages}
     batch |= {_POSITION + device_uuid: position for device_uuid, position in positions.items()}
     backend.commit(batch | {_STATE: STATE.pack(*state)}, (_REBUILDING,))
 
@@ -461,6 +613,10 @@ def owner_of(backend: Backend) -> tuple[bytes, bool]:
     if state := backend.get(_STATE):
         return STATE.unpack(state)[2], True
     return backend.get(_REBUILDING) or b"", False
+
+
+def page_key(layer: bytes, number: int) -> bytes:
+    return _PAGE + layer + number.to_bytes(4, "little")
 
 
 def _name_key(name: str) -> tuple[bytes, bytes]:
@@ -481,7 +637,14 @@ def _changes(overlay: _Overlay) -> tuple[dict[bytes, bytes], list[bytes]]:
     """The overlay as keys of the index: what to put and what to delete."""
     puts: dict[bytes, bytes] = {}
     deletes: list[bytes] = []
-    for prefix, table in ((_OBJECT, overlay.objects), (_GRAVE, overlay.graves), (b"", overlay.names)):
+    tables = (
+        (_OBJECT, overlay.objects),
+        (_GRAVE, overlay.graves),
+        (_BASE, overlay.bases),
+        (b"", overlay.pages),
+        (b"", overlay.names),
+    )
+    for prefix, table in tables:
         for key, value in table.items():
             if value is None:
                 deletes.append(prefix + key)
@@ -496,6 +659,8 @@ def _merged(older: _Overlay, newer: _Overlay) -> _Overlay:
     return _Overlay(
         older.objects | newer.objects,
         older.graves | newer.graves,
+        older.bases | newer.bases,
+        older.pages | newer.pages,
         older.names | newer.names,
         max(older.sequence, newer.sequence),
         older.positions | newer.positions,

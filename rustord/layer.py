@@ -1,0 +1,298 @@
+"""Layer: the map of what a volume has of its own, chunk by chunk, over a base that it shares with others.
+
+A volume is written in its top Layer. A chunk that this does not have is that of the base, which is another Layer (never
+written any more) or an Object, or zeros. So a clone is a new, empty Layer; and a snapshot leaves the Layer of a volume
+to an Object and puts a new one on top. However many share it, a block is named by one Layer or Object alone: who shares
+it names that one, which stays as long as it is named.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from rustord.blockstore import BlockStore
+from rustord.errors import NotFound, RustordError
+from rustord.extent import LAYER_SHIFT, LAYERS, Extent, extend
+from rustord.journal import NOTHING
+from rustord.objkey import ObjectId, uuid_text
+from rustord.page import (
+    BASE,
+    CHUNK_BYTES,
+    PAGE_CHUNKS,
+    SLOT_COUNT,
+    ZEROS,
+    Head,
+    Page,
+    decode_addresses,
+    decode_head,
+    extent_at,
+    page_of,
+)
+from rustord.record import Record, RecordId
+
+
+class Layer:
+    """``address`` is where the slots of its head are, ``places`` where those of its other pages, by page number.
+
+    Addresses of chunks are `BASE`, `ZEROS`, or where the chunk begins.
+    """
+
+    __slots__ = ("_pages", "address", "head", "places", "uuid")
+
+    def __init__(self, uuid: bytes, address: int, head: Head) -> None:
+        self.uuid = uuid
+        self.address = address
+        self.head = head
+        self.places: dict[int, int] = {}
+        self._pages: dict[int, array[int]] = {}
+
+    @property
+    def home(self) -> int:
+        """The device with all of its pages, in whose journal each of its changes is."""
+        return extent_at(self.address, 1).device
+
+    @property
+    def id(self) -> RecordId:
+        """By which the journal says that the Layer is gone."""
+        return RecordId(self.uuid, 0)
+
+    def load(self, page: Page) -> None:
+        """Take over a page other than the head."""
+        self.places[page.number] = page.address
+        self._pages[page.number] = array("Q", decode_addresses(page.content))
+
+    def get(self, chunk: int) -> int:
+        """The address of a chunk."""
+        page = self._pages.get(chunk // PAGE_CHUNKS + 1)
+        return BASE if page is None else page[chunk % PAGE_CHUNKS]
+
+    def set(self, chunk: int, address: int) -> None:
+        """Change the address of a chunk."""
+        number = page_of(chunk)
+        if number not in self._pages:
+            self._pages[number] = array("Q", bytes(8 * PAGE_CHUNKS))
+        self._pages[number][chunk % PAGE_CHUNKS] = address
+
+    def chunks(self, first: int = 0, end: int = 1 << 62) -> Iterator[tuple[int, int]]:
+        """(chunk, address) of each chunk from ``first`` to before ``end`` that is not the base's, in order."""
+        for number in sorted(self._pages):
+            start = (number - 1) * PAGE_CHUNKS
+            if start < end and start + PAGE_CHUNKS > first:
+                for chunk, address in enumerate(self._pages[number], start):
+                    if address and first <= chunk < end:
+                        yield chunk, address
+
+    def own_count(self) -> int:
+        """How many chunks it has blocks for."""
+        return sum(PAGE_CHUNKS - page.count(BASE) - page.count(ZEROS) for page in self._pages.values())
+
+    def extents(self, chunk_blocks: int) -> list[Extent]:
+        """All blocks that the Layer names: chunks of ``chunk_blocks`` blocks, and slots."""
+        slots = [extent_at(address, SLOT_COUNT) for address in (self.address, *self.places.values())]
+        chunks = [
+            extent_at(address, chunk_blocks) for page in self._pages.values() for address in page if address > ZEROS
+        ]
+        runs: list[Extent] = []
+        extend(runs, sorted(slots + chunks))
+        return runs
+
+
+class Frozen(NamedTuple):
+    """A Layer that is not written any more, as the data of a new Object: with the hash of what it has, and its sums."""
+
+    layer: Layer
+    digest: bytes
+    sums: bytes
+
+
+class Layers:
+    """All Layers of a pool, and how to read through them. Changed by the writer alone; anybody may read."""
+
+    def __init__(self, blocks: BlockStore, record_of: Callable[[ObjectId], Record | None]) -> None:
+        """``record_of`` finds the Record of an Object, also of one that was deleted and is a base."""
+        self.chunk_blocks = CHUNK_BYTES // blocks.block_size
+        self.by_uuid: dict[bytes, Layer] = {}
+        self.volumes: dict[str, Layer] = {}
+        """The top Layer of each volume, by its name."""
+        self.users: Counter[bytes] = Counter()
+        """How many name an Object or Layer as what they build on, by its uuid. There are no zeros."""
+        self._blocks = blocks
+        self._record_of = record_of
+        self._by_number: dict[int, Layer] = {}
+        self._last_number = 0
+        self._records: dict[ObjectId, Record] = {}
+
+    def load(self, pages: Iterable[Page]) -> None:
+        """Take over all pages of the index."""
+        later = []
+        for page in pages:
+            if page.number:
+                later.append(page)
+            else:
+                self.add(Layer(page.layer, page.address, decode_head(page.content)))
+        for page in later:
+            self.by_uuid[page.layer].load(page)
+
+    def add(self, layer: Layer) -> None:
+        """A new Layer."""
+        self.by_uuid[layer.uuid] = self._by_number[layer.head.number] = layer
+        self._last_number = max(self._last_number, layer.head.number)
+        if layer.head.base != NOTHING:
+            self.users[layer.head.base] += 1
+        if layer.head.name:
+            self.volumes[layer.head.name] = layer
+
+    def rename(self, layer: Layer, head: Head) -> None:
+        """Give the Layer another head, perhaps with another name or none, but with the same base and number."""
+        if self.volumes.get(layer.head.name) is layer:
+            del self.volumes[layer.head.name]
+        layer.head = head
+        if head.name:
+            self.volumes[head.name] = layer
+
+    def next_number(self) -> int:
+        """A number that no Layer has or had."""
+        return self._last_number + 1
+
+    def numbered(self, number: int) -> Layer:
+        """The Layer that Objects name by ``number``. Raises NotFound."""
+        layer = self._by_number.get(number)
+        if layer is None:
+            raise NotFound(f"there is no layer {number}", hint="the Object that needs it is damaged")
+        return layer
+
+    def use(self, number: int) -> None:
+        """One more Object has its data in the Layer with this number."""
+        if number in self._by_number:
+            self.users[self._by_number[number].uuid] += 1
+
+    def is_frozen(self, layer: Layer) -> bool:
+        """Whether others build on it, so that it must not be written any more."""
+        return layer.uuid in self.users
+
+    def bases(self, layers: Iterable[Layer]) -> list[ObjectId]:
+        """The Objects right below Layers that were collected, as often as they are."""
+        return [layer.head.base for layer in layers if layer.head.base in self.users.keys() - self.by_uuid.keys()]
+
+    def collect(self) -> list[Layer]:
+        """Forget the Layers that nobody needs, that is those without name and users, and so on downwards.
+
+        An Object below them has as many users as before, until `let_go`.
+        """
+        collected: list[Layer] = []
+        while garbage := [layer for layer in self.by_uuid.values() if not (layer.head.name or self.is_frozen(layer))]:
+            for layer in garbage:
+                del self.by_uuid[layer.uuid], self._by_number[layer.head.number]
+                if layer.head.base in self.by_uuid:
+                    self.let_go(layer.head.base)
+            collected += garbage
+        return collected
+
+    def let_go(self, uuid: bytes) -> None:
+        """One user less of an Object or Layer."""
+        self.users[uuid] -= 1
+        if self.users[uuid] <= 0:
+            del self.users[uuid]
+            self._records.pop(uuid, None)
+
+    def chain(self, layer: Layer) -> list[Layer]:
+        """The Layer and those below it."""
+        chain = [layer]
+        while below := self.by_uuid.get(chain[-1].head.base):
+            chain.append(below)
+        return chain
+
+    # Reading
+
+    def object_extent(self, layer: Layer) -> Extent:
+        """How the Manifest of an Object names all of a Layer."""
+        return Extent(LAYERS, layer.head.number << LAYER_SHIFT, layer.head.size // self._blocks.block_size)
+
+    def read_object(self, offset: int, buffer: memoryview) -> None:
+        """Read as from the device with index `LAYERS`; ``offset`` in bytes. Raises NotFound, DeviceError, Damaged."""
+        number, skip = divmod(offset, self._blocks.block_size << LAYER_SHIFT)
+        self.fill(self.chain(self.numbered(number)), skip, buffer)
+
+    def find(self, chain: Sequence[Layer], chunk: int) -> int:
+        """The address of a chunk: of the first Layer that has it; `BASE` if none has."""
+        for layer in chain:
+            if address := layer.get(chunk):
+                return address
+        return BASE
+
+    def base_size(self, chain: Sequence[Layer]) -> int:
+        """The size of the Object below all Layers; 0 if there is none."""
+        base = chain[-1].head.base
+        return self._record(base).size if base != NOTHING else 0
+
+    def shared_count(self, chain: Sequence[Layer]) -> int:
+        """How many chunks the top Layer has from those below it."""
+        own, below = dict(chain[0].chunks()), dict[int, int]()
+        for layer in reversed(chain[1:]):
+            below |= layer.chunks()
+        base_count = -(-self.base_size(chain) // CHUNK_BYTES)
+        covered = sum(chunk < base_count for chunk in own.keys() | below.keys())
+        return base_count - covered + sum(a > ZEROS and chunk not in own for chunk, a in below.items())
+
+    def used_size(self, chain: Sequence[Layer]) -> int:
+        """Up to which byte there may be anything but zeros."""
+        addresses = dict[int, int]()
+        for layer in reversed(chain):
+            addresses |= layer.chunks()
+        last = max((chunk for chunk, address in addresses.items() if address > ZEROS), default=-1)
+        base_last = -(-self.base_size(chain) // CHUNK_BYTES) - 1
+        while base_last > last and addresses.get(base_last, BASE) == ZEROS:
+            base_last -= 1
+        return (max(last, base_last) + 1) * CHUNK_BYTES
+
+    def fill(self, chain: Sequence[Layer], offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with what the volume has from ``offset`` on. Raises DeviceError, Damaged or NotFound."""
+        at, end = 0, len(buffer)
+        while at < end:
+            chunk, skip = divmod(offset + at, CHUNK_BYTES)
+            address = self.find(chain, chunk)
+            step = self.chunk_blocks if address > ZEROS else 0
+            stop, following = at + CHUNK_BYTES - skip, address + step
+            while stop < end and self.find(chain, chunk + 1) == following:
+                stop, following, chunk = stop + CHUNK_BYTES, following + step, chunk + 1
+            self._fill_run(chain, address, skip, offset + at, buffer[at:stop])
+            at = stop
+
+    def _fill_run(self, chain: Sequence[Layer], address: int, skip: int, offset: int, buffer: memoryview) -> None:
+        if address > ZEROS:
+            device, block, _ = extent_at(address, 1)
+            self._blocks.device(device).read(block * self._blocks.block_size + skip, (buffer,))
+            return
+        base = chain[-1].head.base
+        done = 0
+        if address == BASE and base != NOTHING:
+            done = self._fill_from_object(base, offset, buffer)
+        buffer[done:] = bytes(len(buffer) - done)
+
+    def _fill_from_object(self, uuid: ObjectId, offset: int, buffer: memoryview) -> int:
+        """Read from an Object, verified; how many bytes it has there."""
+        while True:
+            record = self._record(uuid)
+            length: int = min(record.size - offset, len(buffer))
+            if length <= 0:
+                return 0
+            try:
+                data = self._blocks.read(record, offset, length)
+            except RustordError:
+                del self._records[uuid]
+                if self._record(uuid).sequence == record.sequence:  # it has not been moved meanwhile
+                    raise
+            else:
+                assert data is not None
+                buffer[:length] = data
+                return length
+
+    def _record(self, uuid: ObjectId) -> Record:
+        record = self._records.get(uuid) or self._record_of(uuid)
+        if record is None:
+            raise NotFound(f"Object {uuid_text(uuid)}, on which a volume builds, is gone", hint="see 'rustord check'")
+        self._records[uuid] = record
+        return record

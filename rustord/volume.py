@@ -1,0 +1,366 @@
+"""Volume: a writable, thin block device kept in the pool, while it is open.
+
+Chunks that the volume has of its own are written in place. The first write to another chunk takes free blocks, writes
+all of the chunk to them, with what the base has beside the new bytes, and only then changes the map in memory. Flush::
+
+    flush the devices -> journal the changes of the map -> flush the journal = the commit point -> erase, free -> return
+
+So the journal never speaks of a chunk whose data is not durable: a crash leaves each chunk in its old place or whole in
+its new one. Where only own chunks were written, the first step is all there is. Blocks that were given back are erased
+and freed behind the commit point, once nobody reads or writes them any more.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rustord.allocator import Allocator
+from rustord.blockdevice import BlockDevice
+from rustord.blockstore import BlockStore
+from rustord.errors import DeviceError, InvalidRequest, NoSpace, RustordError
+from rustord.export import Run, State, merged
+from rustord.extent import Extent
+from rustord.layer import Layer, Layers
+from rustord.page import (
+    BASE,
+    CHUNK_BYTES,
+    PAGE_CHUNKS,
+    SLOT_COUNT,
+    ZEROS,
+    LayerEntry,
+    MapEntry,
+    address_of,
+    extent_at,
+    page_of,
+)
+
+Note = Callable[[Sequence[LayerEntry | MapEntry], set[int]], None]
+"""Makes changes durable in the journals of these devices, and has the KeyStore learn them."""
+
+Free = Callable[[list[Extent], Callable[[RustordError | None], None]], None]
+"""Erases blocks and gives them back, in the background; the second argument is told when it is done."""
+
+_PENDING_MAX = 16384
+"""Changes of the map that wait for a flush, before a write flushes of its own accord."""
+_ENTRY_CHUNKS = 4096
+"""Changes in one entry of the journal: 64 KiB, which is little beside the shortest journal."""
+_ERASE_S = 10.0
+"""How long a write that finds no room waits for what was given back to be erased."""
+_ZERO_BYTES = 1 << 20
+_ZEROS = memoryview(bytes(_ZERO_BYTES))
+
+
+class Gate:
+    """Any number of operations may be inside; `shut` waits until none is, and keeps them outside."""
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._shut = False
+        self._changed = threading.Condition(threading.Lock())
+
+    def __enter__(self) -> None:
+        with self._changed:
+            while self._shut:
+                self._changed.wait()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._inside -= 1
+            if self._shut and not self._inside:
+                self._changed.notify_all()
+
+    @contextmanager
+    def shut(self) -> Iterator[None]:
+        """Nobody is inside; for one thread at a time."""
+        with self._changed:
+            self._shut = True
+            while self._inside:
+                self._changed.wait()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._shut = False
+                self._changed.notify_all()
+
+
+class Volume:
+    """The `rustord.export.Export` of a volume. Any number of threads may use it; a flush by one covers all."""
+
+    def __init__(
+        self,
+        layer: Layer,
+        layers: Layers,
+        blocks: BlockStore,
+        allocator: Allocator,
+        note: Note,
+        free: Free,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``on_close`` is told of each `close`."""
+        self.layer = layer
+        self.size = layer.head.size
+        self.read_only = False
+        self.rotational = blocks.device(layer.home).rotational
+        self.block_size = CHUNK_BYTES
+        self._layers = layers
+        self._blocks = blocks
+        self._allocator = allocator
+        self._note = note
+        self._free = free
+        self.close = on_close
+        self._chain = layers.chain(layer)
+        self._base_size = layers.base_size(self._chain)
+        self._gate = Gate()
+        self._flushing = threading.Lock()
+        self._mapping = threading.Lock()  # held while the map, or what is pending of it, changes
+        self._dirty: dict[int, BlockDevice] = {}
+        self._dirtying = threading.Lock()
+        self._pages: dict[int, int] = {}
+        self._chunks: dict[int, int] = {}
+        self._freed: list[Extent] = []
+        self._erasing = 0
+        self._erased = threading.Condition()
+
+    def split(self, split: Callable[[Layer], Layer]) -> Layer:
+        """Have ``split`` put a new Layer on top of the present one, which is returned and not written any more.
+
+        What the volume has at this moment is durable then. Raises what ``split`` raises; nothing has changed then.
+        """
+        with self._flushing, self._gate.shut():
+            freed = self._commit()
+            left = self.layer
+            self.layer = split(left)
+            self._chain = self._layers.chain(self.layer)
+        self._erase(freed)
+        return left
+
+    # Reading
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer``. Raises DeviceError, Damaged or InvalidRequest."""
+        self._check(offset, len(buffer))
+        with self._gate:
+            self._layers.fill(self._chain, offset, buffer)
+
+    def _check(self, offset: int, length: int) -> None:
+        if not 0 <= offset <= offset + length <= self.size:
+            raise InvalidRequest(
+                f"{length} bytes from {offset} on reach beyond the end of the volume at {self.size}",
+                hint="ask within the volume",
+            )
+
+    def runs(self, offset: int, length: int) -> Iterator[Run]:
+        """Which parts of the range are holes."""
+        self._check(offset, length)
+        return merged(self._chunk_runs(offset, offset + length))
+
+    def _chunk_runs(self, offset: int, end: int) -> Iterator[Run]:
+        while offset < end:
+            chunk, skip = divmod(offset, CHUNK_BYTES)
+            length = min(CHUNK_BYTES - skip, end - offset)
+            yield Run(length, State.DATA if self._has_data(chunk) else State.HOLE | State.ZERO)
+            offset += length
+
+    def _has_data(self, chunk: int) -> bool:
+        """Whether the chunk may be anything but zeros."""
+        address = self._layers.find(self._chain, chunk)
+        return address > ZEROS or (address == BASE and chunk * CHUNK_BYTES < self._base_size)
+
+    def _has_base(self, chunk: int) -> bool:
+        """Whether what is below the top Layer may have anything but zeros there."""
+        address = self._layers.find(self._chain[1:], chunk)
+        return address > ZEROS or (address == BASE and chunk * CHUNK_BYTES < self._base_size)
+
+    # Writing
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Overwrite. Raises NoSpace, which leaves each chunk as it was or written, DeviceError or InvalidRequest."""
+        self._check(offset, len(data))
+        try:
+            self._write(offset, data)
+        except NoSpace:
+            self._reclaim()
+            self._write(offset, data)
+        if len(self._chunks) > _PENDING_MAX:
+            self.flush()
+
+    def _write(self, offset: int, data: memoryview) -> None:
+        with self._gate:
+            at, end = 0, len(data)
+            while at < end:
+                chunk, skip = divmod(offset + at, CHUNK_BYTES)
+                address = self.layer.get(chunk)
+                stop = min(at + CHUNK_BYTES - skip, end)
+                if address <= ZEROS:
+                    self._write_first(chunk, skip, data[at:stop])
+                else:
+                    following = address + self._layers.chunk_blocks
+                    while stop < end and self.layer.get(chunk + 1) == following:
+                        stop = min(stop + CHUNK_BYTES, end)
+                        following, chunk = following + self._layers.chunk_blocks, chunk + 1
+                    self._write_in_place(address, skip, data[at:stop])
+                at = stop
+
+    def _write_in_place(self, address: int, skip: int, data: memoryview) -> None:
+        index, block, _ = extent_at(address, 1)
+        device = self._blocks.writable(index)
+        device.write(block * self._blocks.block_size + skip, (data,))
+        with self._dirtying:
+            self._dirty[index] = device
+
+    def _write_first(self, chunk: int, skip: int, data: memoryview) -> None:
+        """Write to a chunk that the top Layer does not have yet."""
+        with self._mapping:
+            address = self.layer.get(chunk)
+            if address > ZEROS:  # another thread was faster
+                self._write_in_place(address, skip, data)
+                return
+            self._place(page_of(chunk))
+            extent = self._allocator.run(self._layers.chunk_blocks, self.layer.home)
+            try:
+                self._write_in_place(address_of(extent), 0, self._whole(chunk, skip, data))
+            except BaseException:
+                self._erase([extent])
+                raise
+            self._change(chunk, address_of(extent))
+
+    def _whole(self, chunk: int, skip: int, data: memoryview) -> memoryview:
+        """The chunk as it will be."""
+        if len(data) == CHUNK_BYTES:
+            return data
+        whole = memoryview(bytearray(CHUNK_BYTES))
+        if self._has_data(chunk):
+            self._layers.fill(self._chain, chunk * CHUNK_BYTES, whole)
+        whole[skip : skip + len(data)] = data
+        return whole
+
+    def _place(self, number: int) -> None:
+        """See to it that a page has slots. Raises NoSpace."""
+        if number not in self.layer.places:
+            place = address_of(self._allocator.run(SLOT_COUNT, self.layer.home, only=True))
+            self.layer.places[number] = self._pages[number] = place
+
+    def _change(self, chunk: int, address: int) -> None:
+        self.layer.set(chunk, address)
+        self._chunks[chunk] = address
+
+    # Giving back
+
+    def trim(self, offset: int, length: int) -> None:
+        """Give back whole chunks within the range, which read as zeros then. Raises InvalidRequest, NoSpace."""
+        self._check(offset, length)
+        first, end = -(-offset // CHUNK_BYTES), (offset + length) // CHUNK_BYTES
+        while first < end:
+            page_end = min(end, page_of(first) * PAGE_CHUNKS)
+            with self._gate, self._mapping:
+                if page_of(first) in self.layer.places or len(self._chain) > 1 or self._base_size:
+                    for chunk in range(first, page_end):
+                        self._trim_chunk(chunk)
+            if len(self._chunks) > _PENDING_MAX:
+                self.flush()
+            first = page_end
+
+    def _trim_chunk(self, chunk: int) -> None:
+        address, bare = self.layer.get(chunk), ZEROS if self._has_base(chunk) else BASE
+        if address == bare or (address == BASE and bare == BASE):
+            return
+        self._place(page_of(chunk))
+        self._change(chunk, bare)
+        if address > ZEROS:
+            self._freed.append(extent_at(address, self._layers.chunk_blocks))
+
+    def zero(self, offset: int, length: int, *, keep: bool, fast: bool) -> None:
+        """Make the range read as zeros. Whole chunks are given back unless ``keep``; the rest is written."""
+        self._check(offset, length)
+        end = offset + length
+        head_end = min(end, -(-offset // CHUNK_BYTES) * CHUNK_BYTES)
+        tail = max(head_end, end // CHUNK_BYTES * CHUNK_BYTES)
+        if keep:
+            head_end = tail = end
+        self._write_zeros(offset, head_end, keep=keep)
+        self.trim(head_end, tail - head_end)
+        self._write_zeros(tail, end, keep=keep)
+
+    def _write_zeros(self, offset: int, end: int, *, keep: bool) -> None:
+        while offset < end:
+            stop = min(end, offset + _ZERO_BYTES)
+            if keep or self._has_data(offset // CHUNK_BYTES):
+                self.write(offset, _ZEROS[: stop - offset])
+            offset = stop
+
+    # Making durable
+
+    def flush(self) -> None:
+        """Make durable all that was done before. Raises DeviceError; what was not durable then is flushed again."""
+        with self._flushing:
+            freed = self._commit()
+            if freed:
+                with self._gate.shut():  # nobody is reading or writing there any more
+                    pass
+                self._erase(freed)
+
+    def _erase(self, extents: list[Extent]) -> None:
+        if extents:
+            with self._erased:
+                self._erasing += 1
+            self._free(extents, self._on_erased)
+
+    def _on_erased(self, error: RustordError | None) -> None:
+        del error  # then the blocks do not come back before the next start
+        with self._erased:
+            self._erasing -= 1
+            self._erased.notify_all()
+
+    def _reclaim(self) -> None:
+        """Wait until what was given back is free."""
+        self.flush()
+        with self._erased:
+            self._erased.wait_for(lambda: not self._erasing, _ERASE_S)
+
+    def _commit(self) -> list[Extent]:
+        """Everything but the giving back of blocks, which are returned."""
+        with self._mapping:
+            pages, self._pages = self._pages, {}
+            chunks, self._chunks = self._chunks, {}
+            freed, self._freed = self._freed, []
+        with self._dirtying:
+            dirty, self._dirty = self._dirty, {}
+        try:
+            self._flush_devices(dirty)
+            if chunks or pages:
+                self._journal(pages, chunks, freed)
+        except BaseException:
+            with self._mapping:
+                self._pages = pages | self._pages
+                self._chunks = chunks | self._chunks
+                self._freed = freed + self._freed
+            with self._dirtying:
+                self._dirty = dirty | self._dirty
+            raise
+        return freed
+
+    def _flush_devices(self, dirty: dict[int, BlockDevice]) -> None:
+        for index, device in dirty.items():
+            if self._blocks.writable(index) is not device:
+                raise DeviceError(
+                    f"device {index} was away, and may have lost what was written to it",
+                    hint="check what is on the volume",
+                )
+        for error in self._blocks.flush(dirty).values():
+            raise error
+
+    def _journal(self, pages: dict[int, int], chunks: dict[int, int], freed: Sequence[Extent]) -> None:
+        devices = {extent_at(address, 1).device for address in chunks.values() if address > ZEROS}
+        devices |= {extent.device for extent in freed} | {self.layer.home}
+        changes = sorted(chunks.items())
+        entries = [MapEntry(self.layer.uuid, sorted(pages.items()), changes[:_ENTRY_CHUNKS])]
+        entries += [
+            MapEntry(self.layer.uuid, (), changes[at : at + _ENTRY_CHUNKS])
+            for at in range(_ENTRY_CHUNKS, len(changes), _ENTRY_CHUNKS)
+        ]
+        for entry in entries:
+            self._note([entry], devices)

@@ -1,0 +1,348 @@
+"""Volumes: the writable block devices of a pool: made, frozen into Objects, cloned from them, opened and deleted."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple, Protocol, TypeVar
+
+from rustord.blockstore import chunk_sums
+from rustord.change import Change, Put
+from rustord.errors import DeviceBusy, InvalidRequest, NotFound, PreconditionFailed, RustordError
+from rustord.extent import Extent
+from rustord.journal import NOTHING
+from rustord.keygen import Hasher
+from rustord.label import LAYERED
+from rustord.layer import Frozen, Layer
+from rustord.objectstore import ObjectStore
+from rustord.objkey import is_uuid, parse_uuid
+from rustord.page import CHUNK_BYTES, SLOT_COUNT, Head, LayerEntry, MapEntry, address_of
+from rustord.pool import write_labels
+from rustord.record import Metadata, Record
+from rustord.volume import Volume
+
+T = TypeVar("T")
+
+SIZE_MAX = 1 << 43
+"""The largest volume: 8 TiB, whose map takes 1 GiB of memory when all of it is in use."""
+LAYERS_MAX = 64
+"""How many Layers may lie upon one another: each read looks through them."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_READ_BYTES = 1 << 20
+_CHANGE_S = 120.0
+_ERASE_S = 3600.0
+
+
+class Writer(Protocol):
+    """What is needed of a `rustord.writer.Writer`."""
+
+    def submit(
+        self, changes: Sequence[Change], deliver: Callable[[Sequence[tuple[Change, Record | RustordError]]], None]
+    ) -> None:
+        """Make the changes in the next cycles."""
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run ``function`` between two cycles."""
+
+
+class Info(NamedTuple):
+    """What there is to know of a volume. ``own_bytes`` are its own, ``shared_bytes`` those it has from what it was
+    cloned from, or shares with its snapshots; the rest of ``size`` are holes."""
+
+    name: str
+    size: int
+    own_bytes: int
+    shared_bytes: int
+    created_ns: int
+    layer_count: int
+    open_count: int
+
+
+class Volumes:
+    """Any thread may call any method; all of them may wait for devices.
+
+    One operation at a time works on a volume. A volume that is open is neither resized, frozen nor deleted.
+    """
+
+    def __init__(self, store: ObjectStore, writer: Writer) -> None:
+        self._store = store
+        self._layers = store.layers
+        self._writer = writer
+        self._volumes: dict[str, Volume] = {}
+        self._open: dict[str, int] = {}
+        self._busy: set[str] = set()
+        self._lock = threading.Lock()
+
+    # Looking
+
+    def names(self) -> list[str]:
+        """The names of all volumes, in order."""
+        return sorted(self._layers.volumes)
+
+    def stat(self, name: str) -> Info:
+        """Raises NotFound."""
+        layer = self._layer(name)
+        chain = self._layers.chain(layer)
+        own, shared = layer.own_count(), self._layers.shared_count(chain)
+        head = layer.head
+        opened = self._open.get(name, 0)
+        return Info(name, head.size, own * CHUNK_BYTES, shared * CHUNK_BYTES, head.created_ns, len(chain), opened)
+
+    def _layer(self, name: str) -> Layer:
+        layer = self._layers.volumes.get(name)
+        if layer is None:
+            raise NotFound(f"there is no volume {name[:80]!r}", hint="'rustorctl volume ls' lists them")
+        return layer
+
+    @contextmanager
+    def _working_on(self, name: str, *, closed: bool) -> Iterator[None]:
+        """Nobody else makes, changes or opens the volume meanwhile; with ``closed``, nobody has it open either."""
+        with self._lock:
+            if name in self._busy:
+                raise DeviceBusy(f"volume {name} is being worked on", hint="try again when that has finished")
+            if closed and self._open.get(name):
+                raise DeviceBusy(f"volume {name} is in use", hint="detach it first; or take a snapshot, which may be")
+            self._busy.add(name)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy.discard(name)
+
+    # Using
+
+    def open(self, name: str) -> Volume:
+        """The volume to read and write, until its `Volume.close`. Raises NotFound, DeviceBusy or DeviceError."""
+        with self._working_on(name, closed=False):
+            volume = self._volume(name)
+            with self._lock:
+                self._open[name] = self._open.get(name, 0) + 1
+        return volume
+
+    def _volume(self, name: str) -> Volume:
+        layer = self._layer(name)
+        if self._layers.is_frozen(layer):
+            raise DeviceBusy(f"volume {name} has become an Object", hint="restart rustord, which finishes that")
+        self._store.blocks.device(layer.home)
+        if name not in self._volumes:
+            store = self._store
+            self._volumes[name] = Volume(
+                layer, self._layers, store.blocks, store.allocator, self._note, self._free, lambda: self._close(name)
+            )
+        return self._volumes[name]
+
+    def _note(self, notes: Sequence[LayerEntry | MapEntry], devices: set[int]) -> None:
+        self._writer.call(lambda: self._store.note(notes, devices))
+
+    def _free(self, extents: Sequence[Extent], finished: Callable[[RustordError | None], None]) -> None:
+        self._store.free(extents, finished)
+        self._writer.call(lambda: None)  # the writer looks for something to do then
+
+    def _close(self, name: str) -> None:
+        with self._lock:
+            self._open[name] -= 1
+            if not self._open[name]:
+                del self._open[name]
+
+    def close(self) -> None:
+        """Flush all volumes; the writer still runs. Raises nothing: what cannot be flushed was not promised."""
+        for volume in list(self._volumes.values()):
+            try:
+                volume.flush()
+            except RustordError:
+                continue
+
+    # Making
+
+    def create(self, name: str, size: int) -> Info:
+        """Make an empty volume of ``size`` bytes, rounded up to 64 KiB; it takes room only where it is written.
+
+        Raises InvalidRequest, PreconditionFailed if there is one of that name, NoSpace, DeviceError or ReadOnly.
+        """
+        check_volume_name(name)
+        size = _rounded(size)
+        with self._working_on(name, closed=True):
+            self._writer.call(lambda: self._make(name, size, NOTHING))
+        return self.stat(name)
+
+    def clone(self, key: str, name: str) -> Info:
+        """Make a volume of what an Object has, by its uuid or name; it shares its blocks until they are written.
+
+        Raises NotFound as well.
+        """
+        check_volume_name(name)
+        with self._working_on(name, closed=True):
+            self._writer.call(lambda: self._clone(key, name))
+        return self.stat(name)
+
+    def _clone(self, key: str, name: str) -> None:
+        uuid = parse_uuid(key) if is_uuid(key) else self._store.resolve(key)
+        if uuid is None:
+            raise NotFound(f"there is no Object named {key[:80]!r}", hint="'rustorctl ls' lists the names")
+        record = self._store.stat(uuid)
+        base = self._layers.numbered(record.layer).uuid if record.layer else uuid
+        self._make(name, _rounded(record.size), base)
+
+    def _make(self, name: str, size: int, base: bytes) -> None:
+        """Called between cycles."""
+        self._store.check_changeable()
+        if name in self._layers.volumes:
+            raise PreconditionFailed(f"there is a volume {name} already", hint="choose another name")
+        if base in self._layers.by_uuid:
+            self._check_depth(self._layers.by_uuid[base])
+        enable_layers(self._store)
+        self._add(Head(size, time.time_ns(), base, self._layers.next_number(), name))
+
+    def _add(self, head: Head, home: int = -1, *others: LayerEntry) -> Layer:
+        """Put a new Layer into the pool, together with ``others``; on device ``home`` if that is given."""
+        slots = self._store.allocator.run(SLOT_COUNT, home, only=home >= 0)
+        layer = Layer(self._store.keygen.uuid(), address_of(slots), head)
+        try:
+            self._store.note([_entry(layer, head), *others], {layer.home})
+        except RustordError:
+            self._store.free([slots])  # on a device that failed they stay taken until the next start
+            raise
+        self._layers.add(layer)
+        return layer
+
+    def _check_depth(self, layer: Layer) -> None:
+        if len(self._layers.chain(layer)) >= LAYERS_MAX:
+            raise InvalidRequest(
+                f"{LAYERS_MAX} snapshots and clones of clones already lie upon one another",
+                hint="copy the volume's content to a new one, and go on with that",
+            )
+
+    # Changing
+
+    def resize(self, name: str, size: int) -> Info:
+        """Make the volume longer, or shorter if there is nothing beyond the new end. Raises InvalidRequest, ..."""
+        size = _rounded(size)
+        with self._working_on(name, closed=True):
+            layer = self._layer(name)
+            used = self._layers.used_size(self._layers.chain(layer))
+            if size < used:
+                raise InvalidRequest(
+                    f"volume {name} has data up to byte {used}, beyond {size}", hint="trim what is beyond, and flush"
+                )
+            volume = self._volume(name)
+            volume.flush()
+            self._set_head(layer, layer.head._replace(size=size))
+            volume.size = size
+        return self.stat(name)
+
+    def _set_head(self, layer: Layer, head: Head) -> None:
+        def change() -> None:
+            self._store.note([_entry(layer, head)], {layer.home})
+            self._layers.rename(layer, head)
+
+        self._writer.call(change)
+
+    def delete(self, name: str) -> None:
+        """Delete a volume; on return what nobody else needs of it has been erased. Raises NotFound, DeviceBusy, ..."""
+        with self._working_on(name, closed=True):
+            self._drop(self._layer(name))
+
+    def _drop(self, layer: Layer) -> None:
+        self._volumes.pop(layer.head.name, None)
+        self._set_head(layer, layer.head._replace(name=""))
+        erased: Future[RustordError | None] = Future()
+        self._writer.call(lambda: self._store.sweep(erased.set_result))
+        if error := erased.result(_ERASE_S):
+            raise error
+
+    # Freezing
+
+    def freeze(self, name: str, object_name: str = "") -> Record:
+        """Make a volume an Object, named as the volume was unless ``object_name`` is given; no data is moved.
+
+        Raises NotFound, DeviceBusy, PreconditionFailed if the name is taken, ...
+        """
+        with self._working_on(name, closed=True):
+            layer = self._layer(name)
+            self._volume(name).flush()
+            record = self._store_frozen(layer, object_name or name)
+            self._volumes.pop(name, None)
+            self._set_head(layer, layer.head._replace(name=""))
+        return record
+
+    def snapshot(self, name: str, object_name: str = "") -> Record:
+        """Make an Object of what a volume has at this moment, while it is in use; no data is moved.
+
+        Raises NotFound, PreconditionFailed if the name is taken, InvalidRequest if there are too many, ...
+        """
+        with self._working_on(name, closed=False):
+            self._check_new(object_name)
+            layer = self._layer(name)
+            self._check_depth(layer)
+            left = self._volume(name).split(lambda left: self._writer.call(lambda: self._cover(left)))
+        return self._store_frozen(left, object_name)
+
+    def _cover(self, left: Layer) -> Layer:
+        """Put a new Layer on top of that of a volume. Called between cycles."""
+        nameless = left.head._replace(name="")
+        head = Head(left.head.size, time.time_ns(), left.uuid, self._layers.next_number(), left.head.name)
+        top = self._add(head, left.home, _entry(left, nameless))
+        left.head = nameless
+        return top
+
+    def _check_new(self, object_name: str) -> None:
+        if object_name and self._store.resolve(object_name) is not None:
+            raise PreconditionFailed(f"there is an Object named {object_name!r} already", hint="choose another name")
+
+    def _store_frozen(self, layer: Layer, object_name: str) -> Record:
+        self._check_new(object_name)
+        hasher = self._store.keygen.hasher()
+        sums = self._sum(layer, hasher)
+        put = Put(Frozen(layer, hasher.digest(), sums), Metadata(object_name), if_none_match=bool(object_name))
+        stored: Future[Record | RustordError] = Future()
+        self._writer.submit([put], lambda outcomes: stored.set_result(outcomes[0][1]))
+        outcome = stored.result(_CHANGE_S)
+        if isinstance(outcome, RustordError):
+            raise outcome
+        return outcome
+
+    def _sum(self, layer: Layer, hasher: Hasher) -> bytes:
+        """Hash what a Layer has, and return the checksums of its chunks."""
+        chain = self._layers.chain(layer)
+        buffer = memoryview(bytearray(_READ_BYTES))
+        sums = []
+        for offset in range(0, layer.head.size, _READ_BYTES):
+            piece = buffer[: min(_READ_BYTES, layer.head.size - offset)]
+            self._layers.fill(chain, offset, piece)
+            hasher.update(piece)
+            sums.append(chunk_sums(piece))
+        return b"".join(sums)
+
+
+def _entry(layer: Layer, head: Head) -> LayerEntry:
+    return LayerEntry(layer.uuid, layer.address, head.encode())
+
+
+def _rounded(size: int) -> int:
+    if not 0 < size <= SIZE_MAX:
+        raise InvalidRequest(f"a volume of {size} bytes", hint=f"a volume has 1 to {SIZE_MAX} bytes (8 TiB)")
+    return -(-size // CHUNK_BYTES) * CHUNK_BYTES
+
+
+def check_volume_name(name: str) -> None:
+    """Raise InvalidRequest unless a volume may have this name."""
+    if not _NAME.fullmatch(name) or is_uuid(name):
+        raise InvalidRequest(
+            f"{name[:80]!r} is no name for a volume",
+            hint="1 to 128 letters, digits, '.', '_' and '-', not beginning with one of these, and no uuid",
+        )
+
+
+def enable_layers(store: ObjectStore) -> None:
+    """Say in the labels that the pool has Layers, which keeps older versions of rustord away from it."""
+    if store.label.incompatible & LAYERED:
+        return
+    label = replace(store.label, generation=store.label.generation + 1, incompatible=store.label.incompatible | LAYERED)
+    store.keystore.note_generation(label.generation)
+    write_labels(store.blocks, label)
+    store.label = label

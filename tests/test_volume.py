@@ -1,0 +1,143 @@
+"""A volume that many threads use at once, and what a write or a flush that fails leaves; see also test_volumes.py."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from rustord.errors import DeviceError
+from rustord.objectstore import ObjectStore
+from rustord.page import CHUNK_BYTES
+from rustord.volume import Gate, Volume
+from rustord.volumes import Volumes
+from rustord.writer import Writer
+from tests.simulation import MIB, Simulation, check_sound
+
+SIZE = 32 * CHUNK_BYTES
+
+
+@pytest.fixture
+def simulation(disk_path: Path) -> Simulation:
+    return Simulation(disk_path, (64 * MIB,))
+
+
+@pytest.fixture
+def store(simulation: Simulation) -> Iterator[ObjectStore]:
+    store = simulation.open()
+    yield store
+    simulation.close()
+
+
+@pytest.fixture
+def volumes(store: ObjectStore) -> Iterator[Volumes]:
+    writer = Writer(store)
+    volumes = Volumes(store, writer)
+    yield volumes
+    volumes.close()
+    assert writer.close()
+    check_sound(store)
+
+
+def read(volume: Volume, offset: int, length: int) -> bytes:
+    buffer = bytearray(length)
+    volume.read(offset, memoryview(buffer))
+    return bytes(buffer)
+
+
+def together(*work: Callable[[], None]) -> None:
+    with ThreadPoolExecutor(len(work)) as pool:
+        for done in [pool.submit(one) for one in work]:
+            done.result(60)
+
+
+def test_threads_do_not_lose_one_anothers_writes(volumes: Volumes, seed: int) -> None:
+    volumes.create("disk", SIZE)
+    volume = volumes.open("disk")
+    lanes, rounds = 8, 60
+
+    def work(lane: int) -> Callable[[], None]:
+        chance = random.Random(seed + lane)
+
+        def run() -> None:
+            mine = bytearray(SIZE // 4096)  # of each chunk, every eighth block is this thread's
+            for number in range(rounds):
+                block = chance.randrange(SIZE // 4096 // lanes) * lanes + lane
+                value = number % 255 + 1
+                volume.write(block * 4096, memoryview(bytes([value]) * 4096))
+                mine[block] = value
+                if chance.random() < 0.2:
+                    volume.flush()
+                if chance.random() < 0.05 and lane == 0:
+                    volumes.snapshot("disk")
+            for block, value in enumerate(mine):
+                if block % lanes == lane:
+                    assert read(volume, block * 4096, 4096) == bytes([value]) * 4096
+
+        return run
+
+    together(*(work(lane) for lane in range(lanes)))
+    volume.close()
+    volumes.delete("disk")
+
+
+def test_blocks_that_are_given_back_are_never_written_by_who_still_has_them(
+    store: ObjectStore, volumes: Volumes, seed: int
+) -> None:
+    volumes.create("disk", SIZE)
+    volume = volumes.open("disk")
+    chance = random.Random(seed)
+    stop = threading.Event()
+
+    def overwrite() -> None:
+        while not stop.is_set():
+            volume.write(0, memoryview(b"\xff" * 2 * CHUNK_BYTES))
+
+    def give_back() -> None:
+        try:
+            for _ in range(100):
+                volume.trim(0, 2 * CHUNK_BYTES)
+                volume.flush()
+        finally:
+            stop.set()
+
+    together(overwrite, overwrite, give_back)
+    volume.close()
+    volumes.delete("disk")
+    for block, count in store.allocator._free[0]:
+        data = bytearray(min(count, 64) * 4096)
+        store.blocks.device(0).read(block * 4096, (data,))
+        assert not any(data), "a free block was written"
+    del chance
+
+
+def test_a_flush_that_fails_says_so_and_goes_on_saying_so(simulation: Simulation, volumes: Volumes) -> None:
+    volumes.create("disk", SIZE)
+    volume = volumes.open("disk")
+    volume.write(0, memoryview(b"x" * 4096))
+    simulation.devices[0].fail_flushes = 1
+    for _ in range(2):
+        with pytest.raises(DeviceError):
+            volume.flush()
+    assert read(volume, 0, 4096) == b"x" * 4096
+    volume.close()
+
+
+def test_a_gate_that_is_shut_lets_nobody_in() -> None:
+    gate = Gate()
+    inside = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        with gate.shut():
+
+            def enter() -> None:
+                with gate:
+                    inside.set()
+
+            entering = pool.submit(enter)
+            assert not inside.is_set()
+        entering.result(10)
+        assert inside.is_set()

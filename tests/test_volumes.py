@@ -1,0 +1,566 @@
+"""Volumes against a model, with power cuts; and what becomes of blocks that are shared."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from rustord.change import Change
+from rustord.errors import DeviceBusy, InvalidRequest, NoSpace, NotFound, PreconditionFailed, RustordError
+from rustord.keystore.lmdb import LmdbBackend
+from rustord.objectstore import ObjectStore
+from rustord.objkey import uuid_text
+from rustord.page import CHUNK_BYTES
+from rustord.pool import open_devices
+from rustord.rebuild import rebuild
+from rustord.record import Record
+from rustord.volume import Volume
+from rustord.volumes import Volumes
+from tests.simulation import MIB, SECTOR_BYTES, PowerCut, Simulation, check_sound, free_count, live, run
+
+T = TypeVar("T")
+SIZE = 40 * CHUNK_BYTES
+
+
+class Direct:
+    """A writer that makes all cycles at once, on the caller's thread."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+
+    def submit(
+        self, changes: Sequence[Change], deliver: Callable[[Sequence[tuple[Change, Record | RustordError]]], None]
+    ) -> None:
+        deliver(list(zip(changes, run(self._store, *changes), strict=True)))
+
+    def call(self, function: Callable[[], T]) -> T:
+        answer = function()
+        run(self._store)
+        return answer
+
+
+class Bench:
+    """A pool in a simulation, and its volumes."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        self.simulation = simulation
+        self.store = simulation.open()
+        self.volumes = Volumes(self.store, Direct(self.store))
+
+    def reopen(self, *, lose_index: bool = False, clean: bool = True) -> None:
+        if clean:
+            self.volumes.close()
+            self.simulation.close()
+        else:
+            self.simulation.cut_power()
+        if lose_index:
+            self.simulation.lose_index()
+        self.store = self.simulation.open()
+        self.volumes = Volumes(self.store, Direct(self.store))
+
+    def check(self) -> None:
+        """Nothing leaks: every block is free or named once."""
+        run(self.store)
+        check_sound(self.store)
+
+
+@pytest.fixture
+def bench(disk_path: Path) -> Iterator[Bench]:
+    bench = Bench(Simulation(disk_path, (32 * MIB, 32 * MIB)))
+    yield bench
+    bench.simulation.close()
+
+
+def read(volume: Volume, offset: int, length: int) -> bytes:
+    buffer = bytearray(b"\xee" * length)
+    volume.read(offset, memoryview(buffer))
+    return bytes(buffer)
+
+
+def write(volume: Volume, offset: int, data: bytes) -> None:
+    volume.write(offset, memoryview(data))
+
+
+def content(bench: Bench, name: str) -> bytes:
+    volume = bench.volumes.open(name)
+    try:
+        return read(volume, 0, volume.size)
+    finally:
+        volume.close()
+
+
+def test_a_volume_keeps_what_is_written(bench: Bench) -> None:
+    before = free_count(bench.store)
+    info = bench.volumes.create("disk", 100 * MIB)
+    assert (info.size, info.own_bytes, info.shared_bytes) == (100 * MIB, 0, 0)
+    volume = bench.volumes.open("disk")
+    assert read(volume, 99 * MIB, MIB) == bytes(MIB)
+    write(volume, 70_000, b"hello")
+    write(volume, 3 * CHUNK_BYTES - 2, b"over the edge")
+    assert read(volume, 69_998, 9) == b"\0\0hello\0\0"
+    assert read(volume, 3 * CHUNK_BYTES - 3, 15) == b"\0over the edge\0"
+    volume.flush()
+    volume.close()
+    assert bench.volumes.stat("disk").own_bytes == 3 * CHUNK_BYTES
+    bench.check()
+    for _ in range(2):
+        bench.reopen()
+        bench.check()
+    bench.reopen(clean=False)
+    volume = bench.volumes.open("disk")
+    assert read(volume, 69_998, 9) == b"\0\0hello\0\0"
+    volume.close()
+    bench.volumes.delete("disk")
+    bench.check()
+    assert free_count(bench.store) == before
+    assert bench.volumes.names() == []
+
+
+def test_what_is_trimmed_is_given_back_and_reads_as_zeros(bench: Bench) -> None:
+    bench.volumes.create("disk", SIZE)
+    volume = bench.volumes.open("disk")
+    before = free_count(bench.store)
+    write(volume, 0, b"x" * SIZE)
+    volume.flush()
+    used = before - free_count(bench.store)
+    volume.trim(1, SIZE - 1)
+    volume.flush()
+    run(bench.store)
+    assert read(volume, 0, SIZE) == b"x" * CHUNK_BYTES + bytes(SIZE - CHUNK_BYTES)
+    volume.zero(10, 20, keep=False, fast=False)
+    volume.zero(CHUNK_BYTES, 20, keep=True, fast=False)
+    volume.flush()
+    assert read(volume, 0, CHUNK_BYTES) == b"x" * 10 + bytes(20) + b"x" * (CHUNK_BYTES - 30)
+    assert before - free_count(bench.store) < used // 10
+    assert [run.length for run in volume.runs(0, SIZE)] == [2 * CHUNK_BYTES, SIZE - 2 * CHUNK_BYTES]
+    volume.close()
+    bench.check()
+    free = bytes(CHUNK_BYTES)
+    for block, count in bench.store.allocator._free[0]:
+        assert bench.simulation.read(0, block, min(count, 16)) == free[: min(count, 16) * 4096]
+
+
+def test_freeze_makes_an_object_and_moves_nothing(bench: Bench) -> None:
+    bench.volumes.create("disk", SIZE)
+    volume = bench.volumes.open("disk")
+    write(volume, 5 * CHUNK_BYTES, b"abc" * 50_000)
+    with pytest.raises(DeviceBusy):
+        bench.volumes.freeze("disk")
+    volume.close()
+    expected = content(bench, "disk")
+    record = bench.volumes.freeze("disk")
+    assert bench.volumes.names() == []
+    assert (record.size, record.name) == (SIZE, "disk")
+    assert bench.store.get(record.uuid) == expected
+    bench.check()
+    for clean in (True, False):
+        bench.reopen(clean=clean)
+        assert bench.store.get(record.uuid) == expected
+        bench.check()
+    bench.store.delete(record.uuid)
+    bench.check()
+    assert not bench.store.layers.by_uuid
+
+
+@pytest.mark.parametrize("reopen", [False, True])
+def test_everything_is_freed_with_the_last_that_needs_it(bench: Bench, seed: int, *, reopen: bool) -> None:
+    chance = random.Random(seed)
+    bench.volumes.close()
+    run(bench.store)
+    before = free_count(bench.store)
+    image = chance.randbytes(10 * CHUNK_BYTES + 4321)
+    for _ in range(8 if not reopen else 4):
+        original = bench.store.put(image, name="image")
+        bench.volumes.clone("image", "one")
+        bench.volumes.clone(uuid_text(original.uuid), "two")
+        assert bench.volumes.stat("one").shared_bytes == 11 * CHUNK_BYTES
+        volume = bench.volumes.open("one")
+        write(volume, 100_000, b"changed")
+        snapshot = bench.volumes.snapshot("one", "snap")
+        write(volume, 200_000, b"changed again")
+        volume.trim(0, CHUNK_BYTES)
+        volume.flush()
+        volume.close()
+        bench.volumes.clone("snap", "three")
+        volume = bench.volumes.open("three")
+        write(volume, 300_000, b"third")
+        volume.close()
+        frozen = bench.volumes.freeze("three", "fourth")
+        padded = image + bytes(-len(image) % CHUNK_BYTES)
+        snap = padded[:100_000] + b"changed" + padded[100_007:]
+        one = bytes(CHUNK_BYTES) + snap[CHUNK_BYTES:200_000] + b"changed again" + snap[200_013:]
+        fourth = snap[:300_000] + b"third" + snap[300_005:]
+        left: list[tuple[bytes | str, bytes]] = [
+            (original.uuid, image),
+            (snapshot.uuid, snap),
+            (frozen.uuid, fourth),
+            ("one", one),
+            ("two", padded),
+        ]
+        chance.shuffle(left)
+        while left:
+            bench.check()
+            for key, expected in left:
+                assert (content(bench, key) if isinstance(key, str) else bench.store.get(key)) == expected
+            key, _ = left.pop()
+            if isinstance(key, str):
+                bench.volumes.delete(key)
+            else:
+                bench.store.delete(key)
+            if reopen:
+                bench.reopen(clean=chance.random() < 0.5)
+        bench.check()
+        assert not bench.store.layers.by_uuid
+        assert not bench.store.keystore.bases()
+        assert free_count(bench.store) == before
+        for index, runs in bench.store.allocator._free.items():
+            for block, count in runs:
+                assert not any(bench.simulation.read(index, block, count)), "what is free was not erased"
+
+
+def test_an_image_that_is_replaced_stays_below_its_clones(bench: Bench) -> None:
+    bench.store.put(b"old" * 100_000, name="image")
+    bench.volumes.clone("image", "disk")
+    bench.store.put(b"new" * 100_000, name="image")
+    bench.check()
+    bench.reopen(clean=False)
+    assert content(bench, "disk")[:300_000] == b"old" * 100_000
+    bench.volumes.delete("disk")
+    bench.check()
+    assert len(live(bench.store)) == 1
+
+
+def test_a_full_pool_fails_the_write_and_nothing_else(disk_path: Path) -> None:
+    bench = Bench(Simulation(disk_path, (16 * MIB,)))
+    bench.volumes.create("disk", 100 * MIB)
+    volume = bench.volumes.open("disk")
+    written = 0
+    with suppress(NoSpace):
+        while written < 16 * MIB:
+            write(volume, written, b"%08d" % written * 8192)
+            written += CHUNK_BYTES
+    assert 4 * MIB < written < 16 * MIB
+    volume.flush()
+    write(volume, written - 8, b"in place")
+    for at in range(0, written - CHUNK_BYTES, CHUNK_BYTES):
+        assert read(volume, at, CHUNK_BYTES) == b"%08d" % at * 8192
+    volume.trim(0, 2 * CHUNK_BYTES)
+    write(volume, written, b"there is room again")
+    volume.flush()
+    volume.close()
+    bench.check()
+    bench.reopen(clean=False)
+    volume = bench.volumes.open("disk")
+    assert read(volume, written, 19) == b"there is room again"
+    volume.close()
+    bench.check()
+    bench.simulation.close()
+
+
+def test_bad_input_gets_a_clear_error_and_changes_nothing(bench: Bench) -> None:
+    volumes = bench.volumes
+    volumes.create("disk", SIZE)
+    volume = volumes.open("disk")
+    write(volume, 10 * CHUNK_BYTES, b"x")
+    for act in (lambda: volumes.delete("disk"), lambda: volumes.resize("disk", 2 * SIZE)):
+        with pytest.raises(DeviceBusy, match="in use"):
+            act()
+    volume.close()
+    with pytest.raises(InvalidRequest, match="beyond"):
+        volumes.resize("disk", 10 * CHUNK_BYTES)
+    assert volumes.resize("disk", 11 * CHUNK_BYTES).size == 11 * CHUNK_BYTES
+    with pytest.raises(PreconditionFailed, match="already"):
+        volumes.create("disk", SIZE)
+    with pytest.raises(NotFound):
+        volumes.clone("0190b8f0-0000-7000-8000-000000000000", "new")
+    with pytest.raises(NotFound):
+        volumes.clone("no such name", "new")
+    for name in ("", "a/b", "x" * 129, "\n", "0190b8f0-0000-7000-8000-000000000000"):
+        with pytest.raises(InvalidRequest):
+            volumes.create(name, SIZE)
+    for size in (0, -1, 1 << 60):
+        with pytest.raises(InvalidRequest):
+            volumes.create("new", size)
+    bench.store.put(b"taken", name="taken")
+    for act in (lambda: volumes.freeze("disk", "taken"), lambda: volumes.snapshot("disk", "taken")):
+        with pytest.raises(PreconditionFailed, match="already"):
+            act()
+    for offset, length in ((-1, 1), (0, SIZE), (11 * CHUNK_BYTES, 1)):
+        with pytest.raises(InvalidRequest):
+            volume.read(offset, memoryview(bytearray(length)))
+    assert volumes.names() == ["disk"]
+    bench.check()
+
+
+class Model:
+    """What each sector of a volume may hold: the newest content, and after a cut any since the last flush."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = bytearray(data)
+        self.maybe: dict[int, list[bytes]] = {}
+
+    def put(self, offset: int, data: bytes) -> None:
+        first, last = offset // SECTOR_BYTES, (offset + len(data) - 1) // SECTOR_BYTES
+        for sector in range(first, last + 1):
+            self.maybe.setdefault(sector, [self.sector(sector)])
+        self.data[offset : offset + len(data)] = data
+        for sector in range(first, last + 1):
+            self.maybe[sector].append(self.sector(sector))
+
+    def sector(self, number: int) -> bytes:
+        return bytes(self.data[number * SECTOR_BYTES : (number + 1) * SECTOR_BYTES])
+
+    def flushed(self) -> None:
+        self.maybe.clear()
+
+    def copy(self) -> Model:
+        return Model(bytes(self.data))
+
+    def check_after_cut(self, found: bytes) -> None:
+        assert len(found) == len(self.data)
+        if found != bytes(self.data):
+            for number in range(len(found) // SECTOR_BYTES):
+                sector = found[number * SECTOR_BYTES : (number + 1) * SECTOR_BYTES]
+                if sector != self.sector(number):
+                    assert sector in self.maybe.get(number, ()), f"sector {number} is neither old nor new"
+        self.data[:] = found
+        self.maybe.clear()
+
+
+class Run:
+    """Random work on volumes and Objects, which a power cut ends; then everything has to be as one of its models."""
+
+    def __init__(self, bench: Bench, chance: random.Random) -> None:
+        self.bench = bench
+        self.chance = chance
+        self.volumes: dict[str, Model] = {}
+        self.objects: dict[str, bytes] = {}
+        self.unsure: set[str] = set()  # volumes and Objects that may or may not be there, since a cut came in between
+
+    def step(self) -> None:
+        chance = self.chance
+        if not self.volumes or (chance.random() < 0.05 and len(self.volumes) < 4):
+            self.create()
+            return
+        name = chance.choice(sorted(self.volumes))
+        kind = chance.choices(
+            ("write", "flush", "trim", "snapshot", "freeze", "delete", "clone", "object", "remove", "checkpoint"),
+            (60, 15, 8, 3, 1, 1, 2, 4, 3, 6),
+        )[0]
+        getattr(self, kind)(name)
+
+    def fresh(self) -> str:
+        return f"v{self.chance.getrandbits(40)}"
+
+    def create(self) -> None:
+        name = self.fresh()
+        self.unsure.add(name)
+        self.volumes[name] = Model(bytes(12 * CHUNK_BYTES))
+        self.bench.volumes.create(name, 12 * CHUNK_BYTES)
+        self.unsure.discard(name)
+
+    def opened(self, name: str, work: Callable[[Volume], None]) -> None:
+        volume = self.bench.volumes.open(name)
+        try:
+            work(volume)
+        finally:
+            volume.close()
+
+    def write(self, name: str) -> None:
+        model, chance = self.volumes[name], self.chance
+        offset = chance.randrange(len(model.data))
+        length = min(chance.choice((1, 512, 4096, 100_000, 200_000)), len(model.data) - offset)
+        if chance.random() < 0.7:
+            offset -= offset % 4096
+        data = chance.randbytes(length)
+        model.put(offset, data)
+        self.opened(name, lambda volume: volume.write(offset, memoryview(data)))
+
+    def flush(self, name: str) -> None:
+        self.opened(name, lambda volume: volume.flush())
+        self.volumes[name].flushed()
+
+    def trim(self, name: str) -> None:
+        model, chance = self.volumes[name], self.chance
+        first = chance.randrange(len(model.data) // CHUNK_BYTES)
+        offset, length = first * CHUNK_BYTES, chance.randrange(1, 4) * CHUNK_BYTES
+        length = min(length, len(model.data) - offset)
+        model.put(offset, bytes(length))
+        if chance.random() < 0.5:
+            self.opened(name, lambda volume: volume.trim(offset, length))
+        else:
+            keep = chance.random() < 0.5
+            self.opened(name, lambda volume: volume.zero(offset, length, keep=keep, fast=False))
+
+    def snapshot(self, name: str) -> None:
+        label = self.fresh()
+        self.objects[label] = bytes(self.volumes[name].data)
+        self.unsure.add(label)
+        self.bench.volumes.snapshot(name, label)
+        self.volumes[name].flushed()
+        self.unsure.discard(label)
+
+    def freeze(self, name: str) -> None:
+        label = self.fresh()
+        self.objects[label] = bytes(self.volumes[name].data)
+        self.unsure |= {name, label}
+        self.bench.volumes.freeze(name, label)
+        self.unsure -= {name, label}
+        del self.volumes[name]
+
+    def delete(self, name: str) -> None:
+        self.unsure.add(name)
+        self.bench.volumes.delete(name)
+        self.unsure.discard(name)
+        del self.volumes[name]
+
+    def clone(self, name: str) -> None:
+        del name
+        sure = sorted(self.objects.keys() - self.unsure)
+        if sure and len(self.volumes) < 5:
+            label, source = self.fresh(), self.chance.choice(sure)
+            data = self.objects[source]
+            self.volumes[label] = Model(data + bytes(-len(data) % CHUNK_BYTES))
+            self.unsure.add(label)
+            self.bench.volumes.clone(source, label)
+            self.unsure.discard(label)
+
+    def object(self, name: str) -> None:
+        del name
+        label = self.fresh()
+        self.objects[label] = self.chance.randbytes(self.chance.choice((10, 4096, 70_000, 300_000)))
+        self.unsure.add(label)
+        self.bench.store.put(self.objects[label], name=label)
+        self.unsure.discard(label)
+
+    def remove(self, name: str) -> None:
+        del name
+        if self.objects:
+            label = self.chance.choice(sorted(self.objects))
+            uuid = self.bench.store.resolve(label)
+            assert uuid is not None
+            self.unsure.add(label)
+            self.bench.store.delete(uuid)
+            self.unsure.discard(label)
+            del self.objects[label]
+
+    def checkpoint(self, name: str) -> None:
+        del name
+        self.bench.store.keystore.checkpoint()
+
+    def check(self) -> None:
+        """After a cut, and a new opening."""
+        bench = self.bench
+        there = set(bench.volumes.names())
+        names = {record.name for record in live(bench.store)}
+        assert there <= self.volumes.keys()
+        assert self.volumes.keys() - self.unsure <= there
+        assert names <= self.objects.keys()
+        assert self.objects.keys() - self.unsure <= names
+        self.volumes = {name: model for name, model in self.volumes.items() if name in there}
+        self.objects = {name: data for name, data in self.objects.items() if name in names}
+        self.unsure.clear()
+        for name, model in self.volumes.items():
+            model.check_after_cut(content(bench, name))
+        for name, data in self.objects.items():
+            uuid = bench.store.resolve(name)
+            assert uuid is not None
+            assert bench.store.get(uuid) == data
+        bench.check()
+
+
+def rebuild_index(simulation: Simulation) -> None:
+    simulation.lose_index()
+    devices = open_devices(simulation.paths, read_only=True)
+    rebuild(devices, backend=LmdbBackend(), directory=simulation.index)
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_the_devices_alone_bring_back_every_volume(bench: Bench, seed: int, *, clean: bool) -> None:
+    chance = random.Random(seed)
+    image = bench.store.put(chance.randbytes(5 * CHUNK_BYTES), name="image")
+    bench.volumes.create("disk", 40 * MIB)
+    bench.volumes.clone("image", "clone")
+    bench.volumes.create("gone", SIZE)
+    for name in ("gone", "disk", "clone"):
+        volume = bench.volumes.open(name)
+        for _ in range(10):
+            write(volume, chance.randrange(volume.size - 5000), chance.randbytes(5000))
+            volume.flush()
+        volume.close()
+    bench.volumes.delete("gone")
+    snapshot = bench.volumes.snapshot("disk", "snapshot")
+    bench.store.delete(image.uuid)
+    for _ in range(2):
+        for turn in range(2):
+            volume = bench.volumes.open("disk")
+            write(volume, turn * 10_000, b"after the snapshot")
+            volume.flush()
+            volume.close()
+            if turn == 0:
+                for _ in range(1200):  # until no journal has anything of what was before
+                    bench.store.put(b"x", name="filler", text="t" * 7500)
+        before = {name: content(bench, name) for name in bench.volumes.names()}
+        frozen = bench.store.get(snapshot.uuid)
+        if clean:
+            bench.volumes.close()
+            bench.simulation.close()
+        else:
+            bench.simulation.cut_power()
+        rebuild_index(bench.simulation)
+        bench.store = bench.simulation.open()
+        bench.volumes = Volumes(bench.store, Direct(bench.store))
+        assert sorted(before) == bench.volumes.names() == ["clone", "disk"]
+        assert {name: content(bench, name) for name in before} == before
+        assert bench.store.get(snapshot.uuid) == frozen
+        assert {record.name for record in live(bench.store)} == {"snapshot", "filler"}
+        bench.check()
+    bench.volumes.delete("clone")
+    bench.volumes.delete("disk")
+    bench.store.delete(snapshot.uuid)
+    bench.check()
+    assert not bench.store.layers.by_uuid
+
+
+def cut(bench: Bench, run: Run, chance: random.Random) -> None:
+    """Cut the power; of what was not flushed all, nothing or some stays. Sometimes the index is lost as well."""
+    part = chance.choice((0.0, 0.5, 0.5, 0.9, 1.0))
+    bench.simulation.cut_power(lambda _: chance.random() < part)
+    fate = chance.random()
+    if fate < 0.15:
+        bench.simulation.lose_index()
+    elif fate < 0.4:
+        rebuild_index(bench.simulation)
+    bench.store = bench.simulation.open()
+    bench.volumes = Volumes(bench.store, Direct(bench.store))
+    run.check()
+
+
+def test_a_power_cut_at_any_moment_loses_nothing_that_was_flushed(
+    disk_path: Path, seed: int, pytestconfig: pytest.Config
+) -> None:
+    rounds = 400 if pytestconfig.getoption("long") else 40
+    for number in range(rounds):
+        chance = random.Random(seed + number)
+        directory = disk_path / str(number)
+        directory.mkdir()
+        bench = Bench(Simulation(directory, (24 * MIB,) * chance.choice((1, 2))))
+        work = Run(bench, chance)
+        for _ in range(3):
+            bench.simulation.power.left = chance.randrange(1, 400)
+            try:
+                for _ in range(150):
+                    try:
+                        work.step()
+                    except NoSpace:
+                        break
+            except PowerCut:
+                pass
+            bench.simulation.power.left = 0
+            cut(bench, work, chance)
+        bench.simulation.close()
