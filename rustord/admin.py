@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rustord.blockstore import Slot
@@ -33,6 +33,7 @@ class Admin:
         plugins: PluginManager,
         scrub: Scrub,
         metrics: Callable[[], bytes] = lambda: b"",
+        exports: Callable[[], Iterable[Mapping[str, Any]]] = lambda: (),
     ) -> None:
         self._store = store
         self._writer = writer
@@ -40,6 +41,8 @@ class Admin:
         self._scrub = scrub
         self.metrics = metrics
         """Makes the text of /metrics."""
+        self.exports = exports
+        """Tells what is open as a block device."""
 
     def pool(self) -> dict[str, Any]:
         """The state of the pool as a whole; ``problems`` is empty when all is well. Sizes in bytes."""

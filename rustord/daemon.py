@@ -258,7 +258,8 @@ class _Daemon:
         self._writer = Writer(store, self._metrics.on_cycle)
         self._repairer = Repairer(store, self._writer)
         self._scrub = Scrub(store, self._repairer, config.pool.directory / "scrub.json", config.scrub.rate)
-        self._admin = Admin(store, self._writer, plugins, self._scrub, self._metrics.text)
+        self._nbd = NbdServer(Exports(store, self._writer), roles(config), config.nbd.limits())
+        self._admin = Admin(store, self._writer, plugins, self._scrub, self._metrics.text, self._nbd.exports)
         self._server = HttpServer(
             store,
             self._writer,
@@ -267,7 +268,6 @@ class _Daemon:
             roles=roles(config),
             slow_request_s=config.log.slow_request,
         )
-        self._nbd = NbdServer(Exports(store, self._writer), roles(config), config.nbd.limits())
         self._metrics.watch(store, self._server.traffic, self._scrub)
         self._stop = asyncio.Event()
         self._hotplug: Hotplug | None = None

@@ -113,7 +113,6 @@ class Metrics:
         yield bad
         yield state
 
-
     def _integrity(self) -> Iterator[Metric]:
         scrub, repairer = self._scrub, self._scrub.repairer
         report = scrub.report

@@ -23,6 +23,7 @@ from rustord.wire.http1 import ReplyHead, read_reply_head
 from rustord.wire.problem import read_problem
 from rustord.wire.request import (
     DEVICES,
+    EXPORTS,
     METRICS,
     PLUGINS,
     POOL,
@@ -183,6 +184,10 @@ class Client:
     def stop_scrub(self) -> dict[str, Any]:
         """End the scrub where it is."""
         return dict(self._json(STOP_SCRUB))
+
+    def exports(self) -> list[dict[str, Any]]:
+        """What is open as a block device over NBD, an entry for each connection."""
+        return list(self._json(EXPORTS))
 
     def plugins(self) -> list[dict[str, Any]]:
         """The plugins that are loaded or installed."""

@@ -26,7 +26,7 @@ from typing import Any
 from rustord.errors import RustordError
 from rustord.frontends.exports import Exports, Offered
 from rustord.frontends.peer import Peer, Roles, peer_of
-from rustord.wire.api import Role
+from rustord.wire.api import Role, created_text
 from rustord.wire.limits import NbdLimits
 from rustord.wire.negotiation import Agreement, Directory, Negotiation, State
 from rustord.wire.transmission import Transmission
@@ -59,7 +59,7 @@ class _Connection:
 
     def __init__(self, sock: socket.socket, client: Client, tls: ssl.SSLContext | None, deadline: float) -> None:
         self.client = client
-        self.since = time.time()
+        self.since_ns = time.time_ns()
         self.agreement: Agreement | None = None
         self.transmission: Transmission | None = None
         self._sock = sock
@@ -147,7 +147,7 @@ class _Connection:
         return {
             "name": agreement.name,
             "client": self.client.text,
-            "since": self.since,
+            "since": created_text(self.since_ns),
             "size": agreement.export.size,
             "read_only": agreement.export.read_only,
             "requests": transmission.requests,

@@ -77,6 +77,9 @@ class Admin(Protocol):
     def stop_scrub(self) -> Mapping[str, object]:
         """End the scrub; what it is like then."""
 
+    def exports(self) -> Iterable[Mapping[str, object]]:
+        """What is open as a block device, with an entry for each connection."""
+
     def plugins(self) -> Iterable[Mapping[str, object]]:
         """The plugins that are loaded."""
 
@@ -347,6 +350,10 @@ class Operations:
 
     def stop_scrub(self, exchange: Exchange) -> Reply | None:
         self._ask(exchange, lambda: json_reply(self._admin.stop_scrub()))
+        return None
+
+    def list_exports(self, exchange: Exchange) -> Reply | None:
+        self._ask(exchange, lambda: json_reply(list(self._admin.exports())))
         return None
 
     def list_plugins(self, exchange: Exchange) -> Reply | None:

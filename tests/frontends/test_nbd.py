@@ -118,7 +118,7 @@ def test_who_does_not_negotiate_in_time_has_to_go(serve_nbd: Serve) -> None:
 def test_a_crowd_that_never_negotiates_locks_nobody_out(served: NbdServed) -> None:
     crowd = [served.connect(flags=None if number % 2 else 3) for number in range(150)]
     assert served.works()
-    assert len(served.server._connections) <= served.limits.negotiating + 2
+    until(lambda: len(served.server._connections) <= served.limits.negotiating, "the first ones have gone")
     assert crowd[0].is_ended()
     for peer in crowd:
         peer.sock.close()

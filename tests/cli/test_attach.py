@@ -1,0 +1,51 @@
+"""Block devices from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.frontends.nbdserved import NbdPeer
+
+Command = Callable[..., Any]
+
+
+def test_who_has_what_open(daemon: object, rustorctl: Any, socket_path: Path) -> None:
+    rustorctl.ok("put", "-", "--name", "disk", input="x" * 5000)
+    assert json.loads(rustorctl.ok("exports", "--json")) == []
+    with NbdPeer(socket_path.with_name("nbd.sock")) as peer:
+        peer.go("disk").read(0, 512)
+        (told,) = json.loads(rustorctl.ok("exports", "--json"))
+        assert (told["name"], told["read_only"], told["read_bytes"]) == ("disk", True, 512)
+        assert "disk  read-only  512 B" in rustorctl.ok("exports")
+        done = rustorctl("delete", "disk")
+        assert done.returncode == 15
+        assert "is open as a block device" in done.stderr
+        assert "hint: " in done.stderr
+
+
+def test_what_is_not_attached_is_not_detached(rustorctl: Any) -> None:
+    done = rustorctl("detach", "disk")
+    assert (done.returncode, done.stderr.splitlines()[0]) == (3, "rustorctl: 'disk' is not attached")
+
+
+def test_listing_needs_neither_a_daemon_nor_rights(rustorctl: Any) -> None:
+    assert isinstance(json.loads(rustorctl.ok("attached", "--json")), list)
+    assert rustorctl.ok("attached").startswith("DEVICE  SIZE  MODE")
+
+
+@pytest.mark.skipif(Path("/sys/module/nbd").exists(), reason="this kernel has nbd, and would do it")
+def test_without_nbd_in_the_kernel_attaching_shows_other_ways(daemon: object, rustorctl: Any) -> None:
+    done = rustorctl("attach", "disk")
+    assert done.returncode == 16
+    assert "nbdfuse" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("a", "b"), ("disk", "--connections", "17"), ("disk", "--connections", "0")])
+def test_bad_input(rustorctl: Any, arguments: tuple[str, ...]) -> None:
+    assert rustorctl("attach", *arguments).returncode == 2

@@ -1,0 +1,221 @@
+"""Attaching, up to where the kernel takes over; what it does then is tested where there is one that can."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rustord import attachment
+from rustord.attachment import Attached, Kernel, Link, attach, attached, backend_of, find, keep, open_link
+from rustord.errors import DeviceError, Forbidden, InUse, InvalidRequest, NotFound, Unreachable, Unsupported
+from rustord.frontends.peer import Peer
+from rustord.wire.api import Role
+from rustord.wire.limits import NbdLimits
+from rustord.wire.nbd import Flag
+from tests.frontends.nbdserved import NbdServed
+from tests.frontends.served import until
+from tests.wire.peer import MIB
+
+Serve = Callable[..., NbdServed]
+
+
+@pytest.fixture
+def serve(make_image: Callable[[int], Path], disk_path: Path) -> Iterator[Serve]:
+    started: list[NbdServed] = []
+
+    def start(roles: Callable[[Peer], Role] | None = None) -> NbdServed:
+        image, path = make_image(64 << 20), disk_path / f"nbd{len(started)}.sock"
+        started.append(NbdServed(image, path, NbdLimits(), roles))
+        return started[-1]
+
+    yield start
+    for served in started:
+        served.stop()
+
+
+class FakeKernel:
+    """What `Kernel` does, in /sys/block as a directory."""
+
+    def __init__(self, system: Path) -> None:
+        self.system = system
+        self.losses: list[int | None] = []
+        self.reconnected: list[int] = []
+        self.flags = 0
+
+    def connect(self, link: Link, backend: str) -> int:
+        self.flags = link.flags
+        self.show(3, backend, link.size)
+        return 3
+
+    def show(self, number: int, backend: str | None, size: int = MIB) -> None:
+        directory = self.system / f"nbd{number}"
+        directory.mkdir()
+        (directory / "pid").write_text("1\n")
+        (directory / "size").write_text(f"{size // 512}\n")
+        (directory / "ro").write_text("1\n")
+        if backend is not None:
+            (directory / "backend").write_text(f"{backend}\n")
+
+    def reconnect(self, number: int, link: Link, backend: str) -> None:
+        self.reconnected.append(len(link.sockets))
+
+    def wait_for_loss(self, timeout_s: float) -> int | None:
+        if not self.losses:
+            (self.system / "nbd3" / "pid").unlink()
+            return None
+        return self.losses.pop(0)
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    system = tmp_path / "sys"
+    monkeypatch.setattr(attachment, "_SYSTEM", system)
+    monkeypatch.setattr(attachment, "_PAUSE_S", 0.01)
+    (system / "nbd0").mkdir(parents=True)  # one that is not connected
+    return FakeKernel(system)
+
+
+def test_the_export_is_chosen_on_every_connection(serve: Serve) -> None:
+    served = serve()
+    link = open_link(served.path, "disk", 3)
+    assert (link.size, len(link.sockets)) == (8 * MIB, 3)
+    assert Flag(link.flags) & Flag.READ_ONLY
+    assert Flag(link.flags) & Flag.CAN_MULTI_CONN
+    until(lambda: len(list(served.server.exports())) == 3, "all three are open")
+    link.close()
+
+
+def test_what_cannot_be_opened_is_told(serve: Serve, tmp_path: Path) -> None:
+    served = serve()
+    with pytest.raises(NotFound, match="there is no Object named 'nothing'"):
+        open_link(served.path, "nothing", 1)
+    with pytest.raises(InvalidRequest):
+        open_link(served.path, "n" * 4097, 1)
+    with pytest.raises(Unreachable, match="nobody serves block devices on"):
+        open_link(tmp_path / "nobody", "disk", 1)
+    with pytest.raises(Forbidden):
+        open_link(serve(lambda peer: Role.NOBODY).path, "disk", 1)
+
+
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n" * 9, b"NBDMAGIC" + bytes(8) + b"\0\3"])
+def test_whoever_listens_there(tmp_path: Path, said: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+
+        def answer() -> None:
+            with listener.accept()[0] as client:
+                client.sendall(said)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises((Unreachable, DeviceError)):
+            open_link(tmp_path / "socket", "disk", 1)
+        thread.join()
+
+
+def test_a_reply_without_measure(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+
+        def answer() -> None:
+            with listener.accept()[0] as client:
+                client.sendall(b"NBDMAGICIHAVEOPT\0\3" + struct.pack(">QIII", 0x3E889045565A9, 7, 3, 1 << 31))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises((Unreachable, DeviceError)):
+            open_link(tmp_path / "socket", "disk", 1)
+        thread.join()
+
+
+def test_what_is_attached_is_known_by_the_kernel(kernel: FakeKernel) -> None:
+    assert list(attached()) == []
+    kernel.show(10, "rustord:/run/rustord/nbd.sock:images/a:b", 4 * MIB)
+    kernel.show(9, None)
+    kernel.show(2, "qemu")
+    names = [(device.path, device.name, device.size, device.read_only) for device in attached()]
+    assert names == [
+        ("/dev/nbd2", "", MIB, True),
+        ("/dev/nbd9", "", MIB, True),
+        ("/dev/nbd10", "images/a:b", 4 * MIB, True),
+    ]
+    assert find("images/a:b") == find("/dev/nbd10")
+    with pytest.raises(NotFound, match="'images/c' is not attached"):
+        find("images/c")
+
+
+def test_attaching(kernel: Any, serve: Serve) -> None:
+    served = serve()
+    number, link, backend = attach(kernel, served.path, "disk", connections=2)
+    assert (number, link.size, backend) == (3, 8 * MIB, backend_of(served.path, "disk"))
+    assert find("disk").number == 3
+    with pytest.raises(InUse, match="'disk' is attached already, as /dev/nbd3"):
+        attach(kernel, served.path, "disk")
+    with pytest.raises(NotFound):
+        attach(kernel, served.path, "nothing")
+    served.store.put(b"", name="empty")
+    with pytest.raises(InvalidRequest, match="'empty' is empty"):
+        attach(kernel, served.path, "empty")
+
+
+def test_to_attach_read_only_is_told_to_the_kernel(kernel: Any, serve: Serve) -> None:
+    attach(kernel, serve().path, "disk", read_only=True)
+    assert kernel.flags & Flag.READ_ONLY
+
+
+def test_lost_connections_are_made_again_until_it_is_detached(kernel: Any, serve: Serve) -> None:
+    served = serve()
+    number, link, _ = attach(kernel, served.path, "disk", connections=2)
+    kernel.losses = [None, 3, 7, 3]
+    keep(kernel, number, link, served.path, "disk")
+    assert kernel.reconnected == [2, 2]
+
+
+def test_it_is_tried_until_the_daemon_is_back(kernel: Any, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = serve()
+    number, link, _ = attach(kernel, served.path, "disk")
+    tries = 0
+
+    def fails_twice(path: Path, name: str, count: int) -> Link:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise Unreachable("nobody is there")
+        return Link([], link.size, link.flags)
+
+    monkeypatch.setattr(attachment, "open_link", fails_twice)
+    kernel.losses = [3]
+    said: list[str] = []
+    keep(kernel, number, link, served.path, "disk", said.append)
+    assert (tries, kernel.reconnected) == (3, [0])
+    assert said[1:3] == ["nobody is there; trying again"] * 2
+
+
+def test_another_disk_does_not_take_its_place(kernel: Any, serve: Serve) -> None:
+    served = serve()
+    number, link, _ = attach(kernel, served.path, "disk")
+    served.store.put(bytes(MIB), name="disk")
+    with pytest.raises(DeviceError, match="had 8388608 bytes, and now has 1048576"):
+        attachment._reconnect(kernel, number, link, served.path, "disk")
+
+
+def test_what_is_not_mounted_may_go(tmp_path: Path) -> None:
+    file = tmp_path / "device"
+    file.touch()
+    attachment.check_unused(Attached(str(file), "", 0, False))
+
+
+@pytest.mark.skipif(Path("/sys/module/nbd").exists(), reason="this kernel has nbd")
+def test_without_an_nbd_client_in_the_kernel_other_ways_are_shown() -> None:
+    with pytest.raises(Unsupported) as raised:
+        Kernel()
+    assert "nbdfuse" in raised.value.hint
+    assert "qemu-img" in raised.value.hint
