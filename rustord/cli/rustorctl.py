@@ -10,10 +10,8 @@ from rustord.cli import attach, edge, objects, pool, put, recovery, report, scru
 from rustord.cli.edge import Commands
 
 EPILOG = """\b
-Exit status: 2 wrong input, 3 not found, 4 precondition failed, 5 bad range,
-6 full, 7 not allowed, 8 no daemon, 9 read-only, 10 damaged, 11 bad device,
-12 claim refused, 13 no pool, 14 plugin, 15 in use, 16 not possible here,
-74 local file, 78 configuration.
+Exit status: 2 wrong input, 3 not found, 4 precondition failed, 6 full, 7 not
+allowed, 8 no daemon, 10 damaged, 15 in use; rustorctl(1) has them all.
 """
 
 
