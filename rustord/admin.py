@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from rustord.blockdevice import tell_udev
 from rustord.blockstore import Slot
 from rustord.claim import check, claim
 from rustord.devicemap import draw
@@ -134,6 +135,7 @@ class Admin:
                 device.close()
             raise
         log.info("device %d is %s", member.device_index, path, extra=DEVICE_JOINED(device=path))
+        tell_udev(path)
         return self._device(self._store.blocks.slots[member.device_index])
 
     def map_device(self, which: str, cell_count: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from glob import iglob
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
@@ -399,6 +400,12 @@ class ImageFile(_OpenDevice):
         if _libc.fallocate(self._fd, mode, offset, length):
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
+
+
+def tell_udev(path: str) -> None:
+    """Have udev look at a device again that stays open: it does so whenever somebody closes it who could write."""
+    with suppress(OSError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
 
 
 class Opener(NamedTuple):

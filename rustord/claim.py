@@ -138,6 +138,28 @@ def claim(
         raise
 
 
+def require_ours(device: RawDevice | ImageFile) -> None:
+    """Raises ClaimRefused if a device of a pool is somebody else's by now, who took it while no rustord held it.
+
+    The copies of the label that he left would be enough to open the pool, and to heal the others would destroy what is
+    his. Only what stands at the ends is his: between them, the journal and Objects may hold anything.
+    """
+    labels, _ = _labels(device)
+    if not labels:
+        return
+    signatures, reasons = _signatures(device)
+    tail = label_offsets(device.size)[2]
+    foreign = [signature for signature in signatures if not _MIB <= signature.offset < tail]
+    if foreign:
+        reasons = [_on_it(device.path, group) for group in _by_owner(foreign)]
+    if reasons and (foreign or not signatures):
+        raise ClaimRefused(
+            f"{device.path} bears the label of a rustord pool, and not it alone: somebody else has taken it since",
+            reasons=[reason.what for reason in reasons],
+            hint=f"nothing on it was changed; if it is the pool's all the same, first wipefs --all {device.path}",
+        )
+
+
 def _examine(path: str) -> tuple[_Device | None, Verdict, _Findings]:
     device, error = _open(path)
     refusal = [] if error is None else [Reason(error.message, error.hint)]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rustord.blockdevice import RawDevice, open_device
 from rustord.blockstore import Slot, read_label
+from rustord.claim import require_ours
 from rustord.config import Config
 from rustord.discovery import Candidate, DeviceRemoved, Watcher, candidates, matches
 from rustord.errors import ConfigError, RustordError
@@ -75,6 +76,7 @@ def _fault(path: str) -> str:
     """Why nobody can tell what the device is; "" if one can."""
     try:
         with closing(open_device(path, read_only=True, exclusive=False)) as device:
+            require_ours(device)
             read_label(device)
     except RustordError as error:
         return str(error)
@@ -97,6 +99,7 @@ def peek(path: str) -> Label | None:
         log.debug("%s is not looked at: %s", path, error)
         return None
     try:
+        require_ours(device)
         return read_label(device)
     except RustordError as error:
         log.warning("%s: %s", path, error, extra=fields(device=path))

@@ -22,6 +22,7 @@ from rustord.blockstore import (
     write_bad_blocks,
     write_label,
 )
+from rustord.claim import require_ours
 from rustord.errors import DeviceError, InvalidRequest, PoolError, RustordError
 from rustord.event import fields
 from rustord.extent import Extent, block_count
@@ -568,6 +569,7 @@ def attach_device(store: ObjectStore, path: str) -> int:
     """
     device = open_device(path)
     try:
+        require_ours(device)
         label = read_label(device)
         member = next((m for m in store.label.members if label and m.device_uuid == label.device_uuid), None)
         if member is None:
@@ -631,13 +633,15 @@ def remove_device(store: ObjectStore, index: int) -> None:
 
 
 def open_devices(paths: Iterable[str | os.PathLike[str]], *, read_only: bool = False) -> list[BlockDevice]:
-    """Open and lock all of ``paths``, or none. Raises DeviceError."""
+    """Open and lock all of ``paths``, or none. Raises DeviceError, also for one that somebody else has taken since."""
     devices: list[BlockDevice] = []
     try:
         for path in paths:
-            devices.append(open_device(path, read_only=read_only))
+            devices.append(device := open_device(path, read_only=read_only))
+            if not read_only:
+                require_ours(device)
     except RustordError:
-        for device in devices:
-            device.close()
+        for opened in devices:
+            opened.close()
         raise
     return devices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import resource
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from rustord import blockdevice
-from rustord.blockdevice import IOV_MAX, ZERO_RANGE_MIN, open_device, openers
+from rustord.blockdevice import IOV_MAX, ZERO_RANGE_MIN, open_device, openers, tell_udev
 from rustord.errors import DeviceBusy, DeviceError
 
 MIB = 1 << 20
@@ -416,3 +417,16 @@ def _largest_file(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_udev_is_told_without_letting_go(path: Path) -> None:
+    """udevd watches each device as this does, and looks at it again when a descriptor for writing is closed."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with closing(open_device(path)), open(libc.inotify_init1(os.O_NONBLOCK), "rb", buffering=0) as events:
+        assert libc.inotify_add_watch(events.fileno(), os.fsencode(path), 8) >= 0  # IN_CLOSE_WRITE
+        assert events.read(4096) is None
+        tell_udev(str(path))
+        assert events.read(4096)
+        with pytest.raises(DeviceBusy):
+            open_device(path)
+    tell_udev(f"{path}/absent")

@@ -257,6 +257,29 @@ def test_a_disk_that_has_died_is_done_without(
     assert {uuid: daemon.get(uuid) for uuid in objects} == objects
 
 
+def test_a_disk_that_somebody_else_took_meanwhile_is_left_to_him(
+    make_image: MakeImage, make_daemon: MakeDaemon
+) -> None:
+    images = [make_image(16 * MIB) for _ in range(2)]
+    make_pool(*images)
+    daemon = make_daemon(*images, config=MIRRORED).start()
+    uuid = daemon.put(b"data")
+    daemon.stop()
+    subprocess.run(["mkfs.ext4", "-q", "-E", "nodiscard", images[0]], check=True)
+    before = sha256(images[0])
+    daemon.start()
+    assert states(daemon) == ["missing", "online"]
+    assert "bears the label of a rustord pool, and not it alone" in daemon.log
+    assert daemon.get(uuid) == b"data"
+    daemon.stop()
+    assert sha256(images[0]) == before
+    daemon.configure("")
+    subprocess.run(["mkfs.ext4", "-q", "-E", "nodiscard", images[1]], check=True)
+    status, said = daemon.refusal()
+    assert status == 12
+    assert f"{images[0]} carries ext4" in said
+
+
 def test_a_disk_whose_labels_are_all_damaged_is_done_without(make_image: MakeImage, make_daemon: MakeDaemon) -> None:
     images = [make_image(16 * MIB) for _ in range(2)]
     make_pool(*images)
