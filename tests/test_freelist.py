@@ -94,7 +94,7 @@ def test_taking_leaves_what_is_before_and_behind() -> None:
 def test_taking_what_is_not_all_free_changes_nothing(block: int, count: int) -> None:
     free = FreeList([(10, 10)])
     assert not free.contains(block, count)
-    with pytest.raises(ValueError, match="free"):
+    with pytest.raises(ValueError, match=r"free|out of range"):  # BTrees 4.3 has words of its own for large numbers
         free.take(block, count)
     assert (list(free), free.free_count, free.best_fit(10)) == ([(10, 10)], 10, 10)
 

@@ -21,7 +21,7 @@ from rustord.settings import settings_of
 
 ROOT = Path(__file__).parent.parent
 PACKAGING = ROOT / "packaging"
-PAGES = ("rustord.8", "rustorctl.1", "rustord.toml.5", "rustord-plugins.7")
+PAGES = ("rustord.8", "rustorctl.1", "rustord.toml.5", "rustord-plugins.7", "rustord-nbd.7")
 
 
 def needs(*programs: str) -> pytest.MarkDecorator:

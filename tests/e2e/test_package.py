@@ -126,10 +126,9 @@ def images(directory: Path) -> list[Path]:
 
 
 def test_it_serves_at_once_and_after_every_boot(machine: Machine) -> None:
-    systemctl = ["systemctl", "is-active", "rustord.service", "rustord.socket"]
-    assert machine.container.ok(*systemctl) == "active\nactive\n"
-    systemctl[1] = "is-enabled"
-    assert machine.container.ok(*systemctl) == "enabled\nenabled\n"
+    units = ["rustord.service", "rustord.socket", "rustord-nbd.socket", "rustord-scrub.timer"]
+    assert set(machine.container.ok("systemctl", "is-active", *units).split()) == {"active"}
+    assert set(machine.container.ok("systemctl", "is-enabled", *units).split()) == {"enabled"}
 
 
 def test_a_member_of_the_group_may_use_it(machine: Machine) -> None:
@@ -154,6 +153,12 @@ def test_the_status_line_tells_how_the_pool_is(machine: Machine) -> None:
 def test_the_manual_is_there(machine: Machine) -> None:
     for page in ("man8/rustord.8", "man1/rustorctl.1", "man5/rustord.toml.5", "man7/rustord-plugins.7"):
         machine.container.ok("test", "-s", f"/usr/share/man/{page}.gz")
+
+
+def test_objects_are_block_devices_on_the_other_socket(machine: Machine) -> None:
+    greeting = "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/rustord/nbd.sock'); print(s.recv(8))"
+    assert machine.container.ok("python3", "-c", greeting, user="alice") == "b'NBDMAGIC'\n"
+    assert "PermissionError" in machine.container.run("python3", "-c", greeting, user="mallory").stderr
 
 
 # The sandbox
