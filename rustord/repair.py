@@ -20,9 +20,9 @@ from typing import NamedTuple
 from rustord.blockstore import chunk_sums
 from rustord.errors import Damaged, DeviceError, NotFound, PreconditionFailed, RustordError
 from rustord.event import FAULT, OBJECT_DAMAGED, OBJECT_MENDED, fields
-from rustord.extent import Extent, block_count, part
+from rustord.extent import Extent, part
 from rustord.footer import encode_footer
-from rustord.manifest import CHUNK_BYTES
+from rustord.manifest import CHUNK_BYTES, chunk_count
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
 from rustord.record import Record, RecordId
@@ -159,13 +159,45 @@ class Repairer:
                 if not self._store.blocks.is_there(record.copies[number]):
                     health.unread += 1
                     continue
-                wounds += self._data_wounds(record, number, start, record.size if end is None else end, health, pace)
-                if end is None:
-                    wounds += self._footer_wounds(record, number, health, pace)
+                wounds += (
+                    self._data_wounds(record, number, start, end, health, pace)
+                    if end is not None
+                    else self._copy_wounds(record, number, health, pace)
+                )
             self._note_transient(record, health)
             if wounds:
                 self._treat(record, wounds, health, pace)
             return health
+
+    def _copy_wounds(self, record: Record, number: int, health: Health, pace: Pace) -> list[Wound]:
+        is_short = record.size <= PIECE_BYTES
+        if is_short and self._is_whole(record, number, pace):
+            return []
+        transient = health.transient
+        wounds = [
+            *self._data_wounds(record, number, 0, record.size, health, pace),
+            *self._footer_wounds(record, number, health, pace),
+        ]
+        if is_short and not wounds:
+            health.transient = transient + 1  # what the first look saw is counted once
+        return wounds
+
+    def _is_whole(self, record: Record, number: int, pace: Pace) -> bool:
+        """Whether a short copy is right at the first look, data and footer: most are, and one read tells."""
+        footer = self._footer(record, number)
+        try:
+            found = self._store.blocks.reread_copy(record.copies[number], 0, record.size + len(footer))
+        except DeviceError:
+            return False
+        pace(len(found))
+        data = found[: record.size]
+        return found[record.size :] == footer and chunk_sums(data) == record.sums(0, chunk_count(record.size))
+
+    def _footer(self, record: Record, number: int) -> bytes:
+        """What stands behind the data of a copy."""
+        blocks, label = self._store.blocks, self._store.label
+        copy = record.copies[number]
+        return encode_footer(record.raw, record.size, copy, blocks.device_uuids, label.secret, label.block_size)
 
     def _data_wounds(
         self, record: Record, number: int, start: int, end: int, health: Health, pace: Pace
@@ -188,9 +220,7 @@ class Repairer:
         return chunk_sums(data) == record.sums(start // CHUNK_BYTES, -(-end // CHUNK_BYTES))
 
     def _footer_wounds(self, record: Record, number: int, health: Health, pace: Pace) -> Iterable[Wound]:
-        blocks, label = self._store.blocks, self._store.label
-        copy = record.copies[number]
-        footer = encode_footer(record.raw, record.size, copy, blocks.device_uuids, label.secret, label.block_size)
+        blocks, copy, footer = self._store.blocks, record.copies[number], self._footer(record, number)
         pace(len(footer))
         for attempt in range(2):
             try:
@@ -202,7 +232,7 @@ class Repairer:
             if found == footer:
                 health.transient += attempt
                 return
-        yield Wound(number, record.size, block_count(copy) * label.block_size)
+        yield Wound(number, record.size, record.size + len(footer))
 
     def _note_transient(self, record: Record, health: Health) -> None:
         if health.transient:
