@@ -714,7 +714,7 @@ class ObjectStore:
             puts.append((record, placed.replaced_uuid))
             batch.outcomes.append((placed.put, record))
             self.stock.add(record)
-            if record.layer and isinstance(placed.put, Put):
+            if record.layer:
                 self.layers.use(record.layer)
             if replaced is not None:
                 self.stock.remove(replaced)

@@ -25,6 +25,7 @@ from rustord.footer import encode_footer
 from rustord.manifest import CHUNK_BYTES, chunk_count
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
+from rustord.page import ZEROS, extent_at
 from rustord.record import Record, RecordId
 from rustord.writer import Outcome, Writer
 
@@ -287,8 +288,19 @@ class Repairer:
         return True
 
     def _blocks_of(self, record: Record, wound: Wound) -> list[Extent]:
+        if record.layer and wound.start < record.size:
+            return self._blocks_of_layer(record, wound)
         block_size = self._store.label.block_size
         return part(record.copies[wound.copy], wound.start // block_size, -(-wound.end // block_size))
+
+    def _blocks_of_layer(self, record: Record, wound: Wound) -> list[Extent]:
+        """Those of the chunk in the Layers that the Object is made of; none if it is that of another Object below."""
+        layers = self._store.layers
+        try:
+            address = layers.find(layers.chain(layers.numbered(record.layer)), wound.start // CHUNK_BYTES)
+        except NotFound:
+            return []
+        return [extent_at(address, layers.chunk_blocks)] if address > ZEROS else []
 
     def _say(self, record: Record, health: Health) -> None:
         for wound in (*health.waiting, *health.lost):

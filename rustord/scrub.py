@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 from BTrees.LOBTree import LOBTree
 
 from rustord.event import SCRUB_BEGAN, SCRUB_ENDED
+from rustord.extent import LAYERS, Extent
+from rustord.manifest import Copy
 from rustord.objectstore import ObjectStore
 from rustord.objkey import ObjectId, uuid_text
 from rustord.record import Record
@@ -224,8 +226,9 @@ class Scrub:
             after = page[-1].uuid
             for record in page:
                 for number, copy in enumerate(record.copies):
-                    if copy[0].device == device and copy[0].block >= block:
-                        count += window.insert(copy[0].block, record.uuid + bytes([number]))
+                    first = _first(copy)
+                    if first.device == device and first.block >= block:
+                        count += window.insert(first.block, record.uuid + bytes([number]))
                         if count > _WINDOW_COUNT_MAX:
                             del window[window.maxKey()]
                             count, is_whole = count - 1, False
@@ -249,11 +252,16 @@ class Scrub:
             log.warning("where the scrub is cannot be noted in %s: %s", self._notes, error)
 
 
+def _first(copy: Copy) -> Extent:
+    """The first blocks of a copy that are its own: the data of an Object may be that of a Layer."""
+    return next(extent for extent in copy if extent.device != LAYERS)
+
+
 def _begins_at(record: Record, item: _Item, device: int) -> bool:
     """Whether the copy is still there: its Object may have been moved since it was listed, and was read for that."""
     if item.copy >= len(record.copies):
         return False
-    first = record.copies[item.copy][0]
+    first = _first(record.copies[item.copy])
     return (first.device, first.block) == (device, item.block)
 
 

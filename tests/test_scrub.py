@@ -9,6 +9,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from rustord.placer import Mirrored
 from rustord.record import Metadata, Record
 from rustord.repair import Repairer
 from rustord.scrub import Report, Scrub
+from rustord.volumes import Volumes
 from rustord.writer import Writer
 from tests.simulation import MIB, Simulation, check_sound, live, run, stored
 
@@ -275,6 +277,36 @@ def test_missing_devices_are_counted_and_the_rest_is_read(mirrored: Bench) -> No
     mirrored.scrub = Scrub(mirrored.store, Repairer(mirrored.store, mirrored.writer), mirrored.notes)
     report = mirrored.run()
     assert (report.state, report.copies, report.unread, report.damaged) == ("done", 2 * len(SIZES), len(SIZES), 0)
+
+
+def test_an_object_that_was_a_volume(single: Bench) -> None:
+    volumes = Volumes(single.store, single.writer)
+    volumes.create("disk", 4 * CHUNK)
+    with closing(volumes.open("disk")) as volume:
+        volume.write(CHUNK, DATA[: 2 * CHUNK])
+        volume.flush()
+    record = volumes.freeze("disk", "frozen")
+    content = bytes(CHUNK) + DATA[: 2 * CHUNK] + bytes(CHUNK)
+    assert (single.run().copies, single.scrub.report.damaged) == (1, 0)
+    (footer,) = record.extents
+    single.flip(0, footer.end * 4096 - 1)
+    single.scrub.start(again=True)
+    assert single.scrub.task.wait(60)
+    assert single.scrub.report.mended == 1
+    assert single.store.get(record.uuid) == content
+    at = single.simulation.paths[0].read_bytes().index(DATA[CHUNK : 2 * CHUNK])
+    single.flip(0, at + 5)
+    single.scrub.start(again=True)
+    assert single.scrub.task.wait(60)
+    assert single.scrub.report.lost == 1
+    assert single.scrub.report.bad_extents == [{"device": 0, "block": at // 4096, "count": 16}]
+    with pytest.raises(Damaged, match=f"bytes {2 * CHUNK} to {3 * CHUNK - 1}, "):
+        single.store.get(record.uuid)
+    single.writer.call(lambda: single.store.delete(record.uuid))
+    volumes.close()
+    single.restart()
+    check_sound(single.store)
+    assert not single.store.allocator._free[0].contains(at // 4096, 1)
 
 
 def test_a_second_start_changes_nothing(single: Bench) -> None:
