@@ -36,6 +36,7 @@ from rustord.pool import open_devices, open_pool
 from rustord.repair import Repairer
 from rustord.scrub import Scrub
 from rustord.supervisor import Supervisor
+from rustord.volumes import Volumes
 from rustord.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -258,7 +259,8 @@ class _Daemon:
         self._writer = Writer(store, self._metrics.on_cycle)
         self._repairer = Repairer(store, self._writer)
         self._scrub = Scrub(store, self._repairer, config.pool.directory / "scrub.json", config.scrub.rate)
-        self._nbd = NbdServer(Exports(store, self._writer), roles(config), config.nbd.limits())
+        self._volumes = Volumes(store, self._writer)
+        self._nbd = NbdServer(Exports(store, self._writer, self._volumes), roles(config), config.nbd.limits())
         self._admin = Admin(store, self._writer, plugins, self._scrub, self._metrics.text, self._nbd.exports)
         self._server = HttpServer(
             store,
@@ -301,6 +303,7 @@ class _Daemon:
         except TimeoutError:
             _give_up()
         await asyncio.to_thread(self._scrub.close)
+        await asyncio.to_thread(self._volumes.close)
         if not await asyncio.to_thread(self._writer.close, FINISH_S):
             _give_up()
         with suppress(asyncio.CancelledError):

@@ -24,20 +24,31 @@ class Run(NamedTuple):
     state: State
 
 
-class Export(Protocol):
+class Shape(Protocol):
+    """What can be told of an export that is not open."""
+
+    @property
+    def size(self) -> int:
+        """In bytes, a multiple of 512."""
+
+    @property
+    def read_only(self) -> bool: ...
+
+    @property
+    def rotational(self) -> bool: ...
+
+    @property
+    def block_size(self) -> int:
+        """What is best read and written as a whole: a power of two from 512 to 32 MiB."""
+
+
+class Export(Shape, Protocol):
     """A range of bytes that is open. Offsets and lengths are in bytes, and lie within ``size``.
 
     Any thread may call any method at any time, beside others: each connection has a thread of its own. Nobody aligns
-    what he asks for. Every method but ``close`` raises RustordErrors, whose ``nbd_error`` the client is told.
+    what he asks for. If it is read-only then ``write``, ``trim`` and ``zero`` are never called. Every method but
+    ``close`` raises RustordErrors, whose ``nbd_error`` the client is told.
     """
-
-    size: int
-    """A multiple of 512."""
-    read_only: bool
-    """Then ``write``, ``trim`` and ``zero`` are never called."""
-    rotational: bool
-    block_size: int
-    """What is best read and written as a whole: a power of two from 512 to 32 MiB."""
 
     def read(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer``, which is not empty. If it raises, what is in the buffer then is undefined."""

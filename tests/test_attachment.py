@@ -93,7 +93,7 @@ def test_the_export_is_chosen_on_every_connection(serve: Serve) -> None:
 
 def test_what_cannot_be_opened_is_told(serve: Serve, tmp_path: Path) -> None:
     served = serve()
-    with pytest.raises(NotFound, match="there is no Object named 'nothing'"):
+    with pytest.raises(NotFound, match="there is no volume and no Object named 'nothing'"):
         open_link(served.path, "nothing", 1)
     with pytest.raises(InvalidRequest):
         open_link(served.path, "n" * 4097, 1)

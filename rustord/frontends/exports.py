@@ -1,49 +1,115 @@
-"""Exports: the names under which one client finds Objects and volumes as block devices."""
+"""Exports: the names under which a client finds volumes and Objects as block devices.
+
+A volume goes before an Object of its name; an Object's uuid always means the Object, unless it is some name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import NamedTuple
 
 from rustord.errors import Forbidden, NotFound, Unavailable
-from rustord.export import Export
+from rustord.export import Export, Run, Shape
 from rustord.objectexport import ObjectExport
 from rustord.objectstore import ObjectStore
 from rustord.objkey import ObjectId, is_uuid, parse_uuid
+from rustord.page import CHUNK_BYTES
 from rustord.quantity import human_size
 from rustord.record import Record
+from rustord.volumes import Volumes
 from rustord.wire.api import Role
 from rustord.writer import Writer
 
 NAME_COUNT_MAX = 1000
 """As many names as a client is told that asks for a list."""
-
-
 OPEN_S = 20.0
 """How long a client waits for the pool to let it open an Object."""
 
 
-class Exports:
-    """All that can be opened, and what is open."""
+class Outline(NamedTuple):
+    """The `rustord.export.Shape` of a volume that is not open."""
 
-    def __init__(self, store: ObjectStore, writer: Writer) -> None:
+    size: int
+    read_only: bool
+    rotational: bool
+    block_size: int = CHUNK_BYTES
+
+
+class ReadOnly:
+    """A volume for one who may not write to it; see `rustord.export.Export`."""
+
+    read_only = True
+
+    def __init__(self, export: Export) -> None:
+        self.size = export.size
+        self.rotational = export.rotational
+        self.block_size = export.block_size
+        self._export = export
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        self._export.read(offset, buffer)
+
+    def runs(self, offset: int, length: int) -> Iterable[Run]:
+        return self._export.runs(offset, length)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        raise self._refusal()
+
+    def trim(self, offset: int, length: int) -> None:
+        raise self._refusal()
+
+    def zero(self, offset: int, length: int, *, keep: bool, fast: bool) -> None:
+        raise self._refusal()
+
+    def flush(self) -> None:
+        """Others may have written, but that is for them to flush."""
+
+    def close(self) -> None:
+        self._export.close()
+
+    @staticmethod
+    def _refusal() -> Forbidden:
+        return Forbidden("your user may not write", hint="see [roles] in rustord.toml")
+
+
+class Exports:
+    """All that can be opened, and the Objects that are open."""
+
+    def __init__(self, store: ObjectStore, writer: Writer, volumes: Volumes) -> None:
         self._store = store
         self._writer = writer
+        self._volumes = volumes
         self._open: set[ObjectExport] = set()
 
     def names(self) -> Iterator[tuple[str, str]]:
-        """Names with descriptions, up to `NAME_COUNT_MAX`."""
+        """Names with descriptions: volumes first, up to `NAME_COUNT_MAX` of each kind."""
+        volumes = list(islice(self._volumes.names(), NAME_COUNT_MAX))
+        for name in volumes:
+            try:
+                yield name, _volume_text(self._volumes.stat(name).size)
+            except NotFound:
+                continue  # it has just gone
         for name, uuid in self._store.names(limit=NAME_COUNT_MAX):
             record = self._store.keystore.get(uuid)
-            if record is not None:
-                yield name, _description(record)
+            if record is not None and name not in volumes:
+                yield name, _object_text(record)
 
-    def look(self, name: str) -> tuple[Export, str]:
-        """See `rustord.wire.negotiation.Directory`."""
+    def look(self, name: str, role: Role) -> tuple[Shape, str]:
+        """What can be told of an export, and its description. Raises NotFound."""
+        if name in self._volumes.names():
+            size = self._volumes.stat(name).size
+            disks = [slot.device for slot in self._store.blocks.slots.values()]
+            rotational = any(disk is not None and disk.rotational for disk in disks)
+            return Outline(size, role < Role.WRITER, rotational), _volume_text(size)
         record = self._store.stat(self._uuid(name))
-        return ObjectExport(self._store, record), _description(record)
+        return ObjectExport(self._store, record), _object_text(record)
 
-    def open(self, name: str) -> tuple[Export, str]:
-        """See `rustord.wire.negotiation.Directory`."""
+    def open(self, name: str, role: Role) -> tuple[Export, str]:
+        """The export itself, and its description. Raises NotFound, Unavailable, DeviceBusy or DeviceError."""
+        if name in self._volumes.names():
+            volume = self._volumes.open(name)
+            return (volume if role >= Role.WRITER else ReadOnly(volume)), _volume_text(volume.size)
         uuid = self._uuid(name)
         try:
             record = self._writer.call(lambda: self._store.begin_export(uuid), OPEN_S)
@@ -51,7 +117,7 @@ class Exports:
             raise Unavailable("the pool is busy", hint="try again later") from None
         export = ObjectExport(self._store, record, self._open.discard)
         self._open.add(export)
-        return export, _description(record)
+        return export, _object_text(record)
 
     def follow(self) -> None:
         """Let go of blocks that Objects had before they were moved. To be called every few seconds."""
@@ -63,7 +129,7 @@ class Exports:
         if uuid is None and is_uuid(name):
             uuid = parse_uuid(name)
         if uuid is None:
-            raise NotFound(f"there is no Object named {name[:80]!r}", hint="'rustorctl ls' lists the names")
+            raise NotFound(f"there is no volume and no Object named {name[:80]!r}", hint="'rustorctl ls' lists Objects")
         return uuid
 
 
@@ -78,18 +144,22 @@ class Offered:
         self._check_role()
         return self._exports.names()
 
-    def look(self, name: str) -> tuple[Export, str]:
+    def look(self, name: str) -> tuple[Shape, str]:
         self._check_role()
-        return self._exports.look(name)
+        return self._exports.look(name, self._role)
 
     def open(self, name: str) -> tuple[Export, str]:
         self._check_role()
-        return self._exports.open(name)
+        return self._exports.open(name, self._role)
 
     def _check_role(self) -> None:
         if self._role < Role.READER:
             raise Forbidden("your user may not read Objects", hint="see [roles] in rustord.toml")
 
 
-def _description(record: Record) -> str:
+def _object_text(record: Record) -> str:
     return f"Object, {human_size(record.size)}"
+
+
+def _volume_text(size: int) -> str:
+    return f"Volume, {human_size(size)}"

@@ -12,7 +12,7 @@ import struct
 from enum import IntEnum, IntFlag
 
 from rustord.errors import Forbidden, InvalidRequest, NotFound, RustordError, Unavailable
-from rustord.export import Export
+from rustord.export import Shape
 
 # The handshake
 
@@ -199,7 +199,7 @@ def option_reply(option: int, kind: Rep, data: bytes = b"") -> bytes:
     return OPTION_REPLY.pack(OPTION_REPLY_MAGIC, option, kind, len(data)) + data
 
 
-def transmission_flags(export: Export, *, structured: bool) -> Flag:
+def transmission_flags(export: Shape, *, structured: bool) -> Flag:
     """What can be done with ``export``. A flush is one of the whole pool, so connections may share an export."""
     flags = Flag.HAS_FLAGS | Flag.SEND_FLUSH | Flag.CAN_MULTI_CONN | Flag.SEND_CACHE
     if export.read_only:

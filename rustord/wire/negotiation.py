@@ -12,7 +12,7 @@ from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
 from rustord.errors import InvalidRequest, RustordError, TooLarge
-from rustord.export import Export
+from rustord.export import Export, Shape
 from rustord.wire.nbd import (
     BLOCK_SIZE_INFO,
     CLIENT_FLAGS,
@@ -53,11 +53,11 @@ class Directory(Protocol):
     def names(self) -> Iterable[tuple[str, str]]:
         """Names with descriptions: all, or as many as a person would read."""
 
-    def look(self, name: str) -> tuple[Export, str]:
-        """An export and its description. It is not open: only its attributes are there to be used."""
+    def look(self, name: str) -> tuple[Shape, str]:
+        """What can be told of an export, and its description."""
 
     def open(self, name: str) -> tuple[Export, str]:
-        """The same, open; the caller closes it."""
+        """The export itself, and its description; the caller closes it."""
 
 
 class State(Enum):
@@ -231,6 +231,7 @@ class Negotiation:
         if len(asked) != count * _U16.size:
             raise _Refused(Rep.ERR_INVALID, f"{len(asked)} bytes do not hold {count} information requests")
         wanted = {kind for (kind,) in _U16.iter_unpack(asked)}
+        export: Shape
         export, description = self._open(name) if option == Opt.GO else self._directory.look(name)
         flags = transmission_flags(export, structured=self._structured)
         infos = [_U16.pack(Info.EXPORT) + EXPORT_INFO.pack(export.size, flags)]

@@ -14,6 +14,7 @@ import rustord
 from rustord.frontends.exports import Exports
 from rustord.frontends.nbd import NbdServer
 from rustord.frontends.peer import Peer
+from rustord.volumes import Volumes
 from rustord.wire.api import Role
 from rustord.wire.limits import NbdLimits
 from rustord.writer import Writer
@@ -107,6 +108,7 @@ class NbdServed:
         self.data = b"".join(bytes((number % 251,)) * 4096 for number in range(2048))
         self.store.put(self.data, name="disk")
         self.writer = Writer(self.store)
+        self.volumes = Volumes(self.store, self.writer)
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="served")
         self._thread.start()
@@ -115,7 +117,7 @@ class NbdServed:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        self.server = NbdServer(Exports(self.store, self.writer), self.roles, self.limits)
+        self.server = NbdServer(Exports(self.store, self.writer, self.volumes), self.roles, self.limits)
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(self.path))
         listener.listen(1024)
