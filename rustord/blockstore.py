@@ -362,6 +362,11 @@ class BlockStore:
                 self.write(Extent(device, block + skip, count - skip), (data, tail))
             start = end
 
+    def write_copy(self, copy: Copy, offset: int, data: Data) -> None:
+        """Write over bytes of a copy, which are durable after the next flush. Raises DeviceError."""
+        for index, at, piece in self._pieces(copy, offset, memoryview(data)):
+            self.writable(index).write(at, (piece,))
+
     def _fill(self, copy: Copy, start: int, buffer: memoryview) -> None:
         for index, offset, piece in self._pieces(copy, start, buffer):
             if index == LAYERS:

@@ -90,14 +90,18 @@ class Layer:
         return sum(PAGE_CHUNKS - page.count(BASE) - page.count(ZEROS) for page in self._pages.values())
 
     def extents(self, chunk_blocks: int) -> list[Extent]:
-        """All blocks that the Layer names: chunks of ``chunk_blocks`` blocks, and slots."""
-        slots = [extent_at(address, SLOT_COUNT) for address in (self.address, *self.places.values())]
+        """All blocks that the Layer names: chunks of ``chunk_blocks`` blocks, and slots.
+
+        Each slot is an extent of its own: who erases the last block of each extent alone leaves no page behind.
+        """
+        places = (self.address, *self.places.values())
+        slots = [extent_at(address + number, 1) for address in places for number in range(SLOT_COUNT)]
         chunks = [
             extent_at(address, chunk_blocks) for page in self._pages.values() for address in page if address > ZEROS
         ]
         runs: list[Extent] = []
-        extend(runs, sorted(slots + chunks))
-        return runs
+        extend(runs, sorted(chunks))
+        return runs + slots
 
 
 class Frozen(NamedTuple):

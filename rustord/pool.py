@@ -343,7 +343,7 @@ def _is_whole(record: Record, blocks: BlockStore, label: Label) -> bool | None:
         if any(whole) and not all(whole):
             for number in range(len(whole)):
                 if not whole[number]:
-                    blocks.repair(record, number, _footer(record, number, blocks, label))
+                    blocks.repair(record, number, footer_of(record, number, blocks, label))
             blocks.flush(record.devices)
     except DeviceError as error:
         uuid = uuid_text(record.uuid)
@@ -352,7 +352,7 @@ def _is_whole(record: Record, blocks: BlockStore, label: Label) -> bool | None:
     return any(whole)
 
 
-def _footer(record: Record, number: int, blocks: BlockStore, label: Label) -> bytes:
+def footer_of(record: Record, number: int, blocks: BlockStore, label: Label) -> bytes:
     copy = record.copies[number]
     return encode_footer(record.raw, record.size, copy, blocks.device_uuids, label.secret, label.block_size)
 
@@ -368,7 +368,7 @@ def copy_is_whole(record: Record, number: int, blocks: BlockStore, label: Label)
 
 def _footer_is_whole(record: Record, number: int, blocks: BlockStore, label: Label) -> bool:
     copy = record.copies[number]
-    footer = _footer(record, number, blocks, label)
+    footer = footer_of(record, number, blocks, label)
     return blocks.read_copy(copy, block_count(copy) * label.block_size - len(footer), len(footer)) == footer
 
 

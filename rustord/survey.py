@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 SCAN_BYTES = 4 << 20
 """How much of a device is read at once."""
 
+_ZEROS = bytes(SCAN_BYTES)
 _UUID = slice(8, 24)
 _SEQUENCE = slice(24, 32)
 """Where these stand in a record: most of them need not be decoded any further."""
@@ -78,6 +79,8 @@ class Survey:
     positions: dict[bytes, bytes] = field(default_factory=dict)
     footers: dict[int, array[int]] = field(default_factory=dict)
     """The blocks of each device that end with the last piece of a good footer, ascending."""
+    written: list[Extent] = field(default_factory=list)
+    """Where anything is that is not zero, in pieces of up to `SCAN_BYTES`."""
     damaged: list[Extent] = field(default_factory=list)
     """Blocks with a footer that does not match its signature, or whose other pieces are not there: damage, or what a
     write leaves that was cut short."""
@@ -128,6 +131,7 @@ def take_survey(label: Label, blocks: BlockStore, progress: Progress = lambda si
     survey.positions = journals.positions()
     for scan in scans:
         survey.footers[scan.index] = scan.footers
+        survey.written += scan.written
         survey.damaged += scan.damaged
         survey.unreadable += scan.unreadable
     return survey
@@ -252,6 +256,7 @@ class _Scan:
         self.records: list[bytes] = []
         self.pages: list[Page] = []
         self.footers: array[int] = array("Q")
+        self.written: list[Extent] = []
         self.damaged: list[Extent] = []
         self.unreadable: list[Extent] = []
         self._slot = slot
@@ -261,12 +266,17 @@ class _Scan:
 
     def run(self, progress: Progress) -> None:
         step = SCAN_BYTES // self._block_size
-        buffer = memoryview(bytearray(SCAN_BYTES))
+        memory = bytearray(SCAN_BYTES)
+        buffer = memoryview(memory)
         for first, count in self._slot.geometry.data_runs:
             for block in range(first, first + count, step):
                 piece = min(step, first + count - block)
                 data = buffer[: piece * self._block_size]
                 self._read(block, piece, data)
+                if memory.startswith(_ZEROS[: len(data)]):
+                    progress(len(data))
+                    continue
+                self.written.append(Extent(self.index, block, piece))
                 for at in trailers(data, self._block_size, MAGIC):
                     self._look(block + at, data[at * self._block_size : (at + 1) * self._block_size])
                 for at in trailers(data, self._block_size, PAGE_MAGIC):

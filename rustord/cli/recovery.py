@@ -1,4 +1,4 @@
-"""The commands for a pool that is not well: pool rebuild."""
+"""The commands for a pool that is not well: pool check and pool rebuild."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import click
 
 from rustord.cli.output import print_json, say
 from rustord.cli.parameters import json_option
+from rustord.errors import Damaged
 from rustord.quantity import human_size
 
 if TYPE_CHECKING:
+    from rustord.audit import Audit
     from rustord.blockdevice import BlockDevice
     from rustord.config import Config
     from rustord.keystore.backend import Backend
@@ -116,5 +118,92 @@ def _say_report(report: Report, dry_run: bool) -> None:
         say(f"never committed, and left out: {report.void_count:,}")
 
 
-COMMANDS = (rebuild,)
+@click.command()
+@devices_argument
+@config_option
+@directory_option
+@click.option("--data", is_flag=True, help="Compare the checksums of all data, too.")
+@click.option("--repair", is_flag=True, help="Put right what can be, after asking.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def check(
+    devices: tuple[Path, ...],
+    file: Path | None,
+    directory: Path | None,
+    data: bool,
+    repair: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Check labels, journals, index, names, footers and free blocks.
+
+    Works while the daemon is stopped, on all devices of the pool: those that the configuration means, or each DEVICE
+    that is named. Without --repair nothing is changed. Fails if something is wrong that is not repaired; what a crash
+    may leave is only told.
+    """
+    from rustord.audit import Audit
+    from rustord.cli.transfer import Bar
+    from rustord.config import load
+
+    config = load(file)
+    opened = open_pool_devices(devices, config, read_only=not repair)
+    with Bar("reading the devices", sum(device.size for device in opened)) as bar:
+        audit = Audit(
+            opened,
+            backend=make_backend(config),
+            directory=directory.absolute() if directory else config.pool.directory,
+            policy=config.erase.policy,
+            data=data,
+            progress=bar.advance,
+        )
+    with audit:
+        if not as_json:
+            _say_findings(audit)
+        repaired = repair and _repair(audit, yes, quiet=as_json)
+    if as_json:
+        print_json(_plain_findings(audit, repaired))
+    wrong = [finding for finding in audit.findings if not finding.harmless]
+    if any(not (repaired and finding.mend.value) for finding in wrong):
+        raise click.exceptions.Exit(Damaged.exit_status)
+
+
+def _repair(audit: Audit, yes: bool, *, quiet: bool) -> bool:
+    """Say what will be done, and do it if that is wanted; whether it was done."""
+    if not audit.plan:
+        return False
+    click.echo("\n".join(["--repair will", *(f"  - {mend.value}" for mend in audit.plan)]), err=quiet)
+    if not yes and not click.confirm("Go on?", err=True):
+        return False
+    audit.mend()
+    click.echo("done: check once more to see that all is well", err=quiet)
+    return True
+
+
+def _say_findings(audit: Audit) -> None:
+    for finding in audit.findings:
+        say(f"{finding.kind}: {finding.what}")
+        say(f"  {finding.remedy}")
+    wrong = sum(not finding.harmless for finding in audit.findings)
+    state = f"{wrong} things are wrong" if wrong else "nothing is wrong"
+    say(f"{audit.object_count:,} Objects with {human_size(audit.data_bytes)} of data: {state}")
+
+
+def _plain_findings(audit: Audit, repaired: bool) -> dict[str, Any]:
+    return {
+        "objects": audit.object_count,
+        "data_bytes": audit.data_bytes,
+        "findings": [
+            {
+                "kind": finding.kind,
+                "what": finding.what,
+                "remedy": finding.remedy,
+                "harmless": finding.harmless,
+                "repaired": repaired and bool(finding.mend.value),
+            }
+            for finding in audit.findings
+        ],
+    }
+
+
+COMMANDS = (check, rebuild)
 """For the group ``pool``."""

@@ -575,6 +575,43 @@ def _grave(key: bytes, table: bytes) -> Grave:
     return Grave(RecordId(*RECORD_ID.unpack_from(key, 1)), decode_extents(table))
 
 
+@dataclass
+class Contents:
+    """All that an index holds, whether it makes sense or not. ``strange`` says what cannot be decoded."""
+
+    positions: dict[bytes, bytes] = field(default_factory=dict)
+    objects: dict[ObjectId, Record] = field(default_factory=dict)
+    names: dict[str, ObjectId] = field(default_factory=dict)
+    graves: list[Grave] = field(default_factory=list)
+    bases: dict[ObjectId, Record] = field(default_factory=dict)
+    pages: dict[tuple[bytes, int], Page] = field(default_factory=dict)
+    strange: list[str] = field(default_factory=list)
+
+
+def read_contents(backend: Backend) -> Contents:
+    """What an opened ``backend`` holds. Raises Damaged or DeviceError if it cannot be read."""
+    contents = Contents()
+    for key, value in backend.scan(b"", b"\xff"):
+        kind, rest = key[:1], key[1:]
+        try:
+            if kind == _OBJECT:
+                contents.objects[rest] = Record(value)
+            elif kind == _GRAVE:
+                contents.graves.append(_grave(key, value))
+            elif kind == _BASE:
+                contents.bases[rest] = Record(value)
+            elif kind == _PAGE:
+                page = decode_page(value)
+                contents.pages[page.layer, page.number] = page
+            elif kind == _NAME:
+                contents.names[(value[16:] or rest).decode()] = value[:16]
+            elif kind == _POSITION:
+                contents.positions[rest] = value
+        except (FormatError, UnicodeDecodeError) as error:
+            contents.strange.append(f"the entry {key[:40]!r} of the index cannot be decoded: {error}")
+    return contents
+
+
 def replace_index(
     backend: Backend,
     state: tuple[int, int, bytes],

@@ -1,4 +1,4 @@
-"""`rustorctl pool rebuild` on a pool that a daemon serves."""
+"""`rustorctl pool rebuild` and `pool check` on a pool that a daemon serves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_lost_index_comes_back(
 ) -> None:
     options = [text for path in pool_of_loops for text in ("--device", str(path))]
     daemon = start_daemon(*options)
-    for number in range(20):
+    for number in range(6):
         rustorctl.ok("put", "-", "--name", f"object {number}", input="some data")
     rustorctl.ok("delete", "object 3")
     listing = rustorctl.ok("ls", "--json")
@@ -42,13 +42,13 @@ def test_a_lost_index_comes_back(
     stop(daemon)
     shutil.rmtree(index)
     looked = rustorctl.ok("pool", "rebuild", "--dry-run", "--directory", index, *pool_of_loops)
-    assert looked.startswith("would find 19 Objects with 171 B of data, 19 names\n")
+    assert looked.startswith("would find 5 Objects with 45 B of data, 5 names\n")
     assert not index.exists()
     made = json.loads(rustorctl.ok("pool", "rebuild", "--json", "--directory", index, *pool_of_loops))
-    assert (made["objects"], made["losses"]) == (19, [])
+    assert (made["objects"], made["losses"]) == (5, [])
     start_daemon(*options)
     assert rustorctl.ok("ls", "--json") == listing
-    assert rustorctl.ok("get", "object 7") == "some data"
+    assert rustorctl.ok("get", "object 5") == "some data"
 
 
 def test_what_is_refused_is_told_and_nothing_is_made(pool_image: Path, rustorctl: Any, disk_path: Path) -> None:
@@ -74,3 +74,38 @@ def test_the_configuration_says_which_devices(pool_image: Path, rustorctl: Any, 
     assert (disk_path / "made" / "data.mdb").exists()
     done = rustorctl("pool", "rebuild", "--config", file, "--without", "x")
     assert done.returncode == 2
+
+
+def test_a_check_finds_damage_and_repairs_it(
+    pool_of_loops: list[Path], rustorctl: Any, start_daemon: Command, disk_path: Path
+) -> None:
+    options = [text for path in pool_of_loops for text in ("--device", str(path))]
+    daemon = start_daemon(*options)
+    for number in range(3):
+        rustorctl.ok("put", "-", "--name", f"object {number}", input="some data")
+    listing = rustorctl.ok("ls", "--json")
+    index = disk_path / "index"
+    check = ("pool", "check", "--directory", index, *pool_of_loops)
+    assert "is in use by" in rustorctl(*check).stderr
+    stop(daemon)
+    assert rustorctl.ok(*check, "--data") == "3 Objects with 27 B of data: nothing is wrong\n"
+    with pool_of_loops[1].open("r+b") as device:
+        device.write(bytes(4096))
+    shutil.rmtree(index)
+    found = rustorctl(*check)
+    assert (found.returncode, found.stderr) == (10, "")
+    assert "label: the copy of the label at byte 0 of device 1 is absent\n  --repair: " in found.stdout
+    assert f"index: there is no index at {index}\n  --repair: " in found.stdout
+    assert found.stdout.endswith("2 things are wrong\n")
+    assert not index.exists()
+    declined = rustorctl(*check, "--repair", input="n\n")
+    assert declined.returncode == 10
+    assert declined.stdout.endswith(
+        "--repair will\n  - write labels anew, from copies that are good\n"
+        "  - make the index anew, from what the devices hold\n"
+    )
+    mended = json.loads(rustorctl(*check, "--repair", "--yes", "--json").stdout)
+    assert [finding["repaired"] for finding in mended["findings"]] == [True, True]
+    assert rustorctl.ok(*check, "--data") == "3 Objects with 27 B of data: nothing is wrong\n"
+    start_daemon(*options)
+    assert rustorctl.ok("ls", "--json") == listing
