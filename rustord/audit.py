@@ -18,7 +18,7 @@ from pathlib import Path
 from rustord.blockdevice import BlockDevice
 from rustord.blockstore import ErasePolicy, Slot, read_label, write_label
 from rustord.errors import Damaged, DeviceError, FormatError, NotFound, PoolError
-from rustord.extent import LAYERS, Extent, block_count, without
+from rustord.extent import Extent, block_count, without
 from rustord.journal import NOTHING, Batch, Kind, decode_record_ids
 from rustord.keystore.backend import Backend
 from rustord.keystore.ring import Ring
@@ -264,10 +264,11 @@ class Audit:
 
     def _check_pages(self) -> dict[tuple[bytes, int], Page]:
         """The same for the maps of volumes."""
-        pages = dict(self._survey.pages)
+        indexed = self._contents.pages if self._contents else {}
+        needless = self._needless_layers()
+        pages = {key: page for key, page in self._survey.pages.items() if key[0] not in needless or key in indexed}
         if self._contents is None:
             return pages
-        indexed = self._contents.pages
         for key in pages.keys() | indexed.keys():
             found, page = pages.get(key), indexed.get(key)
             if found == page or key[0] in self._pending:
@@ -280,6 +281,14 @@ class Audit:
             else:
                 self._find("index", f"{what} is not in the index as on the devices", mend=Mend.INDEX)
         return {key: page for key, page in pages.items() if (key[0], 0) in pages}
+
+    def _needless_layers(self) -> set[bytes]:
+        """Layers that nobody needs: deleted, and that they have been erased is not in the journal yet."""
+        layers = Layers(self._blocks, lambda uuid: None)
+        layers.load(self._survey.pages.values())
+        for record in self._live.values():
+            layers.use(record.layer)
+        return {layer.uuid for layer in layers.collect()}
 
     def _known_bases(self) -> dict[ObjectId, Record]:
         """The deleted Objects on which volumes build."""
@@ -457,7 +466,7 @@ class Audit:
             copy = record.copies[number]
             self._blocks.write_copy(copy, block_count(copy) * size - len(footer), footer)
         self._blocks.keep_pages(self._label.secret, self._lost_pages)
-        self._flush({extent.device for record, number in self._torn_footers for extent in record.copies[number]} - {LAYERS})
+        self._flush({device for record, _ in self._torn_footers for device in record.devices})
 
     def _flush(self, devices: Iterable[int]) -> None:
         for error in self._blocks.flush(devices).values():

@@ -17,10 +17,13 @@ from rustord.change import Delete, Put
 from rustord.errors import DeviceError, PoolError
 from rustord.keystore.lmdb import LmdbBackend
 from rustord.objectstore import ObjectStore
+from rustord.page import CHUNK_BYTES, Page, slot_of
 from rustord.placer import Mirrored
 from rustord.pool import open_devices
 from rustord.record import Metadata, Record, encode_record
+from rustord.volumes import Volumes
 from tests.simulation import MIB, PowerCut, Simulation, check_sound, live, run, stored
+from tests.test_volumes import Direct
 
 BLOCK = 4096
 
@@ -354,6 +357,62 @@ def test_records_are_compared_byte_by_byte(filled: Filled) -> None:
     assert "is not in the index as on the devices" in finding.what
     assert mend(filled.pool) == [Mend.INDEX]
     filled.check_whole()
+
+
+class WithVolumes:
+    """A pool with a volume, its clone, a snapshot, and a deleted Object below one of them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.pool = Simulation(directory, (32 * MIB,))
+        store = self.pool.open()
+        volumes = Volumes(store, Direct(store))
+        image = store.put(b"image" * 50_000, name="image")
+        volumes.create("disk", 40 * CHUNK_BYTES)
+        volumes.clone("image", "clone")
+        for name in ("disk", "clone"):
+            with closing(volumes.open(name)) as volume:
+                volume.write(70_000, b"written")
+                volume.flush()
+        volumes.snapshot("disk", "snapshot")
+        store.delete(image.uuid)
+        volumes.create("gone", 40 * CHUNK_BYTES)
+        volumes.delete("gone")
+        run(store)
+        self.pool.close()
+
+    def head(self) -> Page:
+        with audit_of(self.pool) as audit:
+            return next(page for page in audit._pages.values() if page.number == 0)
+
+
+@pytest.fixture
+def with_volumes(disk_path: Path) -> WithVolumes:
+    return WithVolumes(disk_path)
+
+
+def test_a_pool_with_volumes_that_is_well(with_volumes: WithVolumes) -> None:
+    assert findings(with_volumes.pool, data=True) == []
+
+
+def test_a_page_that_the_index_has_lost(with_volumes: WithVolumes) -> None:
+    page = with_volumes.head()
+    change_index(with_volumes.pool, {}, (b"l" + page.layer + bytes(4),))
+    (finding,) = findings(with_volumes.pool)
+    assert "page 0 of the map of layer" in finding.what
+    assert mend(with_volumes.pool) == [Mend.INDEX]
+    assert findings(with_volumes.pool, data=True) == []
+    store = with_volumes.pool.open()
+    assert Volumes(store, Direct(store)).names() == ["clone", "disk"]
+    with_volumes.pool.close()
+
+
+def test_a_page_that_the_devices_have_lost(with_volumes: WithVolumes) -> None:
+    slot = slot_of(with_volumes.head())
+    write(with_volumes.pool.paths[0], slot.block * BLOCK, bytes(BLOCK))
+    found = findings(with_volumes.pool)
+    assert [(finding.kind, finding.mend) for finding in found] == [("footer", Mend.FOOTER)]
+    assert mend(with_volumes.pool) == [Mend.FOOTER]
+    assert findings(with_volumes.pool) == []
 
 
 def test_what_is_stored_is_not_changed_by_an_audit(filled: Filled) -> None:

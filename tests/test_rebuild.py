@@ -19,11 +19,14 @@ from rustord.errors import DeviceError, PoolError
 from rustord.keygen import HashKeyGen
 from rustord.keystore.lmdb import LmdbBackend
 from rustord.objectstore import ObjectStore
+from rustord.page import CHUNK_BYTES
 from rustord.placer import Contiguous, Mirrored, Placer, Striped
 from rustord.pool import open_devices, open_pool
 from rustord.rebuild import Report, rebuild
 from rustord.record import Metadata, Record
+from rustord.volumes import Volumes
 from tests.simulation import MIB, PowerCut, Simulation, check_sound, free_blocks, live, run, stored, upload
+from tests.test_volumes import Direct
 
 POLICIES: Sequence[ErasePolicy] = ("zero", "discard", "none")
 
@@ -166,6 +169,30 @@ def test_no_deleted_object_returns(policy: ErasePolicy, placer: Placer, disk_pat
     assert (report.object_count, report.losses) == (2, ())
     store = open_with(pool, policy)
     assert contents(store) == before
+    store.close()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_deleted_volume_returns(policy: ErasePolicy, pool: Simulation) -> None:
+    store = open_with(pool, policy)
+    volumes = Volumes(store, Direct(store))
+    for generation in range(3):
+        volumes.create("gone", 400 * CHUNK_BYTES)
+        with closing(volumes.open("gone")) as volume:
+            for chunk in (0, 1, 300):
+                volume.write(chunk * CHUNK_BYTES, b"written")
+                volume.flush()
+                if generation != chunk:
+                    store.keystore.checkpoint()
+        volumes.delete("gone")
+    run(store)
+    fill_journals(store)
+    store.close()
+    pool.lose_index()
+    assert rebuilt(pool).volume_count == 0
+    store = open_with(pool, policy)
+    assert not store.layers.by_uuid
+    assert Volumes(store, Direct(store)).names() == []
     store.close()
 
 
