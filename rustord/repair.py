@@ -37,6 +37,7 @@ REPORT_COUNT_MAX = 1000
 """Reports that wait; what is reported beyond them is found by the next reader, or by a scrub."""
 KNOWN_COUNT_MAX = 10_000
 MOVE_S = 300.0
+CLOSE_S = 30.0
 
 Pace = Callable[[int], None]
 
@@ -133,11 +134,11 @@ class Repairer:
             self._note_transient(record, health)
 
     def close(self) -> None:
-        """Begin nothing more, and wait for what is under way."""
+        """Begin nothing more, and wait a while for what is under way."""
         self._closing.set()
         with suppress(Full):  # then it sees `_closing` with the next one
             self._reports.put_nowait(None)
-        self._thread.join(MOVE_S)
+        self._thread.join(CLOSE_S)
 
     # Examining
 

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 LIST_COUNT_MAX = 1000
 """Damaged Objects and bad extents that a report lists; beyond them it only counts."""
 _WINDOW_COUNT_MAX = 500_000  # copies that are put in order at once: about 50 MiB
-_PAGE_COUNT = 256
+_PAGE_COUNT = 1024
 _LISTING_BYTES = 256  # a Record that is looked at counts as that much read, so that a listing keeps to the pace, too
 _NOTE_S = 5.0
 
