@@ -47,7 +47,7 @@ def pattern(output: str) -> str:
 @pytest.fixture
 def clone(disk_path: Path) -> Path:
     """A directory that looks like a clone in which `./dev run` was typed, without a daemon yet."""
-    for name in ("README.md", "systemd"):
+    for name in ("README.md", "packaging"):
         (disk_path / name).symlink_to(ROOT / name)
     (disk_path / ".dev").mkdir()
     (disk_path / ".venv").mkdir()
