@@ -97,18 +97,19 @@ class Undo:
 class Erase:
     """Erase blocks that no Object names any more, and give them back once that is durable.
 
-    ``id`` is that of the Record that named them, None for blocks that never were an Object's. ``cause`` is the Delete
-    that waits for it. ``layers`` are forgotten with it, and ``layer`` is the number of one that it had needed.
-    ``after`` is the sequence up to which the index has to hold everything before. ``erased`` is set
-    once the blocks have been written over, so that only the flush is left to do; ``error`` says why they could not be.
+    ``ids`` are those of the Records that named them, none for blocks that never were an Object's; several where an
+    Object was moved shortly before it was deleted. ``cause`` is the Delete that waits for it. ``layers`` are forgotten
+    with it, and ``layer`` is the number of one that it had needed. ``after`` is the sequence up to which the index has
+    to hold everything before. ``erased`` is set once the blocks have been written over, so that only the flush is left
+    to do; ``error`` says why they could not be.
     """
 
-    __slots__ = ("after", "cause", "erased", "error", "extents", "finished", "id", "layer", "layers")
+    __slots__ = ("after", "cause", "erased", "error", "extents", "finished", "ids", "layer", "layers")
 
     def __init__(
         self,
         extents: Sequence[Extent],
-        id: RecordId | None = None,
+        ids: Sequence[RecordId] = (),
         cause: Delete | None = None,
         *,
         after: int = 0,
@@ -116,7 +117,7 @@ class Erase:
         layers: Sequence[Layer] = (),
     ) -> None:
         self.extents = extents
-        self.id = id
+        self.ids = ids
         self.layer = layer
         self.layers = layers
         self.finished: Callable[[RustordError | None], None] | None = None

@@ -442,7 +442,7 @@ class ObjectStore:
     def _is_held(self, erase: Erase) -> bool:
         if erase.after > self.keystore.indexed_sequence:
             return True
-        return erase.cause is None and erase.id is not None and erase.id in self._pins
+        return erase.cause is None and any(id in self._pins for id in erase.ids)
 
     def _stage(self, change: Change, batch: _Batch) -> None:
         """Decide what the change comes to; nothing is written yet."""
@@ -723,7 +723,7 @@ class ObjectStore:
                     placed.put.replaced, after = True, 0
                     if replaced.uuid in self.layers.users:  # a Layer builds on it: it is erased with the last one
                         continue
-                erase = Erase(placed.remains(replaced, record), replaced.id, after=after, layer=replaced.layer)
+                erase = Erase(placed.remains(replaced, record), (replaced.id,), after=after, layer=replaced.layer)
                 (self._held if self._is_held(erase) else batch.following).append(erase)
         return puts
 
@@ -741,12 +741,21 @@ class ObjectStore:
             if record.uuid in self.layers.users:  # a Layer builds on it: it is erased with the last one
                 batch.outcomes.append((change, record))
             else:
-                batch.following.append(Erase(record.extents, record.id, change, layer=record.layer))
+                left = self._left_behind(record.uuid)
+                extents = [*record.extents, *(extent for erase in left for extent in erase.extents)]
+                ids = (record.id, *(id for erase in left for id in erase.ids))
+                batch.following.append(Erase(extents, ids, change, layer=record.layer))
             deletes.append((record, sequence))
         return deletes
 
+    def _left_behind(self, uuid: ObjectId) -> list[Erase]:
+        """What a deleted Object left when it was moved: that need not wait for the index any more."""
+        left = [erase for erase in self._held if erase.after and erase.ids[0].uuid == uuid] if self._held else []
+        self._held = [erase for erase in self._held if erase not in left] if left else self._held
+        return left
+
     def _settle_undos(self, batch: _Batch) -> list[tuple[Grave, int]]:
-        batch.following += [Erase(undo.extents, undo.record.id) for undo, _ in batch.undos]
+        batch.following += [Erase(undo.extents, (undo.record.id,)) for undo, _ in batch.undos]
         return [(Grave(undo.record.id, undo.extents), sequence) for undo, sequence in batch.undos]
 
     def _bury(self, erase: Erase, failed: dict[int, RustordError], batch: _Batch) -> list[RecordId]:
@@ -758,7 +767,7 @@ class ObjectStore:
         gone: list[RecordId] = []
         if error is None:
             self.allocator.release(erase.extents)
-            gone = [layer.id for layer in erase.layers] + ([erase.id] if erase.id else [])
+            gone = [*(layer.id for layer in erase.layers), *erase.ids]
             self.remember_erased(erase.extents, gone)
             if following := self._needed_no_more(erase):
                 following[-1].cause, following[-1].finished = erase.cause, erase.finished
@@ -785,7 +794,7 @@ class ObjectStore:
         for base in self.layers.bases(erase.layers):
             self.layers.let_go(base)
             if base not in self.layers.users and (record := self.keystore.kept(base)):
-                erases.append(Erase(record.extents, record.id, layer=record.layer))
+                erases.append(Erase(record.extents, (record.id,), layer=record.layer))
         return erases
 
     def close(self) -> None:

@@ -125,6 +125,18 @@ class Ring:
             self.number, self.block = batch.number + 1, end
         return [batch for _, batch in found]
 
+    def is_broken(self) -> bool:
+        """Whether newer batches lie behind the end that `replay` found.
+
+        Then a batch between is damaged, or the position is an old one: these batches were written over what followed
+        upon it, and if they went around the ring, one of them is at its start.
+        """
+        count = max(0, min(_SCAN_BYTES // self._block_size, self._block_count - self.block))
+        data = self._read_bytes(self.block, count * self._block_size)
+        heads = [block for block in range(count) if batch_length(data[block * self._block_size :]) is not None]
+        there = [self._read(block) for block in (0, *(self.block + head for head in heads))]
+        return any(batch is not None and batch.number > self.number for batch in there)
+
     def _follow(self, number: int, block: int) -> Iterator[tuple[int, Batch]]:
         self.number, self.block = number, block
         while True:

@@ -138,6 +138,12 @@ class KeyStore:
                 hint="put back the index directory that belongs to this pool; if it is lost, 'rustorctl pool rebuild' "
                 "makes a new one",
             )
+        if ring.is_broken():
+            raise PoolError(
+                f"the journal of device {uuid_text(ring.device_uuid)} goes on behind batch {ring.number}, which is not "
+                "there: the index is an old copy, or the journal is damaged",
+                hint="put back the index directory that was last used with this pool, or rebuild it from the devices",
+            )
         self._rings[device] = ring
         self._note_rings()
         return batches

@@ -176,6 +176,33 @@ def test_without_the_index_the_run_that_ends_with_the_newest_is_found(device: Bl
     assert numbers[0] > 1
 
 
+@pytest.mark.parametrize("count", [2, 400, 1100, 1500])
+def test_a_position_that_is_too_old_is_noticed(device: BlockDevice, count: int) -> None:
+    """As long as the ring has not come around to it, the batches from there on are replayed; then it is broken."""
+    ring = make(device)
+    append(ring, 1)
+    position = ring.position
+    for sequence in range(2, count + 2):
+        append(ring, sequence)
+        ring.release(sequence + 1, sequence)
+    again = make(device)
+    replayed = again.replay(position)
+    assert again.is_broken() == (len(replayed) != count)
+    assert not ring.is_broken()
+
+
+@pytest.mark.parametrize("offset", [3, 60, 5000])
+def test_a_damaged_batch_with_others_behind_it_is_noticed(device: BlockDevice, offset: int) -> None:
+    ring = make(device)
+    position = ring.position
+    for sequence in range(1, 4):
+        append(ring, sequence, blocks=2)
+    device.write(MIB + 2 * 4096 + offset, [b"?"])
+    again = make(device)
+    assert sequences(again.replay(position)) == [1]
+    assert again.is_broken()
+
+
 def test_batches_of_another_device_or_pool_are_nothing(device: BlockDevice) -> None:
     append(make(device), 1)
     assert Ring(device, b"e" * 16, GEOMETRY, SECRET).replay(None) == []
