@@ -5,12 +5,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from rustord.badblocks import BadBlocks, BadRun
-from rustord.blockdevice import BlockDevice, Buffer, open_device
+from rustord.blockdevice import open_device
 from rustord.change import Change, Put
-from rustord.errors import DeviceError, RustordError
+from rustord.errors import RustordError
 from rustord.extent import LAYERS
 from rustord.keygen import HashKeyGen, KeyGen
 from rustord.keystore.backend import Backend
@@ -19,141 +18,10 @@ from rustord.objectstore import ObjectStore
 from rustord.placer import Contiguous, Placer
 from rustord.pool import create_pool, open_pool
 from rustord.record import Record
+from rustord.testing.device import Power, VolatileDevice
+from rustord.testing.device import PowerCut as PowerCut
 
 MIB = 1 << 20
-SECTOR_BYTES = 512
-"""What a device writes whole or not at all."""
-
-
-class _Unflushed(NamedTuple):
-    offset: int
-    old: bytes
-    new: bytes
-
-
-class PowerCut(Exception):
-    """The power went off; nothing more can be done with any device."""
-
-
-class Power:
-    """Lets the power go off at the n-th operation: after ``left`` more writes and flushes, if that is not None."""
-
-    def __init__(self) -> None:
-        self.left: int | None = None
-        self.used = 0
-
-    def spend(self) -> None:
-        self.used += 1
-        if self.left is not None:
-            if self.left <= 0:
-                raise PowerCut
-            self.left -= 1
-
-
-class VolatileDevice:
-    """A `BlockDevice` over another one (an image file, say) that may lose whatever has not been flushed.
-
-    Writes go to the device below at once, and what they replaced is kept; `cut_power` puts that back, but for the
-    sectors of which it is told that they had reached the medium. A flush makes everything so far durable, unless it
-    has been told to fail. As of a kernel, a failure is reported once: a flush that is tried again succeeds, though what
-    the first one should have made durable may be lost. It is for the store not to believe it.
-    """
-
-    def __init__(self, below: BlockDevice, power: Power | None = None) -> None:
-        self.path = below.path
-        self.size = below.size
-        self.block_size = below.block_size
-        self.rotational = below.rotational
-        self.read_only = below.read_only
-        self.failed = ""
-        self.flush_count = 0
-        """How many flushes succeeded."""
-        self.fail_flushes = 0
-        """How many of the next flushes fail."""
-        self.fail_writes = False
-        self.fail_reads = False
-        self.fail_scratches = False
-        self.strict = True
-        """Whether the device refuses everything after a failure, as `BlockDevice` demands."""
-        self._below = below
-        self._power = power or Power()
-        self._unflushed: list[_Unflushed] = []
-        self._lost: list[_Unflushed] = []
-
-    def read(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        if self.fail_reads:
-            raise DeviceError(f"{self.path}: reading at byte {offset} fails, as it was told to")
-        self._below.read(offset, buffers)
-
-    def read_now(self, offset: int, buffers: Sequence[Buffer]) -> bool:
-        return not self.fail_reads and self._below.read_now(offset, buffers)
-
-    def reread(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        if self.fail_reads:
-            raise DeviceError(f"{self.path}: reading at byte {offset} fails, as it was told to")
-        self._below.reread(offset, buffers)
-
-    def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        self._power.spend()
-        self._refuse_if_failed()
-        if self.fail_writes:
-            self._fail("a write failed, as it was told to")
-        new = b"".join(buffers)
-        head = offset % SECTOR_BYTES
-        old = bytearray(head + len(new) + -(offset + len(new)) % SECTOR_BYTES)
-        self._below.read(offset - head, (old,))
-        sectors = old[:head] + new + old[head + len(new) :]  # whole ones, as the page cache writes them
-        self._unflushed.append(_Unflushed(offset - head, bytes(old), bytes(sectors)))
-        self._below.write(offset, (new,))
-
-    def flush(self) -> None:
-        self._power.spend()
-        self._refuse_if_failed()
-        if self.fail_flushes:
-            self.fail_flushes -= 1
-            self._lost += self._unflushed
-            self._unflushed = []
-            self._fail("a flush failed, as it was told to")
-        self.flush_count += 1
-        self._unflushed = []
-
-    def zero(self, offset: int, length: int) -> None:
-        self.write(offset, (bytes(length),))
-
-    def scratch(self, offset: int, length: int) -> None:
-        if self.fail_scratches:
-            raise DeviceError(f"{self.path}: zeroing at byte {offset} fails, as it was told to")
-        self._below.write(offset, (bytes(length),))
-
-    def discard(self, offset: int, length: int) -> None:
-        self.write(offset, (b"\xdb" * length,))  # it may read as anything, so not as zeros
-
-    def start_writeback(self, offset: int, length: int) -> None:
-        pass
-
-    def close(self) -> None:
-        if self._power.left != 0:  # otherwise `cut_power` is still to come
-            self._below.close()
-
-    def cut_power(self, keep: Callable[[int], bool] = lambda offset: False) -> None:
-        """Lose what was not flushed, but for the sectors for whose offset ``keep`` says yes; and close the device."""
-        unflushed = self._lost + self._unflushed
-        self._below.failed = ""
-        for offset, old, _ in reversed(unflushed):
-            self._below.write(offset, (old,))
-        for offset, _, new in unflushed:
-            for at in range(0, len(new), SECTOR_BYTES):
-                if keep(offset + at):
-                    self._below.write(offset + at, (new[at : at + SECTOR_BYTES],))
-        self._below.close()
-
-    def _refuse_if_failed(self) -> None:
-        if self.failed and self.strict:
-            raise DeviceError(f"{self.path} takes no writes any more: {self.failed}")
-
-    def _fail(self, why: str) -> None:
-        self.failed = self.failed or why
-        raise DeviceError(f"{self.path}: {why}")
 
 
 class Simulation:
@@ -254,8 +122,10 @@ def live(store: ObjectStore) -> list[Record]:
     return found
 
 
-def check_sound(store: ObjectStore) -> None:
+def check_sound(store: ObjectStore, *, redundant: bool = True) -> None:
     """Assert that every block is free, bad, an Object's or a Layer's, and only one of that; and that Objects are whole.
+
+    Each copy has to be whole, unless not ``redundant``: then one is enough.
 
     Nothing may be under way: no upload, and no erasure that follows from an earlier cycle.
     """
@@ -272,7 +142,8 @@ def check_sound(store: ObjectStore) -> None:
     for record in records:
         store.read(record, 0, record.size)
         for number, copy in enumerate(record.copies):
-            if all(store.blocks.slots[extent.device].device is not None for extent in copy if extent.device != LAYERS):
+            there = all(store.blocks.slots[e.device].device is not None for e in copy if e.device != LAYERS)
+            if redundant and there:
                 assert store.blocks.verify(record, number, 0, record.size), f"copy {number} of {record.key} is damaged"
     assert (store.stock.count, store.stock.size) == (len(records), sum(record.size for record in records))
 

@@ -1,0 +1,309 @@
+"""Mutants: the store with one of its precautions taken out. Whatever proves the store must tell each of them from it.
+
+A mutant is the source text of a function with a piece of it replaced. Who changes such a function mends the mutant, or
+adds one: a text that is not found in the function, or more than once, is an error.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple
+
+import rustord.blockstore
+import rustord.journal
+import rustord.pool
+from rustord.blockstore import BlockStore
+from rustord.keystore.ring import Ring
+from rustord.keystore.store import KeyStore
+from rustord.objectstore import ObjectStore
+from tests.crash import scenarios
+from tests.crash.scenarios import Scenario
+
+
+class Edit(NamedTuple):
+    function: Callable[..., Any]
+    old: str
+    new: str = "pass"
+
+
+class Mutant(NamedTuple):
+    """``what`` is left out or done wrongly; ``shown_by`` are the scenarios in which that shows first."""
+
+    what: str
+    edits: tuple[Edit, ...]
+    shown_by: tuple[Callable[..., None], ...]
+
+    def __str__(self) -> str:
+        return self.what
+
+    def scenarios(self) -> list[Scenario]:
+        """Those that show the mutant."""
+        return [scenario for scenario in scenarios.SCENARIOS if scenario.play in self.shown_by]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The store is the mutant meanwhile."""
+        with ExitStack() as stack:
+            for edit in self.edits:
+                stack.enter_context(_edited(edit))
+            yield
+
+
+@contextmanager
+def _edited(edit: Edit) -> Iterator[None]:
+    function = inspect.unwrap(edit.function)
+    assert isinstance(function, FunctionType)
+    source = textwrap.dedent(inspect.getsource(function))
+    times = source.count(edit.old)
+    if times != 1:
+        raise LookupError(f"{edit.old!r} is {times} times in {function.__qualname__}; mend the mutant")
+    original = function.__code__
+    function.__code__ = _compiled(source.replace(edit.old, edit.new), function)
+    try:
+        yield
+    finally:
+        function.__code__ = original
+
+
+def _compiled(source: str, function: FunctionType) -> CodeType:
+    tree = ast.parse(source)
+    tree.body.insert(0, ast.parse("from __future__ import annotations").body[0])
+    scope: dict[str, Any] = {}
+    exec(compile(tree, f"<mutant of {function.__qualname__}>", "exec"), function.__globals__, scope)
+    mutant = scope[function.__name__]
+    assert isinstance(mutant, FunctionType)
+    return mutant.__code__
+
+
+pool = rustord.pool
+blockstore = rustord.blockstore
+journal = rustord.journal
+cycle = ObjectStore.cycle
+
+
+def _mutants() -> Iterator[Mutant]:
+    def mutant(what: str, *edits: tuple[Any, ...], by: tuple[Callable[..., None], ...]) -> Mutant:
+        return Mutant(what, tuple(Edit(*edit) for edit in edits), by)
+
+    s = scenarios
+    freed = (s.using_freed_blocks_at_once,)
+    # Flushes
+    yield mutant(
+        "the flush of a cycle is left out",
+        (cycle, "failed |= self.blocks.flush((committed | erased) - failed.keys())"),
+        by=(s.putting,),
+    )
+    yield mutant(
+        "the erasure is not flushed",
+        (cycle, "committed | erased", "committed"),
+        by=(s.replacing_and_deleting,),
+    )
+    yield mutant("a flush does nothing", (BlockStore._flush, ".flush()", ""), by=(s.putting,))
+    yield mutant(
+        "the copies of the label are written all at once",
+        (rustord.blockstore.write_label, "device.flush()\n    for", "for"),
+        by=(s.closing_and_opening, s.making_a_pool),
+    )
+    yield mutant(
+        "what an opening erases is not flushed",
+        (pool._finish_erasures, "blocks.flush(touched)", "{}"),
+        by=(s.crashing_often, s.closing_and_opening),
+    )
+    yield mutant(
+        "what an opening repairs is not flushed",
+        (pool._is_whole, "blocks.flush(record.devices)"),
+        by=(s.putting, s.crashing_often),
+    )
+    # PUT
+    yield mutant(
+        "the last batch is not verified",
+        (pool._is_whole, "return any(whole)", "return True"),
+        by=(s.putting,),
+    )
+    yield mutant(
+        "data is not compared with its checksums",
+        (pool.copy_is_whole, "if not blocks.verify(record, number, offset, length):", "if False:"),
+        by=(s.putting,),
+    )
+    yield mutant(
+        "the footer is not verified",
+        (pool._footer_is_whole, "== footer", "is not None"),
+        by=(s.putting,),
+    )
+    yield mutant(
+        "a copy that was torn is not made anew",
+        (pool._is_whole, "if any(whole) and not all(whole):", "if False:"),
+        by=(s.putting,),
+    )
+    yield mutant(
+        "the footer is not written",
+        (
+            ObjectStore._write,
+            "zip(placed.copies, placed.tails, strict=True)",
+            "zip(placed.copies, [bytes(len(tail)) for tail in placed.tails])",
+        ),
+        by=(s.putting,),
+    )
+    yield mutant(
+        "the index knows of a PUT before the journal is durable",
+        (
+            ObjectStore._journal,
+            "failed |= refused",
+            "failed |= refused; self.keystore.learn(puts, (), (), (), self._sequence); self.keystore.checkpoint()",
+        ),
+        by=(s.putting,),
+    )
+    yield mutant(
+        "durable is the sequence of the batch itself",
+        (ObjectStore._journal, "self._erased, self._durable", "self._erased, self._sequence"),
+        by=(s.putting,),
+    )
+    yield mutant(
+        "the journal does not say what is replaced",
+        (ObjectStore._journal, "placed.replaced_uuid", "NOTHING"),
+        by=(s.replacing_and_deleting,),
+    )
+    yield mutant(
+        "the journal's signatures are not compared",
+        (journal.decode_batch, "if sign(secret, view[_SIGNED_FROM:length]) != signature:", "if False:"),
+        by=(s.deleting_many,),
+    )
+    yield mutant(
+        "an Object is verified though its blocks are another's by now",
+        (pool._replay, "flushed or gone.get(record.uuid, 0) > entry.sequence", "flushed"),
+        by=freed,
+    )
+    # Moving
+    yield mutant(
+        "a move that was torn is believed",
+        (pool._is_believed, "return not _has_footer(old, blocks, label)", "return True"),
+        by=(s.moving,),
+    )
+    yield mutant(
+        "a DELETE is answered while the blocks are not erased that the Object was moved from",
+        (ObjectStore._settle_deletes, "left = self._left_behind(record.uuid)", "left = []"),
+        by=(s.moving,),
+    )
+    # DELETE
+    yield mutant(
+        "the blocks are erased before the tombstone is durable",
+        (ObjectStore._stage_delete, "batch.gone.add(delete.uuid)", "self.blocks.erase(record.extents)"),
+        by=(s.replacing_and_deleting,),
+    )
+    yield mutant(
+        "the blocks are free before they are erased",
+        (
+            ObjectStore._settle_deletes,
+            "self.stock.remove(record)",
+            "self.stock.remove(record); self.allocator.release(record.extents)",
+        ),
+        (ObjectStore._bury, "self.allocator.release(erase.extents)"),
+        by=(s.deleting_and_putting_at_once,),
+    )
+    yield mutant(
+        "the blocks are not erased",
+        (BlockStore.erase, "self.writable(index).zero(block * block_size, count * block_size)"),
+        by=(s.replacing_and_deleting,),
+    )
+    yield mutant(
+        "ERASED is in the journal before the erasure is durable",
+        (
+            ObjectStore._erase,
+            "    for erase in waiting:\n            erase.erased = True",
+            "    for erase in waiting:\n            erase.erased = True\n"
+            "            self._erased.setdefault(0, []).extend(erase.ids)",
+        ),
+        by=(s.deleting_and_putting_at_once,),
+    )
+    yield mutant(
+        "a tombstone is not in the journal",
+        (KeyStore.journal, "delete_entry(sequence, record.uuid)) for record, sequence in deletes]", "0) for _ in ()]"),
+        by=(s.replacing_and_deleting,),
+    )
+    yield mutant(
+        "graves are forgotten at the start",
+        (pool._finish_erasures, "if grave.id in done:", "if True:"),
+        by=(s.replacing_and_deleting,),
+    )
+    yield mutant(
+        "a grave is erased though its blocks are another's by now",
+        (pool._finish_erasures, "if grave.id in done:", "if False:"),
+        by=freed,
+    )
+    # The journal and the index
+    yield mutant(
+        "batches are overwritten that the index does not have",
+        (Ring._room, 'raise RingFull(f"the journal has no room for {block_count} blocks")', "return 0"),
+        by=(s.filling_the_journal,),
+    )
+    yield mutant(
+        "batches are let go before the index has them",
+        (KeyStore._append, "self.checkpoint()", "ring.release(1 << 62, 1 << 62)"),
+        by=(s.filling_the_journal,),
+    )
+    yield mutant(
+        "an old copy of the index is believed",
+        (KeyStore.add_ring, "if ring.is_broken():", "if False:"),
+        by=(s.going_around_the_journal,),
+    )
+    yield mutant(
+        "the labels' generation is not in the index",
+        (pool._replay, "erased, generation)", "erased, generation - 1)"),
+        by=(s.closing_and_opening,),
+    )
+    yield mutant(
+        "the new device's label is written before the index knows of it",
+        (
+            pool.add_device,
+            "store.keystore.note_generation(generation)\n    write_label(device, label.for_member(member))",
+            "write_label(device, label.for_member(member))\n    store.keystore.note_generation(generation)",
+        ),
+        by=(s.adding_a_device,),
+    )
+    yield mutant(
+        "a batch after a crash proves what was before the crash",
+        (
+            pool.was_flushed,
+            " and not any(sequence < end and first <= durable[at] for first, end in label.voids)",
+            "",
+        ),
+        by=(s.crashing_often,),
+    )
+    # Devices that fail
+    yield mutant(
+        "a PUT is acknowledged though a flush failed",
+        (ObjectStore._settle_puts, "if error := placed.failure(failed):", "if False:"),
+        by=(s.failing_flush_of_one,),
+    )
+    yield mutant(
+        "UNDO is ignored",
+        (pool._replay, "if entry.kind is Kind.UNDO for", "if False for"),
+        by=(s.failing_flush,),
+    )
+    yield mutant(
+        "no UNDO is written",
+        (ObjectStore._settle_puts, "batch.following.append(Undo(record, placed.remains(record, replaced)))"),
+        by=(s.failing_flush,),
+    )
+    yield mutant(
+        "durable goes on behind a flush that failed",
+        (ObjectStore._settle, "self._all_flushed = False", "self._durable = self._sequence"),
+        by=(s.failing_flush_of_one,),
+    )
+    yield mutant(
+        "blocks are free though the flush of their erasure failed",
+        (
+            ObjectStore._bury,
+            "erase.error or next((failed[e.device] for e in erase.extents if e.device in failed), None)",
+            "None",
+        ),
+        by=(s.failing_erasure,),
+    )
+
+
+MUTANTS: list[Mutant] = list(_mutants())

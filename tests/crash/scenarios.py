@@ -1,0 +1,299 @@
+"""What happens to a pool while it is recorded: each scenario brings about some order of writes that must be right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from rustord.extent import Extent
+from rustord.placer import Contiguous, FreeView, Mirrored, Placer, Striped
+from tests.crash.story import DATA, Content, Stage, Story
+from tests.simulation import MIB
+
+DEVICE_BYTES = 16 * MIB
+RING_BLOCKS = 1024
+"""The journal of such a device."""
+
+
+class Scenario(NamedTuple):
+    """``play`` makes a pool on ``device_count`` devices and works on it; what is before `Recording.mark` is not cut."""
+
+    play: Callable[[Stage], None]
+    device_count: int = 1
+    placer: Placer = Contiguous()
+
+    @property
+    def name(self) -> str:
+        return f"{self.play.__name__}-{self.placer.name}-{self.device_count}"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class OnFirst:
+    """A Placer that uses the first device only, from the first free block on: what was freed is used again at once."""
+
+    name = "on-first"
+    copies = 1
+
+    def place(self, count: int, free: FreeView) -> list[list[Extent]]:
+        device = free.devices()[0]
+        block = free.first_fit(device, count)
+        assert block is not None
+        return [[Extent(device, block, count)]]
+
+
+class OnDevice:
+    """A Placer that uses one device only, which may be another one later."""
+
+    name = "on-device"
+    copies = 1
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def place(self, count: int, free: FreeView) -> list[list[Extent]]:
+        block = free.best_fit(self.number, count)
+        assert block is not None
+        return [[Extent(self.number, block, count)]]
+
+
+def some(at: int, length: int, name: str = "", **attributes: str) -> Content:
+    """A Content whose data is nobody else's."""
+    return Content(DATA[at * 4099 : at * 4099 + length], name, "text/plain" if name else "", tuple(attributes.items()))
+
+
+def making_a_pool(stage: Stage) -> None:
+    stage.create()
+    store = stage.open()
+    Story(stage, store).put(some(0, 100, "first"))
+    store.close()
+
+
+def putting(stage: Stage) -> None:
+    story = opened(stage)
+    story.put(some(1, 0), some(2, 100, "a", author="me"), some(3, 5000))
+    story.put(some(4, 70_000, "b"))
+    story.put(some(5, 4096 * 3))
+
+
+def replacing_and_deleting(stage: Stage) -> None:
+    story = opened(stage)
+    story.put(some(1, 9000, "a"), some(2, 4096, "b"), some(3, 12_000))
+    story.put(some(4, 5000, "a"))
+    story.delete(story.named("b"))
+    story.put(some(5, 9000), some(6, 3000, "b"))  # on blocks that have been given back
+    story.change(some(7, 200, "a"), *story.uuids[:1])
+
+
+def deleting_many(stage: Stage) -> None:
+    """The tombstones of one cycle fill several sectors of the journal."""
+    story = opened(stage)
+    story.put(*(some(number, 100) for number in range(30)))
+    story.delete(*story.uuids)
+
+
+def using_freed_blocks_at_once(stage: Stage) -> None:
+    """The index stays behind all of it, so the journal has Objects whose blocks are others' by now."""
+    story = opened(stage)
+    for turn in range(3):
+        story.put(some(turn, 10_000, "a"), some(turn + 20, 6000))
+        story.delete(story.uuids[-1])
+
+
+def indexing(stage: Stage) -> None:
+    story = opened(stage)
+    story.put(some(1, 5000, "a"))
+    story.checkpoint()
+    story.put(some(2, 5000, "a"), some(3, 100, "b"))
+    story.change(story.named("b"), turns=1)  # its blocks are not erased yet
+    story.checkpoint()
+    story.put(some(4, 6000, "c"))
+    story.checkpoint()
+    story.delete(story.named("c"))
+
+
+def going_around_the_journal(stage: Stage) -> None:
+    """The last batches are written over the first ones, which the index has."""
+    story = nearly_around(stage, indexing=True)
+    for turn in range(3):
+        story.put(some(60 + turn, 5000, f"late{turn}"))
+        story.delete(story.named(f"early{turn}"))
+    story.checkpoint()
+    story.put(some(70, 5000, "last"))
+
+
+def filling_the_journal(stage: Stage) -> None:
+    """The ring is full, and nothing of it is in the index yet."""
+    story = nearly_around(stage, indexing=False)
+    for turn in range(4):
+        story.put(some(60 + turn, 5000, f"late{turn}"))
+
+
+def nearly_around(stage: Stage, *, indexing: bool) -> Story:
+    """A Story on a pool in whose journal all but a few blocks have been used; what was before is not cut."""
+    stage.create()
+    story = Story(stage, stage.open())
+    story.put(*(some(number, 600, f"early{number}") for number in range(5)))
+    ring = story.store.keystore._rings[0]
+    while ring.block < RING_BLOCKS - 60:  # records of 8 KiB, 20 in a batch
+        story.put(*(some(number, 10, f"often{number}", pad="x" * 8000) for number in range(20)))
+        if indexing:
+            story.checkpoint()
+    while ring.block < RING_BLOCKS - 3:
+        story.put(some(30, 10, "often"))
+    stage.recording.mark()
+    return story
+
+
+def uploading(stage: Stage) -> None:
+    story = opened(stage)
+    story.put(some(1, 3000, "a"))
+    story.upload(some(2, 200_000, "a"), piece=130_000)
+    story.upload(some(3, 140_000), declare=True)
+    story.upload(some(4, 140_000, "b"), abort=True)
+    story.put(some(5, 140_000))
+
+
+def closing_and_opening(stage: Stage) -> None:
+    story = opened(stage)
+    story.put(some(1, 5000, "a"))
+    story.change(*story.uuids, turns=1)
+    story.reopen()
+    story.put(some(2, 5000, "a"))
+    story.reopen()
+    story.put(some(3, 5000, "a"))
+    story.store.close()
+
+
+def crashing_often(stage: Stage) -> None:
+    """Openings that find much to do: no index, a grave, a torn last batch."""
+    story = opened(stage)
+    for turn in range(3):
+        story.put(some(turn, 8000, "a"), some(turn + 20, 100_000))
+        story.change(story.uuids[-1], turns=1)
+        story = stage.restart(lose_index=turn == 1)
+
+
+def adding_a_device(stage: Stage) -> None:
+    story = opened(stage)
+    story.put(some(1, 5000, "a"))
+    story.add()
+    story.put(*(some(number, 9000) for number in range(2, 5)))
+    story.reopen()
+    story.put(some(6, 3000, "a"))
+
+
+def removing_a_device(stage: Stage) -> None:
+    stage.placer = OnFirst()
+    story = opened(stage)
+    story.put(some(1, 5000, "a"), some(2, 5000))
+    story.remove(1)
+    story.put(some(3, 3000, "a"))
+    story.reopen()
+
+
+def failing_flush(stage: Stage) -> None:
+    """The flush of one of two devices fails: what was on it is taken back."""
+    story = opened(stage)
+    story.put(some(1, 5000, "a"), some(2, 9000, "b"))
+    stage.devices[1].fail_flushes = 1
+    story.put(some(3, 6000, "a"), some(4, 100))
+    story.took_back()
+    story.put(some(5, 100, "c"))
+    story.change(story.named("b"))
+
+
+def deleting_and_putting_at_once(stage: Stage) -> None:
+    """Each cycle stores something while the one before it is still erasing."""
+    story = opened(stage)
+    story.put(some(1, 9000), some(2, 9000), some(3, 9000, "a"))
+    for turn in range(3):
+        first = story.store.cycle(story.asked(story.uuids[0]))
+        story.learn(first)
+        story.learn(story.store.cycle([*first.following, *story.asked(some(10 + turn, 9000), some(20 + turn, 500))]))
+
+
+def failing_flush_of_one(stage: Stage) -> None:
+    """A device fails whose Objects are on no other; the other device goes on."""
+    placer = stage.placer = OnDevice(1)
+    story = opened(stage)
+    story.put(some(1, 5000, "a"), some(2, 9000, "b"))
+    stage.devices[1].fail_flushes = 1
+    story.put(some(3, 6000), some(4, 100))
+    placer.number = 0
+    for turn in range(3):
+        story.put(some(5 + turn, 100))
+
+
+def failing_erasure(stage: Stage) -> None:
+    """The only device fails when an erasure is to be flushed."""
+    story = opened(stage)
+    story.put(some(1, 5000, "a"), some(2, 9000, "b"))
+    story.change(story.named("a"), turns=1)
+    stage.devices[0].fail_flushes = 1
+    story.change()
+    story.checkpoint()
+
+
+def moving(stage: Stage) -> None:
+    """Objects go to other blocks; some are replaced, deleted or moved again while the index does not know of it."""
+    story = opened(stage)
+    story.put(some(1, 9000, "a"), some(2, 70_000, "b"), some(3, 100))
+    story.move(story.named("a"))
+    story.put(some(4, 5000, "c"))
+    story.move(story.named("b"))
+    story.move(story.named("b"))
+    story.checkpoint()
+    story.put(some(5, 5000, "a"))
+    story.move(story.named("a"))
+    story.delete(story.named("a"))
+    story.put(some(6, 9000))
+    story.checkpoint()
+    story.put(some(7, 9000))
+
+
+def condemning(stage: Stage) -> None:
+    """Blocks that are bad are never used again."""
+    story = opened(stage)
+    story.put(some(1, 9000, "a"))
+    story.condemn(Extent(0, 1300, 2))
+    story.put(some(2, 9000))
+    story.condemn(Extent(0, 2500, 1), Extent(0, 1310, 1))
+    story.reopen()
+    story.condemn(Extent(0, 1302, 1))
+
+
+def opened(stage: Stage) -> Story:
+    """A Story on a new pool, which is not itself to be cut."""
+    stage.create()
+    stage.recording.mark()
+    return Story(stage, stage.open())
+
+
+def _scenarios() -> Any:
+    yield Scenario(making_a_pool)
+    yield Scenario(making_a_pool, 2, Mirrored(2))
+    for play in (putting, replacing_and_deleting, indexing, uploading):
+        yield Scenario(play)
+        yield Scenario(play, 2, Mirrored(2))
+    yield Scenario(replacing_and_deleting, 2, Striped(2))
+    yield Scenario(putting, 2, Striped(2))
+    for play in (using_freed_blocks_at_once, going_around_the_journal, closing_and_opening, crashing_often):
+        yield Scenario(play, 1, OnFirst())
+    yield Scenario(crashing_often, 2, Mirrored(2))
+    yield Scenario(adding_a_device)
+    yield Scenario(adding_a_device, 2, Mirrored(2))
+    yield Scenario(removing_a_device, 2)
+    yield Scenario(deleting_many)
+    yield Scenario(moving)
+    yield Scenario(moving, 3, Mirrored(2))
+    yield Scenario(condemning)
+    yield Scenario(deleting_and_putting_at_once, 1, OnFirst())
+    yield Scenario(filling_the_journal, 1, OnFirst())
+    yield Scenario(failing_flush, 2, Mirrored(2))
+    yield Scenario(failing_flush_of_one, 2)
+    yield Scenario(failing_erasure)
+
+
+SCENARIOS: list[Scenario] = list(_scenarios())

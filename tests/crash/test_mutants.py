@@ -1,0 +1,23 @@
+"""The proof of the proof: a store that lacks one precaution is found out."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.crash.mutants import MUTANTS, Mutant
+from tests.crash.proof import Proof
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_a_mutant_is_caught(mutant: Mutant, seed: int) -> None:
+    states = 0
+    for depth in (0, 1):
+        for scenario in mutant.scenarios():
+            proof = Proof(seed, depth=depth)
+            try:
+                with mutant.applied():
+                    proof.of(scenario)
+            except AssertionError:
+                return
+            states += proof.counts["states"]
+    pytest.fail(f"nothing shows that {mutant}; {states} states were examined")
