@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -263,13 +263,15 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
     kept = [entry for entry in ordered if entry.sequence not in dropped]
     if ordered:
         log.info("replayed %d changes of the journal, dropped %d that were never acknowledged", len(kept), len(dropped))
+    settled = max([keystore.indexed_sequence, *durable])
     generation = max(label.generation, keystore.generation) + 1
     keystore.replay(ordered, dropped, erased, generation)
     last = max([*changes, keystore.indexed_sequence, *(end - 1 for _, end in label.voids)])
-    voids = _without(label.voids, kept)
-    if label.state is State.OPEN:
-        voids = merge_voids([*voids, (last + 1, last + 1 + VOID_LENGTH)])[-VOID_COUNT_MAX:]
+    voids = label.voids
+    if label.state is State.OPEN:  # of the last cycle, one device may have what is newer than what another one lost
+        voids = merge_voids([*voids, (settled + 1, last + 1 + VOID_LENGTH)])
         last += VOID_LENGTH
+    voids = tuple(_without(voids, kept)[-VOID_COUNT_MAX:])
     members = tuple(
         replace(m, generation=generation) if blocks.slots[m.device_index].device else m for m in label.members
     )
@@ -283,18 +285,22 @@ def was_flushed(sequence: int, durable: Sequence[int], label: Label) -> bool:
     may lie within that void, if the device was not there when it was noted.
     """
     at = bisect_left(durable, sequence)
-    return at < len(durable) and not any(sequence < end and first <= durable[at] for first, end in label.voids)
+    if at == len(durable):
+        return False
+    between = bisect_right(label.voids, (durable[at], _NO_RUN)) - 1  # the last that does not begin behind it
+    return between < 0 or label.voids[between][1] <= sequence
 
 
-def _without(voids: Iterable[tuple[int, int]], kept: Sequence[Entry]) -> tuple[tuple[int, int], ...]:
-    """The voids without what a device that was missing when they were noted turns out to have committed."""
-    sequences = sorted(entry.sequence for entry in kept)
+def _without(voids: Iterable[tuple[int, int]], kept: Iterable[Entry]) -> list[tuple[int, int]]:
+    """The voids without what was committed: a device that was missing when they were noted may have it."""
+    committed = sorted(entry.sequence for entry in kept)
     left = []
     for first, end in voids:
-        at = bisect_left(sequences, end)
-        newest = sequences[at - 1] if at else 0
-        left.append((max(first, newest + 1), end))
-    return tuple(left)
+        for sequence in committed[bisect_left(committed, first) : bisect_left(committed, end)]:
+            left.append((first, sequence))
+            first = sequence + 1
+        left.append((first, end))
+    return [void for void in left if void[0] < void[1]]
 
 
 def _is_believed(

@@ -62,7 +62,7 @@ Progress = Callable[[int], object]
 class Survey:
     """What was found. Everything in it is as it would be in the index.
 
-    ``sequence`` is the newest that is known; from ``positions`` on (by device uuid, as in the index) the journals have
+    Everything up to ``sequence`` is in it; from ``positions`` on (by device uuid, as in the index) the journals have
     changes whose copies an opening has yet to compare.
     """
 
@@ -127,7 +127,7 @@ def take_survey(label: Label, blocks: BlockStore, progress: Progress = lambda si
             pass
     _Verdict(survey, journals, blocks).judge(scans)
     survey.pages = journals.layers([page for scan in scans for page in scan.pages])
-    survey.sequence = max([journals.newest(survey.live.values()), *(page.sequence for page in survey.pages.values())])
+    survey.sequence = journals.settled(survey.live.values(), survey.pages.values())
     survey.positions = journals.positions()
     for scan in scans:
         survey.footers[scan.index] = scan.footers
@@ -224,9 +224,16 @@ class _Journals:
         """Whether a PUT is known to have been durable: by a later batch, or because the pool was closed in order."""
         return sequence >= self._closed_from or was_flushed(sequence, self._flushed, self._label)
 
-    def newest(self, live: Iterable[bytes]) -> int:
-        """The newest sequence of a change that may have been committed."""
-        return max([self._newest, *map(_sequence, live)])
+    def settled(self, live: Iterable[bytes], pages: Iterable[Page]) -> int:
+        """The sequence up to which everything is known.
+
+        After a crash that is no later than the last cycle but one: the next opening then looks at what came after it,
+        and notes as void what it does not find.
+        """
+        if self._label.state is State.OPEN and len(self._runs) == len(self._label.members):
+            older = (sequence for sequence in map(_sequence, live) if sequence not in self.puts)
+            return max([*self._flushed, *older], default=0)
+        return max([self._newest, *map(_sequence, live), *(page.sequence for page in pages)])
 
     def positions(self) -> dict[bytes, bytes]:
         """Where in each journal the changes begin that an opening should go through once more; its end if none should.

@@ -258,6 +258,47 @@ def test_what_was_absent_after_a_crash_stays_absent(pool: Simulation) -> None:
     pool.close()
 
 
+def test_a_put_that_failed_with_its_only_device_does_not_return(pair: Simulation) -> None:
+    store = pair.open()
+    pair.devices[0].fail_flushes = 1
+    with pytest.raises(DeviceError):
+        store.put(b"failed", name="failed")
+    store.put(b"kept", name="kept")  # on the other device
+    pair.cut_power(lambda offset: True)  # the failed flush has written everything all the same
+    pair.lose_index()
+    assert rebuilt(pair).object_count == 1
+    assert [name for name, _ in pair.open().names()] == ["kept"]
+    pair.close()
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_what_one_device_lost_of_a_cycle_stays_absent(pair: Simulation, *, at_once: bool) -> None:
+    """The other one has a later change of that cycle, which counts: so the lost one is behind no void's beginning."""
+    store = pair.open()
+    run(store, Put(b"first"), Put(b"second"))
+    pair.power.left = 4  # data and journal of both, but no flush
+    with pytest.raises(PowerCut):
+        run(store, Put(b"lost", Metadata("lost")), Put(b"kept", Metadata("kept")))
+    lost, kept = pair.devices
+    lose, keep = lost.cut_power, kept.cut_power
+    lost.cut_power = lambda _: lose(lambda offset: offset >= 5 * MIB)  # type: ignore[method-assign]
+    kept.cut_power = lambda _: keep(lambda offset: True)  # type: ignore[method-assign]
+    pair.cut_power()
+    if at_once:
+        pair.lose_index()
+        rebuilt(pair)
+    pair.placer = Behind()
+    store = pair.open()
+    assert [name for name, _ in store.names()] == ["kept"]
+    fill_journals(store, 2500)
+    pair.close()
+    pair.lose_index()
+    report = rebuilt(pair)
+    assert (report.object_count, report.void_count) == (4, 1)
+    assert [name for name, _ in pair.open().names()] == ["filler", "kept"]
+    pair.close()
+
+
 class Behind(Contiguous):
     """Leaves the first blocks alone."""
 

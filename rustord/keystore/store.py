@@ -241,12 +241,14 @@ class KeyStore:
             # A move may leave a copy where it is, on a device that is missing or takes no writes.
             for device in record.devices & writable if replaced == record.uuid else record.devices:
                 entries.setdefault(device, []).append(entry)
-        tombstones = [(record, sequence, delete_entry(sequence, record.uuid)) for record, sequence in deletes]
-        tombstones += [(record, sequence, undo_entry(sequence, record.id)) for record, sequence in undone]
-        for record, sequence, entry in tombstones:
+        for record, sequence in deletes:
             newest = max(newest, sequence)
             for device in record.devices & writable:
-                entries.setdefault(device, []).append(entry)
+                entries.setdefault(device, []).append(delete_entry(sequence, record.uuid))
+        for record, sequence in undone:
+            newest = max(newest, sequence)
+            for device in (record.devices & writable) or writable:  # somebody has to know of it
+                entries.setdefault(device, []).append(undo_entry(sequence, record.id))
         if entries:
             self._carry(entries, writable, newest)
         return self._append_all(entries, erased, durable, newest)
