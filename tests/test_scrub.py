@@ -346,6 +346,7 @@ def test_a_device_that_answers_with_errors(simulate: Callable[..., Simulation], 
         assert {uuid: bench.store.get(uuid) for uuid in contents} == contents
     finally:
         bench.end()
+        bench.simulation.close()  # before the device goes
 
 
 def test_a_single_copy_on_a_device_that_answers_with_errors(
@@ -366,6 +367,7 @@ def test_a_single_copy_on_a_device_that_answers_with_errors(
         assert bench.store.get(record.uuid) == DATA[: record.size]
     finally:
         bench.end()
+        bench.simulation.close()  # before the device goes
 
 
 class TestDaemon:
