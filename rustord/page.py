@@ -155,7 +155,13 @@ def decode_head(content: bytes) -> Head:
     if len(content) < HEAD.size:
         raise FormatError("the head of a volume is cut off")
     size, created_ns, base, number, name_length, _ = HEAD.unpack_from(content)
-    return Head(size, created_ns, base, number, content[HEAD.size : HEAD.size + name_length].decode())
+    name = content[HEAD.size : HEAD.size + name_length]
+    if len(name) < name_length:
+        raise FormatError("the head of a volume is cut off")
+    try:
+        return Head(size, created_ns, base, number, name.decode())
+    except UnicodeDecodeError as error:
+        raise FormatError("the name in the head of a volume is no UTF-8") from error
 
 
 class PageChange(NamedTuple):

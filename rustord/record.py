@@ -258,7 +258,9 @@ def encode_extents(extents: Iterable[Extent]) -> bytes:
 
 
 def decode_extents(table: bytes | memoryview) -> list[Extent]:
-    """The reverse of `encode_extents`."""
+    """The reverse of `encode_extents`. Raises FormatError."""
+    if len(table) % EXTENT.size:
+        raise FormatError(f"a table of extents of {len(table)} bytes is cut off")
     return [Extent(device, block, count) for block, count, device, _ in EXTENT.iter_unpack(table)]
 
 

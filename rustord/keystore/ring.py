@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from rustord.blockdevice import BlockDevice
-from rustord.errors import RustordError
+from rustord.errors import FormatError, RustordError
 from rustord.journal import BATCH, Batch, batch_length, decode_batch, encode_batch
 from rustord.label import Geometry
 
@@ -117,6 +117,8 @@ class Ring:
 
         Without a position the whole ring is searched, and the run of batches that ends with the newest is returned.
         """
+        if position and len(position) != POSITION.size:
+            raise FormatError("a place in a journal, as the index has it, is damaged", hint="rebuild the index")
         found = list(self._follow(*POSITION.unpack(position))) if position else self._search()
         for block, batch in found:
             end = block + -(-batch.length // self._block_size)

@@ -115,7 +115,7 @@ class KeyStore:
         if backend.get(_REBUILDING):
             raise PoolError("a rebuild of the index was cut short", hint="run 'rustorctl pool rebuild' once more")
         if state := backend.get(_STATE):
-            self.indexed_sequence, self.generation, owner = STATE.unpack(state)
+            self.indexed_sequence, self.generation, owner = _decode_state(state)
             if owner != pool_uuid:
                 raise PoolError(
                     f"the index belongs to pool {uuid_text(owner)}, not to {uuid_text(pool_uuid)}",
@@ -534,7 +534,7 @@ class KeyStore:
         start = max(first, _name_key(after)[0] + b"\0") if after else first
         page: list[tuple[str, ObjectId]] = []
         for key, value in self._merged_scan("names", start, _successor(first)):
-            name = (value[16:] or key[1:]).decode()
+            name = _decode_name(key, value)
             if name.startswith(prefix):
                 page.append((name, value[:16]))
                 if len(page) == limit:
@@ -575,6 +575,21 @@ class KeyStore:
 
     def close(self) -> None:
         self._backend.close()
+
+
+def _decode_name(key: bytes, value: bytes) -> str:
+    try:
+        return (value[16:] or key[1:]).decode()
+    except UnicodeDecodeError as error:
+        hint = "put back the index, or rebuild it from the devices"
+        raise FormatError("a name in the index is damaged", hint=hint) from error
+
+
+def _decode_state(state: bytes) -> tuple[int, int, bytes]:
+    if len(state) != STATE.size:
+        raise FormatError("the state in the index is damaged", hint="rebuild the index from the devices")
+    sequence, generation, owner = STATE.unpack(state)
+    return sequence, generation, owner
 
 
 def _grave(key: bytes, table: bytes) -> Grave:
@@ -656,7 +671,7 @@ def replace_index(
 def owner_of(backend: Backend) -> tuple[bytes, bool]:
     """The uuid of the pool whose index an opened ``backend`` holds, empty if none; and whether that index is whole."""
     if state := backend.get(_STATE):
-        return STATE.unpack(state)[2], True
+        return _decode_state(state)[2], True
     return backend.get(_REBUILDING) or b"", False
 
 

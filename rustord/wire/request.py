@@ -118,9 +118,11 @@ def _plain(value: str) -> str:
 
 
 def read_info(head: ReplyHead) -> Info:
-    """The metadata in the head of the reply to `fetch` or `look`."""
+    """The metadata in the head of the reply to `fetch` or `look`. Raises InvalidRequest if it has none."""
     fields = head.fields.by_name
     whole = fields.get("content-range", "").rpartition("/")[2]
+    if whole and not (whole.isascii() and whole.isdigit() and len(whole) < 20):
+        raise InvalidRequest(f"{whole[:80]!r} is not the size of an Object")
     return Info(
         uuid=fields.get("rustor-uuid", ""),
         name=unquote(fields.get("rustor-name", "")),
@@ -137,9 +139,12 @@ def read_info(head: ReplyHead) -> Info:
 
 
 def read_stored(body: bytes) -> Stored:
-    """The reply to `store`, or a line of a listing."""
-    told: dict[str, Any] = json.loads(body)
-    return Stored(**{name: told[name] for name in Stored._fields if name in told})
+    """The reply to `store`, or a line of a listing. Raises InvalidRequest if it is neither."""
+    try:
+        told: dict[str, Any] = json.loads(body)
+        return Stored(**{name: told[name] for name in Stored._fields if name in told})
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InvalidRequest("what answers is no rustord: it says nothing of what is stored") from error
 
 
 class Listing:
