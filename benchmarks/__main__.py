@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import rich.console
 
-from benchmarks import fullness, growth, large, small
+from benchmarks import fullness, growth, large, nbd, small
 from benchmarks.contestant import Contestant
 from benchmarks.disks import loop_device, xfs
 from benchmarks.effort import FULL, KIB, QUICK, Effort
@@ -29,7 +29,7 @@ from benchmarks.report import Row, cells, for_programs, for_readme, for_terminal
 from benchmarks.subject import Rustord, rustord
 
 SMALL = {"put": small.put, "get": small.get, "delete": small.delete}
-WORKS = (*SMALL, "large", "memory", "start", "full")
+WORKS = (*SMALL, "large", "memory", "start", "full", "nbd")
 PEERS = ("redis", "postgresql", "files")
 
 # Printable, so that PostgreSQL need not write it in hexadecimal; random, so that nobody gains by compressing it.
@@ -132,6 +132,13 @@ def measure(place: Path, only: tuple[str, ...], against: tuple[str, ...], effort
             subject(other_device, "empty") as empty,
         ):
             yield from fullness.fullness(ours, empty, len(DATA), effort)
+    if "nbd" in only:
+        with (
+            loop_device(place / "nbd.img", 3 * nbd.SIZE) as device,
+            loop_device(place / "peers-nbd.img", nbd.SIZE) as other_device,
+            subject(device, "nbd") as ours,
+        ):
+            yield from nbd.nbd(ours, other_device, place, effort)
 
 
 @contextmanager

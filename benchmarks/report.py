@@ -12,7 +12,7 @@ import rich.table
 SUBJECT = "rustord"
 SERVERS = ("Redis", "PostgreSQL")
 """Peers with a column of their own. Others share one: each has only a row or two to say something to."""
-OTHERS = "in-process"
+OTHERS = "others"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 

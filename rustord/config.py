@@ -27,6 +27,7 @@ _LIMITS = Limits()
 _NBD_LIMITS = NbdLimits()
 _NAME = r"[a-z0-9][a-z0-9._-]{0,31}"
 _PRINCIPAL = r"@?[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}\$?"
+_ADDRESS = r"(\[[0-9a-fA-F:.]+\]|[0-9.]+):[0-9]{1,5}"
 _PRINCIPALS = 'a list of users ("alice", "1000") and groups ("@backup", "@34")'
 
 
@@ -72,6 +73,30 @@ class NbdTable:
         0o660,
         "Permissions of that socket: who may connect at all. What they may do is in [roles].",
     )
+    listen: str = setting(
+        settings.text(
+            'an address and a port, such as "192.0.2.1:10809" or "[::1]:10809"',
+            r"(\[[0-9a-fA-F:.]+\]|[0-9.]+):[0-9]{1,5}",
+        ),
+        "",
+        "An address on which block devices are served over TCP, too. Beyond this machine (127.0.0.0/8, ::1), TLS is "
+        "required, so the three files below are. rustord.service lets nobody in from a network before its "
+        "IPAddressDeny= and RestrictAddressFamilies= are changed.",
+    )
+    tls_certificate: Path | None = setting(
+        settings.path(), None, "The certificate that clients on TCP are shown, and those above it; a file in PEM."
+    )
+    tls_key: Path | None = setting(settings.path(), None, "The key of that certificate; a file in PEM.")
+    tls_authority: Path | None = setting(
+        settings.path(),
+        None,
+        "The certificates of the authorities, one of which must have signed the certificate of every client on TCP.",
+    )
+    tcp_role: Literal["reader", "writer"] = setting(
+        settings.choice("reader", "writer"),
+        "reader",
+        "What clients on TCP may do: read Objects and volumes, or write to volumes, too.",
+    )
     connections: int = setting(
         settings.integer(1, 65536),
         _NBD_LIMITS.connections,
@@ -80,7 +105,7 @@ class NbdTable:
     connections_per_client: int = setting(
         settings.integer(1, 65536),
         _NBD_LIMITS.connections_per_client,
-        "How many of them may be the same user.",
+        "How many of them may be the same user, or come from the same address.",
     )
     handshake: float = setting(
         settings.duration(0.1, 3600.0),

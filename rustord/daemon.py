@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import stat
 import sys
 import time
@@ -25,7 +26,7 @@ from rustord.errors import ConfigError, DeviceBusy, DeviceError, PluginError, Ru
 from rustord.event import CONFIG_LOADED, CONFIG_REFUSED, DEVICE_MISSING, FAULT, POOL_CLOSED, POOL_OPENED, POOL_READ_ONLY
 from rustord.frontends.exports import Exports
 from rustord.frontends.http import HttpServer
-from rustord.frontends.nbd import NbdServer
+from rustord.frontends.nbd import NbdServer, listen_tcp, server_tls
 from rustord.frontends.peer import Principals, Roles
 from rustord.hotplug import Hotplug, find_devices
 from rustord.metrics import Metrics
@@ -149,10 +150,13 @@ def _because(error: PluginError, plugins: PluginManager) -> str:
 
 
 class Listeners(NamedTuple):
-    """The listening sockets: of the object API, and of NBD."""
+    """The listening sockets: of the object API, and of NBD, which may have one on TCP, too."""
 
     api: socket.socket
     nbd: socket.socket
+    nbd_tcp: socket.socket | None
+    tls: ssl.SSLContext | None
+    """For that one."""
 
 
 @contextmanager
@@ -171,7 +175,11 @@ def listen(config: Config, supervisor: Supervisor) -> Iterator[Listeners]:
         if not nbd:
             path = config.nbd.path or config.socket.path.with_name("nbd.sock")
             nbd.append(opened.enter_context(_bind("nbd", path, config.nbd.mode)))
-        yield Listeners(api[0], nbd[0])
+        if nbd[0].family != socket.AF_UNIX:
+            raise ConfigError(f"{NBD_SOCKET} is no Unix socket", hint="TCP is for nbd.listen, which knows of TLS")
+        tls = server_tls(config.nbd.tls_certificate, config.nbd.tls_key, config.nbd.tls_authority)
+        tcp = opened.enter_context(listen_tcp(config.nbd.listen, tls)) if config.nbd.listen else None
+        yield Listeners(api[0], nbd[0], tcp, tls)
 
 
 def _bind(table: str, path: Path, mode: int) -> socket.socket:
@@ -260,7 +268,12 @@ class _Daemon:
         self._repairer = Repairer(store, self._writer)
         self._scrub = Scrub(store, self._repairer, config.pool.directory / "scrub.json", config.scrub.rate)
         self._volumes = Volumes(store, self._writer)
-        self._nbd = NbdServer(Exports(store, self._writer, self._volumes), roles(config), config.nbd.limits())
+        self._nbd = NbdServer(
+            Exports(store, self._writer, self._volumes),
+            roles(config),
+            config.nbd.limits(),
+            _TCP_ROLES[config.nbd.tcp_role],
+        )
         self._admin = Admin(store, self._writer, plugins, self._scrub, self._metrics.text, self._nbd.exports)
         self._server = HttpServer(
             store,
@@ -287,7 +300,9 @@ class _Daemon:
         self._scrub.resume()
         await self._server.serve(listeners.api)
         await self._nbd.serve(listeners.nbd)
-        log.info("serving on %s", " and ".join(str(listener.getsockname()) for listener in listeners))
+        if listeners.nbd_tcp is not None:
+            await self._nbd.serve(listeners.nbd_tcp, listeners.tls)
+        log.info("serving on %s", " and ".join(str(listener.getsockname()) for listener in listeners[:2]))
         watchdog = asyncio.create_task(self._watchdog())
         await self._stop.wait()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import logging
 import socket
 import ssl
@@ -21,9 +22,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from rustord.errors import RustordError
+from rustord.errors import ConfigError, RustordError
 from rustord.frontends.exports import Exports, Offered
 from rustord.frontends.peer import Peer, Roles, peer_of
 from rustord.wire.api import Role, created_text
@@ -41,6 +43,44 @@ _SEND_BUFFER_BYTES = 4 << 20
 _READ_BYTES = 4096
 _CUT_S = 5.0
 """How long the threads of connections that were cut off may take to notice."""
+
+
+def server_tls(certificate: Path | None, key: Path | None, authority: Path | None) -> ssl.SSLContext | None:
+    """What clients have to prove, and are proven; None without any files. Raises ConfigError."""
+    if certificate is None and key is None and authority is None:
+        return None
+    if certificate is None or key is None or authority is None:
+        raise ConfigError("TLS needs all of nbd.tls_certificate, nbd.tls_key and nbd.tls_authority")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_mode = ssl.CERT_REQUIRED
+    loading = certificate
+    try:
+        context.load_cert_chain(certificate, key)
+        loading = authority
+        context.load_verify_locations(authority)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise ConfigError(f"{loading} cannot be used for TLS: {error}", hint="it must be a file in PEM") from error
+    return context
+
+
+def listen_tcp(address: str, tls: ssl.SSLContext | None) -> socket.socket:
+    """A listening socket at an address and port. Raises ConfigError, also if it would need TLS and there is none."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        known = ipaddress.ip_address(host)
+        if int(port) > 65535:
+            raise ValueError("there is no such port")
+        if tls is None and not known.is_loopback:
+            raise ConfigError(
+                f"nbd.listen is {address}, which is not this machine alone, and there is no TLS",
+                hint="set nbd.tls_certificate, nbd.tls_key and nbd.tls_authority",
+            )
+        family = socket.AF_INET6 if known.version == 6 else socket.AF_INET
+        return socket.create_server((host, int(port)), family=family, backlog=1024)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"nobody can listen on {address}: {error}", hint="choose another nbd.listen") from error
 
 
 class Client:
@@ -160,10 +200,15 @@ class NbdServer:
     """Serves exports. Made, used and closed on one running event loop; `exports` may be called by any thread."""
 
     def __init__(
-        self, exports: Exports, roles: Callable[[Peer], Role] | None = None, limits: NbdLimits | None = None
+        self,
+        exports: Exports,
+        roles: Callable[[Peer], Role] | None = None,
+        limits: NbdLimits | None = None,
+        tcp_role: Role = Role.READER,
     ) -> None:
-        """``roles`` may be changed at any time, for those who connect from then on."""
+        """``roles`` may be changed at any time, for those who connect from then on; ``tcp_role`` is that of others."""
         self.roles = roles or Roles()
+        self._tcp_role = tcp_role
         self._offer = exports
         self._limits = limits or NbdLimits()
         self._loop = asyncio.get_running_loop()
@@ -224,6 +269,9 @@ class NbdServer:
 
     def _identify(self, sock: socket.socket) -> Client:
         """Who has connected. Raises OSError if he is gone."""
+        if sock.family != socket.AF_UNIX:
+            host, port = sock.getpeername()[:2]
+            return Client(host, f"{host} port {port}", Offered(self._offer, self._tcp_role))
         peer = peer_of(sock)
         return Client(peer.uid, f"process {peer.pid} of user {peer.uid}", Offered(self._offer, self.roles(peer)))
 

@@ -1,0 +1,162 @@
+"""Rows for block devices over NBD: an Object and a volume, beside nbdkit and qemu-nbd on a device of the same kind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.effort import MIB, Effort
+from benchmarks.large import put
+from benchmarks.load import LoadError
+from benchmarks.report import Goal, Row, Times
+from benchmarks.subject import Rustord, connection
+
+SIZE = 256 * MIB
+SECONDS_MAX = 3.0
+"""Longer turns tell no more: everything is cached."""
+NBDKIT, QEMU = "nbdkit", "qemu-nbd"
+
+
+class Target(NamedTuple):
+    """Where a contestant serves what is only read, and what is written; both of `SIZE` bytes."""
+
+    reading: str
+    writing: str
+
+
+def nbd(subject: Rustord, device: str, place: Path, effort: Effort) -> Iterator[Row]:
+    """All rows. ``device`` is what the peers serve."""
+    with peer(NBDKIT, device, place) as nbdkit, peer(QEMU, device, place) as qemu:
+        targets = {
+            "rustord": make_exports(subject),
+            NBDKIT: Target(nbdkit, nbdkit),
+            QEMU: Target(qemu, qemu),
+        }
+        for target in targets.values():
+            for uri in set(target):
+                fio(uri, "read", seconds=0.0, block="1m", depth=4)
+        yield from rows(targets, effort)
+
+
+def rows(targets: dict[str, Target], effort: Effort) -> Iterator[Row]:
+    for depth, factor in ((1, 0.85), (16, 1.1), (64, 1.2)):
+        work = f"NBD 4 KiB random read of an Object, verified, cached, depth {depth}"
+        yield row(work, targets, effort, "randread", depth, Times(factor, (NBDKIT,)))
+    for depth in (1, 16, 64):
+        yield row(
+            f"NBD 4 KiB random write to a volume, depth {depth}",
+            targets,
+            effort,
+            "randwrite",
+            depth,
+            Times(0.8, (NBDKIT,)),
+        )
+    yield row("NBD 1 MiB sequential read of an Object", targets, effort, "read", 8, Times(1.3, (NBDKIT,)), block="1m")
+    yield row("NBD 1 MiB sequential write to a volume", targets, effort, "write", 8, Times(0.9, (NBDKIT,)), block="1m")
+    for depth in (1, 16):
+        yield row(
+            f"NBD 4 KiB random write and flush, depth {depth}",
+            targets,
+            effort,
+            "randwrite",
+            depth,
+            Times(1.0, (NBDKIT, QEMU)),
+            flush=True,
+        )
+    yield row("NBD 4 KiB random read of two exports at once, depth 16", targets, effort, "randread", 16, both=True)
+
+
+def row(
+    work: str,
+    targets: dict[str, Target],
+    effort: Effort,
+    kind: str,
+    depth: int,
+    *goals: Goal,
+    block: str = "4k",
+    flush: bool = False,
+    both: bool = False,
+) -> Row:
+    """Operations or MiB a second of all, in turns; with ``both`` of two exports together."""
+    figures: dict[str, list[float]] = {name: [] for name in targets}
+    names = list(targets)
+    for turn in range(effort.rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            target = targets[name]
+            uris = list(target) if both else [target.writing if "write" in kind else target.reading]
+            with ThreadPoolExecutor(len(uris)) as threads:
+                seconds = min(effort.seconds, SECONDS_MAX)
+                rates = [
+                    threads.submit(fio, uri, kind, seconds=seconds, block=block, depth=depth, flush=flush)
+                    for uri in uris
+                ]
+                figures[name].append(sum(rate.result() for rate in rates))
+    return Row(work, "MB/s" if block == "1m" else "op/s", figures, goals)
+
+
+def fio(uri: str, kind: str, *, seconds: float, block: str, depth: int, flush: bool = False) -> float:
+    """Operations (or, of 1 MiB, MB) a second. Without ``seconds`` all of it once. Raises LoadError."""
+    command = ["fio", "--name=x", "--ioengine=nbd", f"--uri={uri}", f"--rw={kind}", f"--bs={block}", "--norandommap"]
+    command += [f"--iodepth={depth}", f"--size={SIZE}", "--randrepeat=0", "--output-format=json"]
+    command += ["--time_based", f"--runtime={seconds}"] if seconds else []
+    command += ["--fsync=1"] if flush else []
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise LoadError(f"fio on {uri}: {done.stderr[-500:]}{done.stdout[-500:]}")
+    (job,) = json.loads(done.stdout[done.stdout.index("{") :])["jobs"]
+    told = job["write" if "write" in kind else "read"]
+    return float(told["bw_bytes"] / 1e6 if block == "1m" else told["iops"])
+
+
+def make_exports(subject: Rustord) -> Target:
+    """An Object and a volume, both written all over."""
+    piece = bytearray(range(1, 256)) * (MIB // 255 + 1)
+    with connection(subject.socket) as talking:
+        uuid = put(talking, SIZE, piece[:MIB])
+        talking.request("POST", "/v1/volumes", json.dumps({"name": "volume", "size": SIZE}))
+        reply = talking.getresponse()
+        if reply.status != 201:
+            raise LoadError(f"no volume: {reply.status} {reply.read()!r}")
+        reply.read()
+    ours = subject.socket.with_name("nbd.sock")
+    fio(address(ours, "volume"), "write", seconds=0.0, block="1m", depth=4)
+    return Target(address(ours, uuid), address(ours, "volume"))
+
+
+def address(socket: Path, name: str = "") -> str:
+    return f"nbd+unix:///{name}?socket={socket}"
+
+
+@contextmanager
+def peer(name: str, device: str, place: Path) -> Iterator[str]:
+    """Serves ``device`` on a socket of its own; yields the address."""
+    socket = place / f"{name}.socket"
+    commands: dict[str, Sequence[str | Path]] = {
+        NBDKIT: ("nbdkit", "--foreground", "--unix", socket, "file", device),
+        QEMU: (
+            "qemu-nbd",
+            "--persistent",
+            "--shared=16",
+            "--format=raw",
+            "--cache=writeback",
+            "--socket",
+            socket,
+            device,
+        ),
+    }
+    with subprocess.Popen(commands[name], stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 10
+            while not socket.exists():
+                if time.monotonic() > deadline:
+                    raise LoadError(f"{name} does not serve")
+                time.sleep(0.02)
+            yield address(socket)
+        finally:
+            process.terminate()
