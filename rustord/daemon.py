@@ -38,6 +38,7 @@ from rustord.repair import Repairer
 from rustord.scrub import Scrub
 from rustord.supervisor import Supervisor
 from rustord.volumes import Volumes
+from rustord.wire.api import Role
 from rustord.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -268,12 +269,9 @@ class _Daemon:
         self._repairer = Repairer(store, self._writer)
         self._scrub = Scrub(store, self._repairer, config.pool.directory / "scrub.json", config.scrub.rate)
         self._volumes = Volumes(store, self._writer)
-        self._nbd = NbdServer(
-            Exports(store, self._writer, self._volumes),
-            roles(config),
-            config.nbd.limits(),
-            _TCP_ROLES[config.nbd.tcp_role],
-        )
+        exports = Exports(store, self._writer, self._volumes)
+        tcp_role = Role[config.nbd.tcp_role.upper()]
+        self._nbd = NbdServer(exports, roles(config), config.nbd.limits(), tcp_role)
         self._admin = Admin(store, self._writer, plugins, self._scrub, self._metrics.text, self._nbd.exports)
         self._server = HttpServer(
             store,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -41,6 +42,7 @@ def attach(
     connects it again. Needs root, and a kernel with nbd.
     """
     from rustord import attachment
+    from rustord.supervisor import Supervisor
 
     path = _nbd_socket(socket, nbd_socket)
     with attachment.Kernel() as kernel:
@@ -48,6 +50,8 @@ def attach(
         say(f"/dev/nbd{number}")
         if foreground:
             signal.signal(signal.SIGTERM, lambda *_: kernel.disconnect(number))
+            with contextlib.closing(Supervisor()) as supervisor:
+                supervisor.alive(f"{name} is /dev/nbd{number}")
             attachment.keep(kernel, number, link, path, name, lambda text: click.echo(text, err=True))
         elif os.fork() == 0:
             _stay(lambda: attachment.keep(kernel, number, link, path, name))
