@@ -7,8 +7,11 @@ are written one after the other, so that a crash leaves at least one. FORMAT.md 
 from __future__ import annotations
 
 import struct
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice, takewhile
+from operator import attrgetter
 from typing import NamedTuple
 
 from xxhash import xxh3_64_digest
@@ -42,15 +45,15 @@ class BadRun(NamedTuple):
         return self.block + self.count
 
 
+_END = attrgetter("end")
+
+
 @dataclass(frozen=True)
 class BadBlocks:
     """The bad blocks of one device: ``runs`` ascend and do not overlap. ``number`` counts the tables written."""
 
     runs: tuple[BadRun, ...] = ()
     number: int = 0
-
-    def __bool__(self) -> bool:
-        return bool(self.runs)
 
     @property
     def block_count(self) -> int:
@@ -59,10 +62,10 @@ class BadBlocks:
     def within(self, block: int, count: int) -> list[BadRun]:
         """What is bad of the ``count`` blocks from ``block`` on."""
         end = block + count
+        first = bisect_right(self.runs, block, key=_END)
         return [
             BadRun(max(run.block, block), min(run.end, end) - max(run.block, block), run.dead)
-            for run in self.runs
-            if run.block < end and run.end > block
+            for run in takewhile(lambda run: run.block < end, islice(self.runs, first, None))
         ]
 
     def without(self, block: int, count: int) -> list[tuple[int, int]]:

@@ -212,7 +212,7 @@ class BlockStore:
     def _without_bad(self, extent: Extent) -> Iterable[Extent]:
         """The good part of what is to be erased; the bad part has been seen to."""
         slot = self.slots.get(extent.device)
-        if slot is None or not slot.bad:
+        if slot is None or not slot.bad.runs:
             return (extent,)
         for block, count, dead in slot.bad.within(extent.block, extent.count):
             if not dead:

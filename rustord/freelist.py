@@ -135,7 +135,7 @@ class FreeList:
 
         Raises ValueError if one of them was free already, or is no block of any device; then nothing has changed.
         """
-        if self._bad and self._bad.within(block, count):
+        if self._bad.runs and self._bad.within(block, count):
             self._release_good(block, count)
             return
         end = block + count
