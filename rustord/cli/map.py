@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
 
 import click
 
@@ -91,6 +90,8 @@ def _fragmentation(told: Mapping[str, Any]) -> str:
 
 def draw_svg(maps: Sequence[Mapping[str, Any]]) -> str:
     """A picture of the devices, one below the other."""
+    from xml.sax.saxutils import escape
+
     size, height = _SVG_CELL, (_SVG_ROWS + 4) * _SVG_CELL
     width = _SVG_COLUMNS * size
     parts = [

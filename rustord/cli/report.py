@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +67,9 @@ def _told(ask: Callable[[], str]) -> str:
 
 
 def _versions() -> str:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
     lines = [f"Python {sys.version}", f"Linux {platform.release()} {platform.machine()}"]
     for name in _PACKAGES:
         try:
@@ -102,6 +102,8 @@ def _plain(config: object) -> dict[str, Any]:
 
 
 def _output(command: tuple[str, ...]) -> str:
+    import subprocess
+
     try:
         done = subprocess.run(command, capture_output=True, timeout=_COMMAND_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
