@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -229,6 +230,23 @@ def parse_options(cls: type[_Parsed], given: Mapping[str, object], role: str) ->
     """The options of a role's table as a ``cls``, a dataclass of settings. Raises ConfigError naming the option."""
     built: _Parsed = _built(cls, given, Place(None, f"{role}.options"))
     return built
+
+
+def credential(name: str) -> str:
+    """A secret that systemd handed to the service, without the line's end; see LoadCredential= in systemd.exec(5).
+
+    Raises ConfigError if there is none of that name.
+    """
+    directory = os.environ.get("CREDENTIALS_DIRECTORY", "")
+    try:
+        if not directory:
+            raise FileNotFoundError
+        return Path(directory, name).read_text().rstrip("\n")
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(
+            f"there is no credential {name!r}",
+            hint=f"put 'LoadCredential={name}:FILE' below [Service] in a drop-in ('systemctl edit rustord')",
+        ) from None
 
 
 def parse_table(cls: Table, given: object, place: Place) -> dict[str, Any]:

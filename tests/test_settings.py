@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,3 +62,15 @@ def test_options_that_make_no_sense_are_told(given: dict[str, object], message: 
 )
 def test_what_is_written_is_read_back(kind: Kind, value: Any) -> None:
     assert kind.parse(tomllib.loads(f"key = {kind.write(value)}")["key"]) == value
+
+
+def test_a_credential_is_what_systemd_handed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    (tmp_path / "password").write_text("open sesame\n")
+    assert settings.credential("password") == "open sesame"
+    with pytest.raises(ConfigError, match="there is no credential 'other'") as caught:
+        settings.credential("other")
+    assert "LoadCredential=other:" in caught.value.hint
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY")
+    with pytest.raises(ConfigError, match="there is no credential 'password'"):
+        settings.credential("password")

@@ -69,6 +69,9 @@ class PostgresOptions:
         "",
         "The table, which belongs to this pool alone; named after the pool's index directory if empty.",
     )
+    credential: str = setting(
+        settings.text("the name of a credential", r"[A-Za-z0-9_.-]{0,255}"), "", "The credential with the password."
+    )
 
 
 def make_postgres(options: Options) -> Backend:
@@ -81,6 +84,8 @@ def make_postgres(options: Options) -> Backend:
             "[keystore.options] conninfo: libpq cannot read it",
             hint="it is a list of NAME=VALUE, or a URI postgresql://...; try it with psql",
         ) from None
+    if parsed.credential:
+        given["password"] = settings.credential(parsed.credential)
     return PostgresBackend({**_DEFAULTS, **given}, parsed.table)
 
 

@@ -23,12 +23,17 @@ from rustord.wire.problem import problem
 
 log = logging.getLogger(__name__)
 
+_FIRST_S = 1.0
+"""How long we wait, once we are to stop, for the first request of who has connected."""
+
 
 class _Phase(Enum):
     """What the connection waits for, which decides what happens at its deadline."""
 
+    NEW = auto()
+    """For the first request, which is on its way if the peer has just connected."""
     IDLE = auto()
-    """For a request."""
+    """For another request."""
     HEAD = auto()
     """For the rest of a head."""
     BODY = auto()
@@ -55,7 +60,7 @@ class Connection:
         """When the current wake-up began."""
         self.deadline = self.now + service.limits.idle_s
         self.closed = False
-        self._phase = _Phase.IDLE
+        self._phase = _Phase.NEW
         self._service = service
         self._on_end = on_end
         self._limits = service.limits
@@ -517,6 +522,8 @@ class Connection:
         """End as soon as what has begun is answered."""
         if self._phase is _Phase.IDLE:
             self.close()
+        elif self._phase is _Phase.NEW:
+            self.deadline = min(self.deadline, monotonic() + _FIRST_S)
 
     def close(self) -> None:
         """End at once. What was given to the writer still happens; a large body under way leaves nothing behind."""

@@ -155,6 +155,18 @@ def test_the_manual_is_there(machine: Machine) -> None:
         machine.container.ok("test", "-s", f"/usr/share/man/{page}.gz")
 
 
+def test_udev_knows_whose_the_devices_are(machine: Machine) -> None:
+    def properties(path: Path) -> str:
+        return machine.container.ok("udevadm", "info", "--query=property", path)
+
+    for loop in machine.loops:
+        machine.container.until(
+            lambda path=loop.path: "ID_FS_TYPE=rustor_member\n" in properties(path), "udev knows the label"
+        )
+        (link,) = re.findall(r"/dev/disk/by-id/rustord-\S+", properties(loop.path))
+        assert machine.container.ok("readlink", "--canonicalize", link).strip() == str(loop.path)
+
+
 def test_objects_are_block_devices_on_the_other_socket(machine: Machine) -> None:
     greeting = "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/rustord/nbd.sock'); print(s.recv(8))"
     assert machine.container.ok("python3", "-c", greeting, user="alice") == "b'NBDMAGIC'\n"
@@ -192,6 +204,16 @@ def test_it_can_be_confined_to_the_devices_of_the_pool(machine: Machine, tmp_pat
 
 def test_its_exposure_is_small(machine: Machine) -> None:
     machine.container.ok("systemd-analyze", "security", "--threshold=20", "rustord.service")
+
+
+def test_a_credential_is_for_the_service_alone(machine: Machine) -> None:
+    (secret := machine.container.files / "root/secret").write_text("open sesame\n")
+    secret.chmod(0o600)
+    read = "import sys; from rustord.settings import credential; print(credential(sys.argv[1]))"
+    service = ["systemd-run", "--wait", "--pipe", "--quiet", "-pUser=rustord", "-pLoadCredential=password:/root/secret"]
+    assert machine.container.ok(*service, "/usr/bin/python3", "-c", read, "password") == "open sesame\n"
+    refused = machine.container.run(*service, "/usr/bin/python3", "-c", read, "/root/secret")
+    assert "there is no credential '/root/secret'" in refused.stderr
 
 
 # The journal

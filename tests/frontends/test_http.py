@@ -141,6 +141,24 @@ def test_idle_connections_are_closed_at_the_end_and_busy_ones_finish(serve: Serv
     served.stop()
 
 
+def is_refused(served: Served) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(served.path)) != 0
+
+
+def test_who_has_just_connected_is_answered_at_the_end(serve: Serve) -> None:
+    served = serve()
+    with served.connect() as peer, served.connect() as mute:
+        until(lambda: served.server.traffic.connections == 2, "the connections are known")
+        served.drain(20)
+        until(lambda: is_refused(served), "nobody else is let in")
+        reply = peer.ask(request("GET", "/v1/names"))
+        assert (reply.status, reply.headers["connection"]) == (200, "close")
+        assert peer.is_ended()
+        assert mute.is_ended()  # after a second
+    served.stop()
+
+
 @pytest.mark.parametrize("what", ["upload", "download", "head", "body"])
 def test_what_does_not_finish_is_cut_off_in_the_end(serve: Serve, what: str) -> None:
     served = serve()

@@ -313,3 +313,17 @@ def test_no_error_and_no_log_tells_a_password(
         told.append(f"{error!r} {error}")
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     assert SECRET not in "".join(told)
+
+
+def test_a_password_may_be_a_credential(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.execute("DO $$ BEGIN CREATE ROLE guarded LOGIN PASSWORD 'another'; EXCEPTION WHEN OTHERS THEN END $$")
+    server.execute("GRANT CREATE ON SCHEMA public TO guarded")
+    (tmp_path / "postgres").write_text("another\n")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    options = {"conninfo": f"host={server.directory} user=guarded dbname=postgres", "table": "guarded"}
+    with pytest.raises(RustordError):
+        make_postgres(options).open(tmp_path)
+    with closing(make_postgres({**options, "credential": "postgres"})) as backend:
+        backend.open(tmp_path)
+        backend.commit({b"key": b"value"}, [])
+        assert backend.get(b"key") == b"value"
