@@ -13,9 +13,12 @@ import pytest
 from rustord.blockdevice import Buffer
 from rustord.errors import Damaged, DeviceError, NoSpace
 from rustord.extent import Extent
+from rustord.keystore.lmdb import LmdbBackend
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
 from rustord.placer import Mirrored
+from rustord.pool import open_devices
+from rustord.rebuild import rebuild
 from rustord.record import Record
 from rustord.repair import Repairer, Wound
 from rustord.writer import Writer
@@ -289,3 +292,41 @@ def test_what_the_first_look_saw_and_the_second_did_not_is_transient(single: Ben
     Failing(single.simulation.devices[0], 1, range(block * 4096, block * 4096 + 1))
     health = single.repairer.examine(record, [0])
     assert (health.transient, health.lost, single.store.blocks.slots[0].bad.runs) == (1, [], ())
+
+
+class TestPoison:
+    """What is right nowhere stays an error, whatever becomes of the Object."""
+
+    @pytest.fixture
+    def poisoned(self, single: Bench) -> Record:
+        record = single.put()
+        single.flip(record, 0, CHUNK + 1)
+        assert single.repairer.examine(record, [0]).lost
+        return record
+
+    def is_error_and_only_there(self, store: ObjectStore, record: Record) -> None:
+        record = store.stat(record.uuid)
+        with pytest.raises(Damaged, match=f"{uuid_text(record.uuid)}, bytes {CHUNK} to {2 * CHUNK - 1}, "):
+            store.get(record.uuid)
+        assert store.read(record, 0, CHUNK) == DATA[:CHUNK]
+        assert store.read(record, 2 * CHUNK, len(DATA) - 2 * CHUNK) == DATA[2 * CHUNK :]
+
+    def test_a_move(self, single: Bench, poisoned: Record) -> None:
+        move = single.store.relocate(poisoned, poisoned.extents)
+        single.writer.call(lambda: run(single.store, move))
+        assert not {e.block for e in single.store.stat(poisoned.uuid).extents} & {e.block for e in poisoned.extents}
+        self.is_error_and_only_there(single.store, poisoned)
+
+    def test_a_rebuild(self, single: Bench, poisoned: Record) -> None:
+        bad = single.store.blocks.slots[0].bad.runs
+        single.close()
+        single.simulation.close()
+        single.simulation.lose_index()
+        devices = open_devices(single.simulation.paths, read_only=True)
+        rebuild(devices, backend=LmdbBackend(), directory=single.simulation.index)
+        single.store = single.simulation.open()
+        single.writer = Writer(single.store)
+        assert single.store.blocks.slots[0].bad.runs == bad != ()
+        self.is_error_and_only_there(single.store, poisoned)
+        single.writer.call(lambda: single.store.delete(poisoned.uuid))
+        assert not single.store.allocator._free[0].contains(bad[0].block, 1)
