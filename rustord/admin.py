@@ -12,6 +12,7 @@ from rustord.claim import check, claim
 from rustord.devicemap import draw
 from rustord.errors import NotFound
 from rustord.event import DEVICE_JOINED, DEVICE_REMOVED, fields
+from rustord.inspection import inspect
 from rustord.objectstore import ObjectStore
 from rustord.objkey import is_uuid, parse_uuid, uuid_text
 from rustord.plugins import PluginManager
@@ -184,6 +185,10 @@ class Admin:
     def stop_scrub(self) -> dict[str, Any]:
         """End the scrub where it is."""
         return self._scrub.stop()
+
+    def check(self) -> list[dict[str, Any]]:
+        """What is not as it has to be, as far as that can be told of a pool at work."""
+        return [finding.plain() for finding in inspect(self._store, self._writer.call)]
 
     def plugins(self) -> list[dict[str, Any]]:
         """What is loaded, and what is only installed."""

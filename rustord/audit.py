@@ -60,6 +60,10 @@ class Finding:
     mend: Mend = Mend.NOTHING
     harmless: bool = False
 
+    def plain(self) -> dict[str, str | bool]:
+        """As values that JSON has."""
+        return {"kind": self.kind, "what": self.what, "remedy": self.remedy, "harmless": self.harmless}
+
 
 class Audit:
     """Looks at a pool when it is made; ``findings`` has what came of it, ``mend`` puts right what can be.
@@ -157,19 +161,8 @@ class Audit:
                 self._check_label(slot, slot.device, own)
 
     def _check_label(self, slot: Slot, device: BlockDevice, own: Label) -> None:
-        for offset in slot.geometry.label_offsets:
-            data = memoryview(bytearray(LABEL_BYTES))
-            problem = "is absent"
-            try:
-                device.read(offset, (data,))
-                copy = decode_label(data)
-                if copy is not None:
-                    problem = "is older than the others" if copy.generation < own.generation else ""
-            except (FormatError, DeviceError) as error:
-                problem = f"is damaged: {error.message}"
-            if problem:
-                what = f"the copy of the label at byte {offset} of device {slot.index} {problem}"
-                self._find("label", what, mend=Mend.LABEL, harmless=problem.startswith("is older"))
+        for problem in label_problems(slot, device, own):
+            self._find("label", problem, mend=Mend.LABEL, harmless=problem.endswith("older than the others"))
 
     # The index and the journals
 
@@ -471,6 +464,27 @@ class Audit:
     def _flush(self, devices: Iterable[int]) -> None:
         for error in self._blocks.flush(devices).values():
             raise error
+
+
+def label_problems(slot: Slot, device: BlockDevice, own: Label) -> Iterator[str]:
+    """What is wrong with the copies of a device's label, ``own`` being what the newest good one says."""
+    for offset in slot.geometry.label_offsets:
+        data = memoryview(bytearray(LABEL_BYTES))
+        problem = "is absent"
+        try:
+            device.read(offset, (data,))
+            copy = decode_label(data)
+            if copy is not None:
+                problem = "is older than the others" if copy.generation < own.generation else ""
+        except (FormatError, DeviceError) as error:
+            problem = f"is damaged: {error.message}"
+        if problem:
+            yield f"the copy of the label at byte {offset} of device {slot.index} {problem}"
+
+
+def overlaps(one: Record, other: Record) -> bool:
+    """Whether two Records have a block in common."""
+    return sum(extent.count for extent in without(one.extents, _merged(other.extents))) < block_count(one.extents)
 
 
 def _merged(extents: Iterable[Extent]) -> list[Extent]:

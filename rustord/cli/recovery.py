@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rustord.cli.output import print_json, say
-from rustord.cli.parameters import json_option
+from rustord.cli.parameters import connect, json_option
 from rustord.errors import Damaged
 from rustord.quantity import human_size
 
@@ -122,14 +122,18 @@ def _say_report(report: Report, dry_run: bool) -> None:
 @devices_argument
 @config_option
 @directory_option
+@click.option("--online", is_flag=True, help="Ask the daemon for what it can tell at work.")
 @click.option("--data", is_flag=True, help="Compare the checksums of all data, too.")
 @click.option("--repair", is_flag=True, help="Put right what can be, after asking.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
+@click.pass_obj
 def check(
+    socket: Path | None,
     devices: tuple[Path, ...],
     file: Path | None,
     directory: Path | None,
+    online: bool,
     data: bool,
     repair: bool,
     yes: bool,
@@ -139,8 +143,13 @@ def check(
 
     Works while the daemon is stopped, on all devices of the pool: those that the configuration means, or each DEVICE
     that is named. Without --repair nothing is changed. Fails if something is wrong that is not repaired; what a crash
-    may leave is only told.
+    may leave is only told. With --online the daemon looks at labels, index, names and blocks.
     """
+    if online:
+        if devices or data or repair:
+            raise click.UsageError("--online takes no DEVICE, and neither --data nor --repair")
+        _check_online(socket, as_json)
+        return
     from rustord.audit import Audit
     from rustord.cli.transfer import Bar
     from rustord.config import load
@@ -167,6 +176,24 @@ def check(
         raise click.exceptions.Exit(Damaged.exit_status)
 
 
+def _check_online(socket: Path | None, as_json: bool) -> None:
+    with connect(socket) as client:
+        findings = client.check()
+    if as_json:
+        print_json({"findings": findings})
+    else:
+        for finding in findings:
+            _say_finding(finding["kind"], finding["what"], finding["remedy"])
+        say(f"{len(findings)} things are wrong" if findings else "nothing is wrong, as far as the daemon can tell")
+    if findings:
+        raise click.exceptions.Exit(Damaged.exit_status)
+
+
+def _say_finding(kind: str, what: str, remedy: str) -> None:
+    say(f"{kind}: {what}")
+    say(f"  {remedy}")
+
+
 def _repair(audit: Audit, yes: bool, *, quiet: bool) -> bool:
     """Say what will be done, and do it if that is wanted; whether it was done."""
     if not audit.plan:
@@ -181,8 +208,7 @@ def _repair(audit: Audit, yes: bool, *, quiet: bool) -> bool:
 
 def _say_findings(audit: Audit) -> None:
     for finding in audit.findings:
-        say(f"{finding.kind}: {finding.what}")
-        say(f"  {finding.remedy}")
+        _say_finding(finding.kind, finding.what, finding.remedy)
     wrong = sum(not finding.harmless for finding in audit.findings)
     state = f"{wrong} things are wrong" if wrong else "nothing is wrong"
     say(f"{audit.object_count:,} Objects with {human_size(audit.data_bytes)} of data: {state}")
@@ -193,14 +219,7 @@ def _plain_findings(audit: Audit, repaired: bool) -> dict[str, Any]:
         "objects": audit.object_count,
         "data_bytes": audit.data_bytes,
         "findings": [
-            {
-                "kind": finding.kind,
-                "what": finding.what,
-                "remedy": finding.remedy,
-                "harmless": finding.harmless,
-                "repaired": repaired and bool(finding.mend.value),
-            }
-            for finding in audit.findings
+            {**finding.plain(), "repaired": repaired and bool(finding.mend.value)} for finding in audit.findings
         ],
     }
 

@@ -22,6 +22,7 @@ from rustord.manifest import Data
 from rustord.wire.http1 import ReplyHead, read_reply_head
 from rustord.wire.problem import read_problem
 from rustord.wire.request import (
+    CHECK,
     DEVICES,
     EXPORTS,
     METRICS,
@@ -184,6 +185,10 @@ class Client:
     def stop_scrub(self) -> dict[str, Any]:
         """End the scrub where it is."""
         return dict(self._json(STOP_SCRUB))
+
+    def check(self) -> list[dict[str, Any]]:
+        """What the server finds wrong with labels, the index, names and blocks of its pool; empty if nothing is."""
+        return list(self._json(CHECK))
 
     def exports(self) -> list[dict[str, Any]]:
         """What is open as a block device over NBD, an entry for each connection."""

@@ -77,6 +77,9 @@ class Admin(Protocol):
     def stop_scrub(self) -> Mapping[str, object]:
         """End the scrub; what it is like then."""
 
+    def check(self) -> Iterable[Mapping[str, object]]:
+        """What is not as it has to be, as far as that can be told of a pool at work."""
+
     def exports(self) -> Iterable[Mapping[str, object]]:
         """What is open as a block device, with an entry for each connection."""
 
@@ -350,6 +353,10 @@ class Operations:
 
     def stop_scrub(self, exchange: Exchange) -> Reply | None:
         self._ask(exchange, lambda: json_reply(self._admin.stop_scrub()))
+        return None
+
+    def check_pool(self, exchange: Exchange) -> Reply | None:
+        self._ask(exchange, lambda: json_reply(list(self._admin.check())))
         return None
 
     def list_exports(self, exchange: Exchange) -> Reply | None:

@@ -85,6 +85,9 @@ def test_a_check_finds_damage_and_repairs_it(
         rustorctl.ok("put", "-", "--name", f"object {number}", input="some data")
     listing = rustorctl.ok("ls", "--json")
     index = disk_path / "index"
+    assert rustorctl.ok("pool", "check", "--online") == "nothing is wrong, as far as the daemon can tell\n"
+    assert json.loads(rustorctl.ok("pool", "check", "--online", "--json")) == {"findings": []}
+    assert rustorctl("pool", "check", "--online", "--data").returncode == 2
     check = ("pool", "check", "--directory", index, *pool_of_loops)
     assert "is in use by" in rustorctl(*check).stderr
     stop(daemon)
