@@ -19,9 +19,10 @@ from rustord.page import CHUNK_BYTES
 from rustord.pool import open_devices
 from rustord.rebuild import rebuild
 from rustord.record import Record
+from rustord.testing.device import SECTOR_BYTES
 from rustord.volume import Volume
 from rustord.volumes import Volumes
-from tests.simulation import MIB, SECTOR_BYTES, PowerCut, Simulation, check_sound, free_count, live, run
+from tests.simulation import MIB, PowerCut, Simulation, check_sound, free_count, live, run
 
 T = TypeVar("T")
 SIZE = 40 * CHUNK_BYTES

@@ -109,7 +109,7 @@ ROUTES: Mapping[str, Mapping[str, Operation]] = {
         "POST": Operation("start_scrub", Role.ADMIN, query=frozenset(("again",))),
         "DELETE": Operation("stop_scrub", Role.ADMIN),
     },
-    "/v1/check": {"GET": Operation("check_pool", Role.ADMIN)},
+    "/v1/check": {"POST": Operation("check_pool", Role.ADMIN)},
     "/v1/exports": {"GET": Operation("list_exports", Role.READER)},
     "/v1/plugins": {"GET": Operation("list_plugins", Role.READER)},
     "/v1/openapi.json": {"GET": Operation("get_openapi", Role.READER)},

@@ -198,7 +198,7 @@ def start_scrub(again: bool) -> Request:
 
 
 POOL = Request("GET", "/v1/pool")
-CHECK = Request("GET", "/v1/check")
+CHECK = Request("POST", "/v1/check")
 SCRUB = Request("GET", "/v1/scrub")
 STOP_SCRUB = Request("DELETE", "/v1/scrub")
 DEVICES = Request("GET", "/v1/devices")
