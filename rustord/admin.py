@@ -10,19 +10,23 @@ from rustord.blockdevice import tell_udev
 from rustord.blockstore import Slot
 from rustord.claim import check, claim
 from rustord.devicemap import draw
-from rustord.errors import NotFound
+from rustord.errors import NoSpace, NotFound
 from rustord.event import DEVICE_JOINED, DEVICE_REMOVED, fields
 from rustord.inspection import inspect
+from rustord.label import Standing
+from rustord.membership import add_device, prepare_device, remove_device, set_standing
+from rustord.mover import Mover, check_volumes
 from rustord.objectstore import ObjectStore
 from rustord.objkey import is_uuid, parse_uuid, uuid_text
 from rustord.plugins import PluginManager
-from rustord.pool import add_device, remove_device
 from rustord.quantity import human_size
 from rustord.scrub import Scrub
 from rustord.wire.api import NewDevice
 from rustord.writer import Writer
 
 log = logging.getLogger(__name__)
+
+_STANDINGS = {Standing.IN_USE: "in use", Standing.LEAVING: "leaving", Standing.GIVEN_UP: "given up"}
 
 
 class Admin:
@@ -36,6 +40,8 @@ class Admin:
         scrub: Scrub,
         metrics: Callable[[], bytes] = lambda: b"",
         exports: Callable[[], Iterable[Mapping[str, Any]]] = lambda: (),
+        *,
+        mover: Mover | None = None,
     ) -> None:
         self._store = store
         self._writer = writer
@@ -45,6 +51,7 @@ class Admin:
         """Makes the text of /metrics."""
         self.exports = exports
         """Tells what is open as a block device."""
+        self._mover = mover or Mover(store, writer)
 
     def pool(self) -> dict[str, Any]:
         """The state of the pool as a whole; ``problems`` is empty when all is well. Sizes in bytes."""
@@ -110,6 +117,7 @@ class Admin:
             "path": slot.device.path if slot.device else None,
             "state": slot.state,
             "reason": slot.reason,
+            "standing": _STANDINGS[slot.standing],
             "size_bytes": slot.geometry.data_block_count * block_size,
             "free_bytes": self._free_blocks(slot) * block_size,
             "bad_bytes": slot.bad.block_count * block_size,
@@ -128,8 +136,10 @@ class Admin:
             verdict.require(force=force)
             return {"path": path, "size_bytes": verdict.size, "would_erase": list(verdict.erasures) if force else []}
         self._store.check_changeable()
+        old = self._find(new.replaces) if new.replaces else None
         device = claim(path, force=force, announce=lambda erasure: _announce(path, erasure))
         try:
+            prepare_device(self._store, device)
             member = self._writer.call(lambda: add_device(self._store, device))
         except BaseException:
             if all(slot.device is not device for slot in self._store.blocks.slots.values()):
@@ -137,6 +147,8 @@ class Admin:
             raise
         log.info("device %d is %s", member.device_index, path, extra=DEVICE_JOINED(device=path))
         tell_udev(path)
+        if old is not None:
+            self.remove_device(str(old.index), give_up=old.state != "online")
         return self._device(self._store.blocks.slots[member.device_index])
 
     def map_device(self, which: str, cell_count: int) -> dict[str, Any]:
@@ -159,13 +171,62 @@ class Admin:
             "bad": drawn.bad,
         }
 
-    def remove_device(self, which: str) -> dict[str, Any]:
-        """Let go of an empty device, named by index, uuid or path. Raises NotFound, DeviceError or InvalidRequest."""
+    def remove_device(self, which: str, *, give_up: bool = False) -> dict[str, Any]:
+        """Let go of a device, named by index, uuid or path: at once if it is empty, else when its Objects have moved.
+
+        To ``give_up`` is for one that is lost or dying: copies elsewhere take its place, and what cannot be read is
+        lost. Raises NotFound, DeviceError, InvalidRequest, or NoSpace if the others have no room for what is on it.
+        """
         slot = self._find(which)
-        entry = self._device(slot)
-        self._writer.call(lambda: remove_device(self._store, slot.index))
-        log.info("device %d was removed", slot.index, extra=DEVICE_REMOVED(device=entry["path"] or ""))
-        return entry
+        if slot.state == "online" and self._store.allocator.is_empty(slot.index):
+            entry = self._device(slot)
+            self._writer.call(lambda: remove_device(self._store, slot.index))
+            log.info("device %d was removed", slot.index, extra=DEVICE_REMOVED(device=entry["path"] or ""))
+            return {**entry, "standing": "removed"}
+        self._store.check_changeable()
+        check_volumes(self._store, slot.index)
+        if not give_up:
+            self._store.blocks.writable(slot.index)
+            self._check_room(slot)
+        standing = Standing.GIVEN_UP if give_up else Standing.LEAVING
+        self._writer.call(lambda: set_standing(self._store, slot.index, standing))
+        self._mover.start()
+        return self._device(slot)
+
+    def _check_room(self, leaving: Slot) -> None:
+        allocator, block_size = self._store.allocator, self._store.label.block_size
+        others = [index for index in self._store.blocks.accepting_indices() if index != leaving.index]
+        used = allocator.size(leaving.index) - allocator.free_count(leaving.index)
+        free = sum(map(allocator.free_count, others))
+        if used > free or len(others) < allocator.placer.copies:
+            raise NoSpace(
+                f"device {leaving.index} holds {human_size(used * block_size)}, and the {len(others)} others that take "
+                f"data have {human_size(free * block_size)} free for {allocator.placer.copies} copies",
+                hint="add a device first, or delete Objects",
+            )
+
+    def keep_device(self, which: str) -> dict[str, Any]:
+        """Keep a device that was to leave; what has been moved off it stays where it is. Raises NotFound."""
+        slot = self._find(which)
+        self._mover.pause()
+        self._writer.call(lambda: set_standing(self._store, slot.index, Standing.IN_USE))
+        self._mover.start()
+        return self._device(slot)
+
+    def mover(self) -> dict[str, Any]:
+        """What is being moved, and how far that is."""
+        return self._mover.status()
+
+    def start_mover(self, work: str) -> dict[str, Any]:
+        """Begin to "heal" or to "rebalance". Raises InvalidRequest."""
+        self._store.check_changeable()
+        self._mover.start(work)
+        return self._mover.status()
+
+    def stop_mover(self) -> dict[str, Any]:
+        """Move nothing any more."""
+        self._mover.stop()
+        return self._mover.status()
 
     def _find(self, which: str) -> Slot:
         for slot in self._store.blocks.slots.values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from rustord.errors import NoSpace, PluginError
+from rustord.errors import DeviceError, NoSpace, PluginError
 from rustord.extent import Extent, block_count
 from rustord.freelist import FreeList
 from rustord.placer import Contiguous, Placer
@@ -18,10 +18,14 @@ class Allocator:
     free is never given out, whatever a Placer says. Any thread may call it.
     """
 
-    def __init__(self, placer: Placer, writable: Callable[[], Sequence[int]]) -> None:
+    def __init__(
+        self, placer: Placer, writable: Callable[[], Sequence[int]], refusals: Callable[[], Sequence[str]] = lambda: ()
+    ) -> None:
+        """``writable`` tells the devices that take new data now, ``refusals`` why the others do not."""
         self.placer = placer
         self._mover = Contiguous()
         self._writable = writable
+        self._refusals = refusals
         self._free: dict[int, FreeList] = {}
         self._sizes: dict[int, int] = {}
         self._offered: Sequence[int] = ()
@@ -42,13 +46,16 @@ class Allocator:
     def place(self, count: int) -> list[list[Extent]]:
         """Blocks for ``count`` blocks of content, once for each copy. Raises NoSpace, or PluginError for a bad choice.
 
-        Nothing has changed when it raises.
+        DeviceError says that there would be devices enough if some of them were not missing or failed. Nothing has
+        changed when it raises.
         """
         with self._lock:
             self._offered = [index for index in self._writable() if index in self._free]
             try:
                 chosen = self.placer.place(count, self)
             except NoSpace:
+                if len(self._offered) < self.placer.copies and (refusals := self._refusals()):
+                    raise self._degraded(refusals) from None
                 raise
             except (Exception, SystemExit) as error:
                 raise self._blame(f"failed: {error!r}") from error
@@ -106,6 +113,13 @@ class Allocator:
             self._give_back(taken)
             raise self._blame(f"chose blocks that it may not: {error!r}") from error
         return copies
+
+    def _degraded(self, refusals: Sequence[str]) -> DeviceError:
+        need, have = self.placer.copies, len(self._offered)
+        return DeviceError(
+            f"new data needs {need} device{'s' * (need > 1)}, and {have or 'none'} can take it: {'; '.join(refusals)}",
+            hint="bring the device back, or add another one",
+        )
 
     def _blame(self, what: str) -> PluginError:
         return PluginError(

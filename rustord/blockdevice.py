@@ -23,7 +23,7 @@ from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias
 
-from rustord.errors import DeviceBusy, DeviceError
+from rustord.errors import DeviceBusy, DeviceError, WriteProtected
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | mmap
 """What is read into or written from. ``len()`` must be its size in bytes, so a memoryview has one-byte items."""
@@ -490,7 +490,7 @@ def _busy_error(path: str) -> DeviceBusy:
 
 
 def _read_only_error(path: str) -> DeviceError:
-    return DeviceError(f"{path} is read-only", hint="remove its write protection (blockdev --setrw), or use another")
+    return WriteProtected(f"{path} is read-only", hint="remove its write protection (blockdev --setrw), or use another")
 
 
 def _transfer(

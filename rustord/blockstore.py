@@ -20,7 +20,7 @@ from rustord.distribution import Distribution
 from rustord.errors import Damaged, DeviceError, FormatError, RustordError
 from rustord.event import DEVICE_FAILED, OBJECT_DAMAGED
 from rustord.extent import LAYERS, Extent, extend
-from rustord.label import LABEL_BYTES, Geometry, Label, choose_label, decode_label, label_offsets
+from rustord.label import LABEL_BYTES, Geometry, Label, Standing, choose_label, decode_label, label_offsets
 from rustord.manifest import CHUNK_BYTES, Copy, Data
 from rustord.objkey import uuid_text
 from rustord.page import Page, encode_slot, slot_of
@@ -37,7 +37,7 @@ _REPAIR_BYTES = 1 << 20
 class Slot:
     """The place of one device in the pool. ``device`` is None while it is missing; then ``why`` says why.
 
-    ``bad`` are its blocks that are never used again.
+    ``bad`` are its blocks that are never used again, ``standing`` is what the pool means to do with it.
     """
 
     index: int
@@ -46,6 +46,7 @@ class Slot:
     device: BlockDevice | None
     why: str = ""
     bad: BadBlocks = field(default_factory=BadBlocks)
+    standing: Standing = Standing.IN_USE
     flush_s: Distribution = field(default_factory=Distribution)
     """How long its flushes took, in seconds."""
 
@@ -127,6 +128,24 @@ class BlockStore:
                     f"device {index} was away while the data came in, and may have lost what it had of it",
                     hint="send the data again",
                 )
+
+    def accepting_indices(self) -> list[int]:
+        """The devices that take new data now, in order."""
+        slots = self.slots
+        return [index for index in self.writable_indices() if slots[index].standing is Standing.IN_USE]
+
+    def is_given_up(self, index: int) -> bool:
+        """Whether the device is lost for good: given up, and missing or without writes."""
+        slot = self.slots[index]
+        return slot.standing is Standing.GIVEN_UP and slot.state != "online"
+
+    def refusals(self) -> list[str]:
+        """Why the other devices take no new data, one line for each."""
+        return [
+            f"device {index} is {slot.state}: {slot.reason}" if slot.state != "online" else f"device {index} is leaving"
+            for index, slot in sorted(self.slots.items())
+            if slot.state != "online" or slot.standing is not Standing.IN_USE
+        ]
 
     # Writing
 
@@ -210,9 +229,11 @@ class BlockStore:
             device.zero((block + count - 1) * block_size, block_size)
 
     def _without_bad(self, extent: Extent) -> Iterable[Extent]:
-        """The good part of what is to be erased; the bad part has been seen to."""
+        """The good part of what is to be erased; the bad part has been seen to, and what is given up is left."""
         slot = self.slots.get(extent.device)
-        if slot is None or not slot.bad.runs:
+        if slot is None or self.is_given_up(extent.device):
+            return ()
+        if not slot.bad.runs:
             return (extent,)
         for block, count, dead in slot.bad.within(extent.block, extent.count):
             if not dead:

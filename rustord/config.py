@@ -263,6 +263,16 @@ class ScrubTable:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoverTable:
+    rate: int = setting(
+        settings.size(1 << 20, 1 << 40),
+        256 << 20,
+        "How much is moved in a second at most, from devices that leave or to where copies are missing.",
+        reload=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class LogTable:
     level: str = setting(
         settings.choice("debug", "info", "warning", "error"), "info", "The least severity that is logged.", reload=True
@@ -316,6 +326,7 @@ class Config:
     erase: EraseTable = table(EraseTable, "What deletion does on the devices.")
     limits: LimitsTable = table(LimitsTable, "How much clients may ask at once, and how slow they may be.")
     scrub: ScrubTable = table(ScrubTable, "How everything that is stored is verified; see 'rustorctl scrub --help'.")
+    mover: MoverTable = table(MoverTable, "How Objects are moved from device to device in the background.")
     log: LogTable = table(LogTable, "What is logged. Under systemd it goes to the journal, else to standard error.")
     sources: tuple[Path, ...] = ()
 

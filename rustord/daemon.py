@@ -30,6 +30,7 @@ from rustord.frontends.nbd import NbdServer, listen_tcp, server_tls
 from rustord.frontends.peer import Principals, Roles
 from rustord.hotplug import Hotplug, find_devices
 from rustord.metrics import Metrics
+from rustord.mover import Mover
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
 from rustord.plugins import PluginManager
@@ -272,7 +273,10 @@ class _Daemon:
         exports = Exports(store, self._writer, self._volumes)
         tcp_role = Role[config.nbd.tcp_role.upper()]
         self._nbd = NbdServer(exports, roles(config), config.nbd.limits(), tcp_role)
-        self._admin = Admin(store, self._writer, plugins, self._scrub, self._metrics.text, self._nbd.exports)
+        self._mover = Mover(store, self._writer, config.mover.rate, config.pool.directory / "mover.json")
+        self._admin = Admin(
+            store, self._writer, plugins, self._scrub, self._metrics.text, self._nbd.exports, mover=self._mover
+        )
         self._server = HttpServer(
             store,
             self._writer,
@@ -296,6 +300,7 @@ class _Daemon:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
         following = self._follow_devices()
         self._scrub.resume()
+        self._mover.start()
         await self._server.serve(listeners.api)
         await self._nbd.serve(listeners.nbd)
         if listeners.nbd_tcp is not None:
@@ -316,6 +321,7 @@ class _Daemon:
         except TimeoutError:
             _give_up()
         await asyncio.to_thread(self._scrub.close)
+        await asyncio.to_thread(self._mover.pause)
         await asyncio.to_thread(self._volumes.close)
         if not await asyncio.to_thread(self._writer.close, FINISH_S):
             _give_up()
@@ -383,6 +389,7 @@ class _Daemon:
         self._server.roles = self._nbd.roles = roles(config)
         self._server.slow_request_s = config.log.slow_request
         self._scrub.task.bytes_s_max = config.scrub.rate
+        self._mover.task.bytes_s_max = config.mover.rate
         self._config = config
         if self._hotplug is not None:
             self._hotplug.config = config

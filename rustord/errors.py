@@ -20,6 +20,7 @@
     │   └── FormatError           ... in an on-disk structure (label, journal, record)
     ├── DeviceError               a device failed, is missing, or is too small
     │   ├── DeviceBusy            somebody else holds it
+    │   ├── WriteProtected        it can only be read
     │   └── ClaimRefused          it is not proven free; carries every reason
     ├── PoolError                 the devices do not make up a pool that can be opened
     └── PluginError               a plugin is missing, broken or of the wrong version
@@ -162,6 +163,11 @@ class DeviceError(RustordError):
 
 class DeviceBusy(DeviceError):
     code = "device-busy"
+    http_status = 409
+
+
+class WriteProtected(DeviceError):
+    code = "write-protected"
     http_status = 409
 
 

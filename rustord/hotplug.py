@@ -20,9 +20,9 @@ from rustord.discovery import Candidate, DeviceRemoved, Watcher, candidates, mat
 from rustord.errors import ConfigError, RustordError
 from rustord.event import DEVICE_BACK, DEVICE_GONE, DEVICE_REFUSED, fields
 from rustord.label import Label
+from rustord.membership import attach_device, detach_device
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
-from rustord.pool import attach_device, detach_device
 from rustord.writer import Writer
 
 log = logging.getLogger(__name__)

@@ -16,12 +16,12 @@ from xxhash import xxh3_64_digest
 from rustord.errors import DeviceError, FormatError
 from rustord.objkey import uuid_text
 
-HEAD = struct.Struct("<16s8sIHHQQQ16s16sHHIIIQQQ32s64s")
+HEAD = struct.Struct("<16s8sIHHQQQ16s16sHHIIIQQQQ32s64s")
 """magic, checksum, length, format_version, state, compatible, read_only_compatible, incompatible, pool_uuid,
-device_uuid, device_index, member_count, void_count, block_size, reserved, generation, created_ns, block_count, secret,
-pool_name"""
-MEMBER = struct.Struct("<16sQQHHI")
-"""device_uuid, generation, block_count, device_index, reserved, reserved"""
+device_uuid, device_index, member_count, void_count, block_size, next_index, generation, round, created_ns, block_count,
+secret, pool_name"""
+MEMBER = struct.Struct("<16sQQQQHHI")
+"""device_uuid, generation, before, round, block_count, device_index, standing, reserved"""
 VOID = struct.Struct("<QQ")
 """first, end"""
 
@@ -49,14 +49,35 @@ class State(IntEnum):
     OPEN = 1
 
 
+class Standing(IntEnum):
+    """What the pool means to do with a device."""
+
+    IN_USE = 0
+    LEAVING = 1
+    """it takes no new data, and is emptied, to be removed"""
+    GIVEN_UP = 2
+    """as LEAVING, and what cannot be read from it any more is lost"""
+
+
 @dataclass(frozen=True)
 class Member:
-    """One device of the pool: ``block_count`` is its size in blocks, ``generation`` that of its own last label."""
+    """One device of the pool: ``block_count`` is its size in blocks.
+
+    ``generation`` and ``round`` are those of the last label that was to be written to it, ``before`` is the generation
+    of the one that it had until then.
+    """
 
     device_uuid: bytes
     device_index: int
     block_count: int
-    generation: int
+    generation: int = 1
+    before: int = 0
+    round: int = 0
+    standing: Standing = Standing.IN_USE
+
+    def bears(self, label: Label) -> bool:
+        """Whether ``label``, found on the device, is one that the device may have: no older one, nor one of others."""
+        return (label.generation, label.round) == (self.generation, self.round) or label.generation == self.before
 
 
 @dataclass(frozen=True)
@@ -125,8 +146,9 @@ def label_offsets(size: int) -> tuple[int, int, int]:
 class Label:
     """All that a label says.
 
-    ``generation`` counts the labels written by this pool, whatever the device; ``voids`` are half-open ranges of
-    sequences that were never committed, so that a footer which bears one of them is nothing.
+    ``generation`` counts the labels written by this pool, whatever the device; ``round`` is a random number that all
+    labels have that were written together. ``next_index`` is that of the next device to be added. ``voids`` are
+    half-open ranges of sequences that were never committed, so that a footer which bears one of them is nothing.
     """
 
     pool_uuid: bytes
@@ -137,7 +159,9 @@ class Label:
     block_count: int
     secret: bytes = field(repr=False)
     created_ns: int
+    next_index: int = 1
     generation: int = 1
+    round: int = 0
     state: State = State.CLEAN
     members: tuple[Member, ...] = ()
     voids: tuple[tuple[int, int], ...] = ()
@@ -157,7 +181,12 @@ class Label:
         """The copy as it stands on the device, a multiple of 4 KiB long."""
         tables = b"".join(
             [
-                *(MEMBER.pack(m.device_uuid, m.generation, m.block_count, m.device_index, 0, 0) for m in self.members),
+                *(
+                    MEMBER.pack(
+                        m.device_uuid, m.generation, m.before, m.round, m.block_count, m.device_index, m.standing, 0
+                    )
+                    for m in self.members
+                ),
                 *(VOID.pack(first, end) for first, end in self.voids),
             ]
         )
@@ -176,8 +205,9 @@ class Label:
             len(self.members),
             len(self.voids),
             self.block_size,
-            0,
+            self.next_index,
             self.generation,
+            self.round,
             self.created_ns,
             self.block_count,
             self.secret,
@@ -210,8 +240,9 @@ def decode_label(data: bytes | memoryview) -> Label | None:
         member_count,
         void_count,
         block_size,
-        _,
+        next_index,
         generation,
+        round,
         created_ns,
         block_count,
         secret,
@@ -229,7 +260,9 @@ def decode_label(data: bytes | memoryview) -> Label | None:
         )
     if length != tables_end or block_size not in BLOCK_SIZES or state not in list(State):
         raise FormatError("the label contradicts itself")
-    members = (MEMBER.unpack_from(view, TABLES_AT + i * MEMBER.size) for i in range(member_count))
+    members = [MEMBER.unpack_from(view, TABLES_AT + i * MEMBER.size) for i in range(member_count)]
+    if any(standing not in list(Standing) for *_, standing, _ in members):
+        raise FormatError("the label contradicts itself")
     return Label(
         pool_uuid=pool_uuid,
         pool_name=pool_name.rstrip(b"\0").decode(errors="replace"),
@@ -239,9 +272,14 @@ def decode_label(data: bytes | memoryview) -> Label | None:
         block_count=block_count,
         secret=secret,
         created_ns=created_ns,
+        next_index=next_index,
         generation=generation,
+        round=round,
         state=State(state),
-        members=tuple(Member(uuid, index, blocks, gen) for uuid, gen, blocks, index, _, _ in members),
+        members=tuple(
+            Member(uuid, index, blocks, written, before, number, Standing(standing))
+            for uuid, written, before, number, blocks, index, standing, _ in members
+        ),
         voids=tuple(VOID.iter_unpack(view[tables_end - void_count * VOID.size : tables_end])),
         incompatible=incompatible,
     )

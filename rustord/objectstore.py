@@ -632,9 +632,13 @@ class ObjectStore:
         return record
 
     def _check_erasable(self, record: Record) -> None:
-        """Raise DeviceError unless every block of the Object can be erased: DELETE promises that."""
+        """Raise DeviceError unless every block of the Object can be erased: DELETE promises that.
+
+        What is on a device that has been given up is out of anybody's reach.
+        """
         for device in record.devices:
-            self.blocks.writable(device)
+            if not self.blocks.is_given_up(device):
+                self.blocks.writable(device)
 
     def _write(self, batch: _Batch) -> dict[int, RustordError]:
         """Write data and footers, adjoining ones in one call. Returns the devices that failed."""
@@ -732,7 +736,7 @@ class ObjectStore:
     ) -> list[tuple[Record, int]]:
         deletes = []
         for change, record, sequence in batch.deletes:
-            if not record.devices & durable:
+            if not record.devices & durable and not (durable and all(map(self.blocks.is_given_up, record.devices))):
                 device = min(record.devices)
                 lost = failed.get(device) or DeviceError(f"device {device} did not take the tombstone")
                 batch.outcomes.append((change, lost))

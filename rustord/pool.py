@@ -23,7 +23,7 @@ from rustord.blockstore import (
     write_label,
 )
 from rustord.claim import require_ours
-from rustord.errors import DeviceError, InvalidRequest, PoolError, RustordError
+from rustord.errors import DeviceError, InvalidRequest, PoolError, RustordError, WriteProtected
 from rustord.event import fields
 from rustord.extent import Extent, block_count
 from rustord.footer import encode_footer
@@ -75,9 +75,9 @@ def create_pool(
         raise InvalidRequest(f"the pool name {name!r}", hint=f"at most {POOL_NAME_BYTES_MAX} printable bytes")
     members = []
     for index, device in enumerate(devices):
-        _check_block_size(device, block_size)
+        check_block_size(device, block_size)
         geometry = Geometry.of_device(device.size, block_size)
-        members.append(Member(keygen.uuid(), index, geometry.block_count, 1))
+        members.append(Member(keygen.uuid(), index, geometry.block_count))
     first = Label(
         pool_uuid=keygen.uuid(),
         pool_name=name,
@@ -87,16 +87,17 @@ def create_pool(
         block_count=members[0].block_count,
         secret=os.urandom(32),
         created_ns=time.time_ns(),
+        next_index=len(members),
         members=tuple(members),
     )
     labels = [first.for_member(member) for member in members]
     for device, label in zip(devices, labels, strict=True):
-        _clear(device, label.geometry)
+        clear(device, label.geometry)
         write_label(device, label)
     return labels
 
 
-def _check_block_size(device: BlockDevice, block_size: int) -> None:
+def check_block_size(device: BlockDevice, block_size: int) -> None:
     if block_size < device.block_size:
         raise DeviceError(
             f"{device.path} has logical blocks of {device.block_size} bytes, more than the pool's {block_size}",
@@ -104,14 +105,14 @@ def _check_block_size(device: BlockDevice, block_size: int) -> None:
         )
 
 
-def _clear(device: BlockDevice, geometry: Geometry) -> None:
+def clear(device: BlockDevice, geometry: Geometry) -> None:
     """Zero what is reserved: the first and the last MiB, and the journal."""
     device.zero(0, geometry.journal_offset + geometry.journal_length)
     tail = geometry.label_offsets[2]
     device.zero(tail, geometry.size - tail)
 
 
-def _wipe(device: BlockDevice, geometry: Geometry) -> None:
+def wipe(device: BlockDevice, geometry: Geometry) -> None:
     """Leave nothing behind by which a device that was let go could be taken for the pool's, or for anybody's."""
     head, middle, tail = geometry.label_offsets
     device.zero(head, geometry.journal_offset)
@@ -146,13 +147,13 @@ def open_pool(
         progress("replaying the journal")
         label, sequence = _replay(label, blocks, keystore)
         progress("reading the index")
-        allocator = Allocator(placer, blocks.writable_indices)
+        allocator = Allocator(placer, blocks.accepting_indices, blocks.refusals)
         layers = Layers(blocks, keystore.base)
         layers.load(keystore.pages())
         blocks.read_layer = layers.read_object
         stock, graves, stale, problem = _take_stock(allocator, blocks, keystore, layers, progress)
         erased = _finish_erasures(allocator, blocks, keystore, graves, stale, sequence) if not problem else []
-        write_labels(blocks, label)
+        label = write_labels(blocks, label)
     except BaseException:
         if backend_open:
             backend.close()
@@ -178,43 +179,88 @@ def _close(store: ObjectStore) -> None:
     try:
         lost = any(slot.state == "failed" for slot in store.blocks.slots.values())
         state = State.OPEN if lost else State.CLEAN  # a void then parts what the device lost from what follows
-        label = replace(store.label, generation=store.label.generation + 1, state=state)
-        store.keystore.note_generation(label.generation)
-        write_labels(store.blocks, label)
+        renew_labels(store, replace(store.label, state=state))
     finally:
         store.keystore.close()
         store.blocks.close()
 
 
 def assemble(devices: Sequence[BlockDevice], erase_policy: ErasePolicy) -> tuple[Label, BlockStore]:
-    """The newest label of the devices, and the pool's slots with the devices in them."""
+    """The newest label of the devices, and the pool's slots with the devices in them.
+
+    A device that is not as the pool has left it is closed, and counts as missing.
+    """
     labels = [_label_of(device) for device in devices]
     pools = sorted({uuid_text(label.pool_uuid) for label in labels})
     if len(pools) != 1:
         what = f"belong to different pools ({', '.join(pools)})" if pools else "are none"
         raise PoolError(f"the devices that were named {what}", hint="name the devices of one pool")
     newest = max(labels, key=lambda label: label.generation)
-    there = dict(zip((label.device_uuid for label in labels), devices, strict=True))
+    _check_rounds(devices, labels, newest)
+    there = {label.device_uuid: (device, label) for device, label in zip(devices, labels, strict=True)}
     if len(there) != len(devices):
         raise PoolError("the same device was named twice, or one is a copy of another", hint="name each device once")
     members = {member.device_uuid: member for member in newest.members}
-    for uuid, device in there.items():
+    for uuid, (device, _) in there.items():
         if uuid not in members:
             raise PoolError(f"{device.path} was removed from pool {pools[0]}", hint="claim it anew, or leave it out")
-    slots = []
+    slots, present = [], []
     for member in newest.members:
-        geometry = Geometry(member.block_count, newest.block_size)
-        found = there.get(member.device_uuid)
-        if found is not None and found.size < geometry.size:
-            raise DeviceError(
-                f"{found.path} has {found.size} bytes, but its label speaks of {geometry.size}: it was cut short",
-                hint="restore the device or image file to its full size; do not write to it meanwhile",
-            )
-        slot = Slot(member.device_index, member.device_uuid, geometry, found, "" if found else "not found")
-        if found is not None:
-            slot.bad = read_bad_blocks(found, slot)
+        slot = Slot(
+            member.device_index,
+            member.device_uuid,
+            Geometry(member.block_count, newest.block_size),
+            None,
+            "not found",
+            standing=member.standing,
+        )
+        if member.device_uuid in there:
+            device, label = there[member.device_uuid]
+            if problem := check_return(device, label, member, slot.geometry):
+                if len(devices) == 1:
+                    raise problem
+                log.error("%s is left out: %s", device.path, problem, extra=fields(device=device.path))
+                slot.why = str(problem)
+                device.close()
+            else:
+                slot.device, slot.why = device, ""
+                slot.bad = read_bad_blocks(device, slot)
+                member = replace(member, generation=label.generation, round=label.round)
         slots.append(slot)
-    return newest, BlockStore(newest.block_size, slots, erase_policy)
+        present.append(member)
+    return replace(newest, members=tuple(present)), BlockStore(newest.block_size, slots, erase_policy)
+
+
+def _check_rounds(devices: Sequence[BlockDevice], labels: Sequence[Label], newest: Label) -> None:
+    """Refuse devices of which none is newer than the others, though they were not used together."""
+    for device, label in zip(devices, labels, strict=True):
+        if label.generation == newest.generation and label.round != newest.round:
+            other = devices[labels.index(newest)]
+            raise PoolError(
+                f"{device.path} and {other.path} have each been used without the other since they were used together",
+                hint="name only the one whose Objects are to stay; then claim the other anew with --force",
+            )
+
+
+def check_return(device: BlockDevice, label: Label, member: Member, geometry: Geometry) -> RustordError | None:
+    """Why a device, which bears ``label``, cannot take its place in the pool again; None if it can."""
+    if device.size < geometry.size:
+        return DeviceError(
+            f"{device.path} has {device.size} bytes, but its label speaks of {geometry.size}: it was cut short",
+            hint="restore the device or image file to its full size; do not write to it meanwhile",
+        )
+    if member.bears(label):
+        return None
+    if label.generation < max(member.before, member.generation):
+        what = f"an older state of itself (generation {label.generation}, not {member.generation})"
+        return PoolError(
+            f"{device.path} is {what}: a copy, or restored from one",
+            hint="attach the device itself; if it is lost, 'rustorctl device fail' gives it up",
+        )
+    return PoolError(
+        f"{device.path} has been used without the other devices of the pool",
+        hint="keep it apart; 'rustorctl device fail' gives it up, then it can be claimed anew with --force",
+    )
 
 
 def _label_of(device: BlockDevice) -> Label:
@@ -241,8 +287,12 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
     batches: list[Batch] = []
     for slot in blocks.slots.values():
         if slot.device is not None:
-            ring = Ring(slot.device, slot.uuid, slot.geometry, label.secret)
-            batches += keystore.add_ring(slot.index, ring)
+            try:
+                batches += keystore.add_ring(slot.index, Ring(slot.device, slot.uuid, slot.geometry, label.secret))
+            except DeviceError as error:
+                path = slot.device.path
+                log.error("%s is left out, its journal cannot be read: %s", path, error, extra=fields(device=path))
+                blocks.retire(slot, f"its journal cannot be read: {error}")
     entries = [entry for batch in batches for entry in batch.entries]
     erased = [entry for entry in entries if entry.kind is Kind.ERASED]
     changes = {entry.sequence: entry for entry in entries if entry.sequence}
@@ -272,10 +322,7 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
         voids = merge_voids([*voids, (settled + 1, last + 1 + VOID_LENGTH)])
         last += VOID_LENGTH
     voids = tuple(_without(voids, kept)[-VOID_COUNT_MAX:])
-    members = tuple(
-        replace(m, generation=generation) if blocks.slots[m.device_index].device else m for m in label.members
-    )
-    return replace(label, generation=generation, state=State.OPEN, voids=voids, members=members), last
+    return replace(label, generation=generation, state=State.OPEN, voids=voids), last
 
 
 def was_flushed(sequence: int, durable: Sequence[int], label: Label) -> bool:
@@ -532,119 +579,59 @@ def _finish_erasures(
     return erased
 
 
-def write_labels(blocks: BlockStore, label: Label) -> None:
-    """Write ``label`` to every device that takes writes."""
-    for member in label.members:
-        slot = blocks.slots.get(member.device_index)
-        if slot is not None and slot.state == "online":
-            assert slot.device is not None
+def write_labels(blocks: BlockStore, label: Label) -> Label:
+    """Write ``label`` to every device that takes writes; returns it as it was written, which says to whom.
+
+    A device that cannot take its label takes no more writes. Raises DeviceError if that is true of all of them.
+    """
+    writable = blocks.writable_indices()
+    round = int.from_bytes(os.urandom(8), "little")
+    members = tuple(
+        replace(member, before=member.generation, generation=label.generation, round=round)
+        if member.device_index in writable
+        else member
+        for member in label.members
+    )
+    label = replace(label, round=round, members=members)
+    problem: DeviceError | None = None
+    for member in members:
+        if member.device_index not in writable:
+            continue
+        slot = blocks.slots[member.device_index]
+        assert slot.device is not None
+        try:
             if slot.bad.number and label.state is State.OPEN:
                 write_bad_blocks(slot.device, slot)  # a copy that was damaged is good again
             write_label(slot.device, label.for_member(member))
+        except DeviceError as error:
+            log.error("%s takes no label: %s", slot.device.path, error, extra=fields(device=slot.device.path))
+            problem = error
+    if problem is not None and not blocks.writable_indices():
+        raise problem
+    return label
 
 
-def add_device(store: ObjectStore, device: BlockDevice) -> Member:
-    """Take a device that the caller has proven free into an open pool. Called between cycles.
-
-    Raises InvalidRequest or DeviceError; the pool's other labels do not name the device then.
-    """
-    label = store.label
-    if len(label.members) >= MEMBER_COUNT_MAX:
-        raise InvalidRequest(f"the pool has {MEMBER_COUNT_MAX} devices already", hint="replace a device instead")
-    _check_block_size(device, label.block_size)
-    geometry = Geometry.of_device(device.size, label.block_size)
-    index = max(member.device_index for member in label.members) + 1
-    generation = label.generation + 1
-    member = Member(store.keygen.uuid(), index, geometry.block_count, generation)
-    label = replace(label, generation=generation, members=(*label.members, member))
-    _clear(device, geometry)
-    store.keystore.note_generation(generation)
-    write_label(device, label.for_member(member))
-    store.blocks.add(Slot(index, member.device_uuid, geometry, device))
-    store.keystore.add_ring(index, Ring(device, member.device_uuid, geometry, label.secret))
-    write_labels(store.blocks, label)
-    store.label = label
-    store.allocator.add(index, FreeList(geometry.data_runs), geometry.data_block_count)
-    return member
-
-
-def attach_device(store: ObjectStore, path: str) -> int:
-    """Take back a device of the pool that was missing; returns its index. Called between cycles.
-
-    Raises PoolError if it is none, is there already, or holds changes that only an opening can replay; DeviceError.
-    """
-    device = open_device(path)
-    try:
-        require_ours(device)
-        label = read_label(device)
-        member = next((m for m in store.label.members if label and m.device_uuid == label.device_uuid), None)
-        if member is None:
-            raise PoolError(f"{path} is no device of this pool", hint="claim it with 'rustorctl device add'")
-        slot = store.blocks.slots[member.device_index]
-        if slot.device is not None or device.size < slot.geometry.size:
-            raise PoolError(
-                f"{path} cannot stand in for device {slot.index}: that is there already, or larger",
-                hint="'rustorctl device list' shows the devices",
-            )
-        if store.keystore.add_ring(slot.index, Ring(device, slot.uuid, slot.geometry, store.label.secret)):
-            store.keystore.remove_ring(slot.index)
-            raise PoolError(
-                f"{path} holds changes that the index does not know", hint="restart rustord, which replays them"
-            )
-        write_label(device, store.label.for_member(member))
-        slot.bad = read_bad_blocks(device, slot)
-        store.allocator.condemn(Extent(slot.index, run.block, run.count) for run in slot.bad.runs)
-    except BaseException:
-        device.close()
-        raise
-    slot.device, slot.why = device, ""
-    return slot.index
-
-
-def detach_device(store: ObjectStore, index: int) -> None:
-    """Do without a device that has gone. Called between cycles."""
-    slot = store.blocks.slots[index]
-    if slot.device is not None:
-        store.keystore.remove_ring(index)
-        store.blocks.retire(slot, "it was removed from the machine")
-
-
-def remove_device(store: ObjectStore, index: int) -> None:
-    """Let go of an empty device and wipe its label. Called between cycles. Raises InvalidRequest or DeviceError."""
-    slot = store.blocks.slots.get(index)
-    if slot is None:
-        raise InvalidRequest(f"the pool has no device {index}", hint="'rustorctl device list' shows them")
-    if len(store.blocks.slots) == 1:
-        raise InvalidRequest(f"device {index} is the pool's only one", hint="add another device first")
-    device = store.blocks.writable(index)
-    if not store.allocator.is_empty(index):
-        raise DeviceError(
-            f"device {index} ({device.path}) holds Objects", hint="delete or copy them elsewhere before it is removed"
-        )
-    store.keystore.checkpoint()
+def renew_labels(store: ObjectStore, label: Label) -> None:
+    """Write ``label`` with a new generation, which the index knows first. Raises DeviceError."""
     generation = store.label.generation + 1
-    members = tuple(member for member in store.label.members if member.device_index != index)
-    label = replace(store.label, generation=generation, members=members)
     store.keystore.note_generation(generation)
-    store.allocator.remove(index)
-    store.keystore.remove_ring(index)
-    store.blocks.remove(index)
-    write_labels(store.blocks, label)
-    store.label = label
-    try:
-        _wipe(device, slot.geometry)
-        device.flush()
-    finally:
-        device.close()
+    store.label = write_labels(store.blocks, replace(label, generation=generation))
 
 
 def open_devices(paths: Iterable[str | os.PathLike[str]], *, read_only: bool = False) -> list[BlockDevice]:
-    """Open and lock all of ``paths``, or none. Raises DeviceError, also for one that somebody else has taken since."""
+    """Open and lock all of ``paths``, or none; what is write-protected, for reading.
+
+    Raises DeviceError, also for one that somebody else has taken since.
+    """
     devices: list[BlockDevice] = []
     try:
         for path in paths:
-            devices.append(device := open_device(path, read_only=read_only))
-            if not read_only:
+            try:
+                devices.append(device := open_device(path, read_only=read_only))
+            except WriteProtected as error:
+                log.error("%s; it is only read", error, extra=fields(device=os.fspath(path)))
+                devices.append(device := open_device(path, read_only=True))
+            if not device.read_only:
                 require_ours(device)
     except RustordError:
         for opened in devices:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rustord.blockdevice import BlockDevice
-from rustord.blockstore import BlockStore, read_label
+from rustord.blockstore import BlockStore
 from rustord.errors import PoolError
 from rustord.keystore.backend import Backend
 from rustord.keystore.store import owner_of, replace_index
@@ -86,21 +86,12 @@ def rebuild(
 def _check_devices(label: Label, blocks: BlockStore, without: Collection[int]) -> None:
     missing = {index: slot for index, slot in blocks.slots.items() if slot.device is None and index not in without}
     if missing:
-        names = ", ".join(f"{index} ({uuid_text(slot.uuid)})" for index, slot in missing.items())
+        names = ", ".join(f"{index} ({uuid_text(slot.uuid)}: {slot.why})" for index, slot in missing.items())
         raise PoolError(
             f"of this pool, device {names} is missing",
             hint="attach it; or give --without and its index, if it will never come back: what only it knows is lost "
             "then, and its Objects' blocks on other devices are used again",
         )
-    for member in label.members:
-        device = blocks.slots[member.device_index].device
-        own = read_label(device) if device else None
-        if device and own and own.generation < member.generation:
-            raise PoolError(
-                f"{device.path} is an old copy of device {member.device_index}: its label is of generation "
-                f"{own.generation}, the pool last wrote {member.generation} to it",
-                hint="name the device itself, not a copy of it",
-            )
 
 
 def _check_index(backend: Backend, directory: Path, label: Label, replace: bool) -> None:

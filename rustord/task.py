@@ -78,6 +78,11 @@ class Task:
         if self._stopping.wait(self._due - now):
             raise Stopped
 
+    def pause(self, seconds: float) -> None:
+        """Called by the work that has to wait for something. Raises Stopped."""
+        if self._stopping.wait(seconds):
+            raise Stopped
+
     def _run(self) -> None:
         state: State = "failed"
         try:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -17,7 +17,16 @@ import rustord
 from rustord.admin import Admin
 from rustord.blockdevice import open_device
 from rustord.blockstore import read_label
-from rustord.errors import ClaimRefused, DeviceBusy, DeviceError, InvalidRequest, NotFound, ReadOnly, RustordError
+from rustord.errors import (
+    ClaimRefused,
+    DeviceBusy,
+    DeviceError,
+    InvalidRequest,
+    NoSpace,
+    NotFound,
+    ReadOnly,
+    RustordError,
+)
 from rustord.objectstore import ObjectStore
 from rustord.objkey import parse_uuid, uuid_text
 from rustord.placer import Contiguous, Mirrored, Placer
@@ -275,7 +284,7 @@ def test_an_empty_device_can_be_removed(make_image: MakeImage, image: Path, tmp_
         free = admin.pool()["free_bytes"]
         admin.add_device(NewDevice(str(added := make_image(32 * MIB)), force=False, dry_run=False))
         entry = admin.devices()[1]
-        assert admin.remove_device(str(entry[by])) == entry
+        assert admin.remove_device(str(entry[by])) == {**entry, "standing": "removed"}
         assert [entry["path"] for entry in admin.devices()] == [str(image)]
         assert admin.pool()["free_bytes"] == free
         assert not is_locked(added)
@@ -295,11 +304,56 @@ def test_a_device_that_was_removed_can_be_added_again(admin: Admin, added: Path)
 
 def test_a_device_that_holds_objects_is_not_removed(admin: Admin, store: ObjectStore, added: Path) -> None:
     key = store.put(bytes(16 * MIB))  # for which only the new one has room
-    with pytest.raises(DeviceError, match=r"device 1 \(.*\) holds Objects"):
+    with pytest.raises(NoSpace, match=r"device 1 holds 16.0 MiB, and the 1 others that take data have 9.9 MiB"):
         admin.remove_device("1")
+    assert admin.devices()[1]["standing"] == "in use"
     assert store.get(key.uuid) == bytes(16 * MIB)
     store.delete(key.uuid)
     admin.remove_device("1")
+
+
+def test_a_device_is_emptied_and_then_removed(admin: Admin, store: ObjectStore, added: Path) -> None:
+    keys = [store.put(bytes([number]) * 100_000, name=f"name{number}") for number in range(50)]
+    assert any(1 in store.stat(key.uuid).devices for key in keys)
+    assert admin.remove_device(str(added))["standing"] == "leaving"
+    assert ended(admin)["state"] == "done"
+    assert len(admin.devices()) == 1
+    assert [store.get(key.uuid)[:1] for key in keys] == [bytes([number]) for number in range(50)]
+    assert not is_locked(added)
+    with closing(open_device(added, read_only=True)) as device:
+        assert read_label(device) is None
+
+
+def test_a_device_is_replaced(admin: Admin, store: ObjectStore, make_image: MakeImage) -> None:
+    keys = [store.put(bytes([number]) * 100_000) for number in range(50)]
+    new = admin.add_device(NewDevice(str(make_image(32 * MIB)), replaces="0"))
+    assert ended(admin)["state"] == "done"
+    assert [device["index"] for device in admin.devices()] == [new["index"]] == [1]
+    assert [store.get(key.uuid)[:1] for key in keys] == [bytes([number]) for number in range(50)]
+
+
+def test_a_device_that_was_to_leave_is_kept(admin: Admin, store: ObjectStore, added: Path) -> None:
+    key = store.put(bytes(100_000))
+    admin._mover.task.bytes_s_max = 1000
+    admin.remove_device("1" if 1 in store.stat(key.uuid).devices else "0")
+    (leaving,) = [device for device in admin.devices() if device["standing"] == "leaving"]
+    assert admin.keep_device(str(leaving["index"]))["standing"] == "in use"
+    assert ended(admin)["state"] == "stopped"
+    assert store.get(key.uuid) == bytes(100_000)
+
+
+def test_a_mover_is_told_what_to_do(admin: Admin) -> None:
+    with pytest.raises(InvalidRequest, match="knows no work 'dance'"):
+        admin.start_mover("dance")
+    admin.start_mover("rebalance")
+    assert ended(admin) | {"moved": 0, "job": "rebalancing", "error": ""} == ended(admin)
+    assert admin.stop_mover()["state"] == "done"
+
+
+def ended(admin: Admin) -> dict[str, Any]:
+    """What became of what is moved, once it has ended."""
+    assert admin._mover.task.wait(30)
+    return admin.mover()
 
 
 def test_the_last_device_is_not_removed(admin: Admin) -> None:
@@ -327,7 +381,7 @@ def test_a_mirrored_pool_that_lost_a_device_can_be_given_another(make_image: Mak
     images = [make_image(16 * MIB) for _ in range(2)]
     make_pool(*images)
     with opened(tmp_path, images[0], placer=Mirrored()) as (store, admin):
-        with pytest.raises(RustordError, match="2 copies"):
+        with pytest.raises(RustordError, match="needs 2 devices, and 1 can take it: device 1 is missing"):
             store.put(b"data")
         admin.add_device(NewDevice(str(make_image(16 * MIB)), force=False, dry_run=False))
         key = store.put(b"data")

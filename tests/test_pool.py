@@ -30,16 +30,10 @@ from rustord.errors import (
 from rustord.extent import Extent
 from rustord.keygen import HashKeyGen
 from rustord.label import DEVICE_BYTES_MIN, LABEL_BYTES, Geometry, Label, State
+from rustord.membership import add_device, attach_device, detach_device, prepare_device, remove_device
 from rustord.objectstore import ObjectStore
 from rustord.placer import Contiguous, FreeView, Mirrored, Placer, Striped
-from rustord.pool import (
-    VOID_LENGTH,
-    add_device,
-    attach_device,
-    create_pool,
-    detach_device,
-    remove_device,
-)
+from rustord.pool import VOID_LENGTH, create_pool
 from rustord.record import RECORD_ID, Metadata, Record, encode_extents
 from tests.simulation import (
     MIB,
@@ -406,7 +400,7 @@ class TestDevices:
         with closing(open_device(simulate().paths[0])) as device:
             device.block_size = 8192
             with pytest.raises(DeviceError, match="logical blocks"):
-                add_device(store, device)
+                prepare_device(store, device)
         assert len(store.label.members) == 1
 
     def test_removing_an_empty_one(self, simulate: Callable[..., Simulation]) -> None:

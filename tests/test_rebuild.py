@@ -372,7 +372,7 @@ def test_an_old_copy_of_a_device_is_refused(pair: Simulation, disk_path: Path) -
     pair.open().put(b"b")
     pair.close()
     pair.lose_index()
-    with pytest.raises(PoolError, match="old copy of device 1"):
+    with pytest.raises(PoolError, match="an older state of itself"):
         rebuilt(pair, paths=[pair.paths[0], old])
     assert rebuilt(pair).object_count == 2
 

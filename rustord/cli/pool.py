@@ -92,7 +92,7 @@ def list_devices(socket: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(devices)
     else:
-        _print_devices(devices, ("uuid", "reason"))
+        _print_devices(devices, ("standing", "uuid", "reason"))
 
 
 @device.command()
@@ -111,37 +111,21 @@ def add(socket: Path | None, path: Path, force: bool, dry_run: bool, as_json: bo
     if as_json:
         print_json(added)
     elif dry_run:
-        _say_verdict(added["path"], added["size_bytes"], added["would_erase"])
+        say_verdict(added["path"], added["size_bytes"], added["would_erase"])
     else:
         say(f"{added['path']} is device {added['index']} ({added['uuid']}) with {human_size(added['size_bytes'])}")
 
 
-def _say_verdict(path: str, size: int, erasures: Sequence[str]) -> None:
+def say_verdict(path: str, size: int, erasures: Sequence[str]) -> None:
+    """What would become of a device that is claimed."""
     say(f"{path}: {human_size(size)}, " + ("would be taken" if erasures else "free, would be taken"))
     for erasure in erasures:
         say(f"  would erase {erasure}")
 
 
-@device.command()
-@click.argument("device")
-@json_option
-@click.pass_obj
-def remove(socket: Path | None, device: str, as_json: bool) -> None:
-    """Take a device out of the pool: DEVICE is its index, uuid or path.
-
-    It must hold no Objects.
-    """
-    with connect(socket) as client:
-        removed = client.remove_device(device)
-    if as_json:
-        print_json(removed)
-    else:
-        say(f"device {removed['index']} ({removed['path'] or removed['uuid']}) no longer belongs to the pool")
-
-
 @click.group(cls=Commands)
 def pool() -> None:
-    """Make a pool, or show the one that is served."""
+    """Make a pool, or look after the one that is served."""
 
 
 @pool.command()
@@ -171,7 +155,7 @@ def create(
         verdicts = _require_free([path for path in devices if path not in missing], force)
         if dry_run:
             for verdict in verdicts:
-                _say_verdict(verdict.path, verdict.size, verdict.erasures)
+                say_verdict(verdict.path, verdict.size, verdict.erasures)
             for path in missing:
                 say(f"{path}: would be made with {human_size(size or 0)}")
             return

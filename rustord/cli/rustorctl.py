@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rustord.cli import attach, edge, objects, pool, put, recovery, report, scrub, setup, top
+from rustord.cli import attach, edge, mover, objects, pool, put, recovery, report, scrub, setup, top
 from rustord.cli.edge import Commands
 
 EPILOG = """\b
@@ -28,6 +28,8 @@ def rustorctl(context: click.Context, socket: Path | None) -> None:
     """Store, fetch and delete Objects, and look after the pool that holds them."""
     context.obj = socket
 
+
+assert mover  # its commands are parts of others
 
 for command in (
     *put.COMMANDS,

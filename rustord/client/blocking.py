@@ -26,10 +26,12 @@ from rustord.wire.request import (
     DEVICES,
     EXPORTS,
     METRICS,
+    MOVER,
     PLUGINS,
     POOL,
     SCRUB,
     SLOW_REQUESTS,
+    STOP_MOVER,
     STOP_SCRUB,
     Info,
     Listing,
@@ -38,12 +40,14 @@ from rustord.wire.request import (
     add_device,
     delete,
     fetch,
+    keep_device,
     look,
     manifest,
     map_device,
     read_info,
     read_stored,
     remove_device,
+    start_mover,
     start_scrub,
     store,
 )
@@ -158,13 +162,34 @@ class Client:
         """The pool's devices."""
         return list(self._json(DEVICES))
 
-    def add_device(self, path: str, *, force: bool = False, dry_run: bool = False) -> dict[str, Any]:
-        """Claim a device for the pool. Raises ClaimRefused with every reason."""
-        return dict(self._json(*add_device(path, force, dry_run)))
+    def add_device(
+        self, path: str, *, force: bool = False, dry_run: bool = False, replaces: str = ""
+    ) -> dict[str, Any]:
+        """Claim a device for the pool; the one that it ``replaces`` leaves. Raises ClaimRefused with every reason."""
+        return dict(self._json(*add_device(path, force, dry_run, replaces)))
 
-    def remove_device(self, device: str) -> dict[str, Any]:
-        """Take a device (its index, uuid or path) out of the pool."""
-        return dict(self._json(remove_device(device)))
+    def remove_device(self, device: str, *, give_up: bool = False) -> dict[str, Any]:
+        """Take a device (its index, uuid or path) out of the pool: at once if it is empty, else when it has become so.
+
+        With ``give_up`` what cannot be read from it is lost. Raises NoSpace if the others have no room.
+        """
+        return dict(self._json(remove_device(device, give_up)))
+
+    def keep_device(self, device: str) -> dict[str, Any]:
+        """Keep a device that was to leave."""
+        return dict(self._json(keep_device(device)))
+
+    def mover(self) -> dict[str, Any]:
+        """What is being moved from device to device, and how far that is."""
+        return dict(self._json(MOVER))
+
+    def start_mover(self, work: str) -> dict[str, Any]:
+        """Begin to "heal" or to "rebalance" the pool."""
+        return dict(self._json(start_mover(work)))
+
+    def stop_mover(self) -> dict[str, Any]:
+        """Move nothing any more."""
+        return dict(self._json(STOP_MOVER))
 
     def map_device(self, device: str, *, cells: int = 1024) -> dict[str, Any]:
         """How full each part of a device is, as the server tells it. Raises NotFound."""

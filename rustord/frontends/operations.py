@@ -62,8 +62,20 @@ class Admin(Protocol):
     def add_device(self, device: NewDevice) -> Mapping[str, object]:
         """Claim a device, or only say what that would do. Raises ClaimRefused."""
 
-    def remove_device(self, device: str) -> Mapping[str, object]:
-        """Let go of the device with that uuid or index. Raises NotFound, DeviceError."""
+    def remove_device(self, device: str, *, give_up: bool = False) -> Mapping[str, object]:
+        """Let go of a device, once it is empty. Raises NotFound, DeviceError, NoSpace."""
+
+    def keep_device(self, device: str) -> Mapping[str, object]:
+        """Keep a device that was to leave. Raises NotFound, DeviceError."""
+
+    def mover(self) -> Mapping[str, object]:
+        """What is being moved, and how far that is."""
+
+    def start_mover(self, work: str) -> Mapping[str, object]:
+        """Begin to move. Raises InvalidRequest."""
+
+    def stop_mover(self) -> Mapping[str, object]:
+        """Move nothing any more."""
 
     def map_device(self, device: str, cell_count: int) -> Mapping[str, object]:
         """How full each part of the device with that uuid or index is. Raises NotFound."""
@@ -339,7 +351,30 @@ class Operations:
         return None
 
     def remove_device(self, exchange: Exchange) -> Reply | None:
-        self._ask(exchange, lambda: json_reply(self._admin.remove_device(exchange.request.argument)))
+        device, give_up = exchange.request.argument, "give-up" in exchange.request.query
+
+        def remove() -> Reply:
+            entry = self._admin.remove_device(device, give_up=give_up)
+            return json_reply(entry, 200 if entry["standing"] == "removed" else 202)
+
+        self._ask(exchange, remove)
+        return None
+
+    def keep_device(self, exchange: Exchange) -> Reply | None:
+        self._ask(exchange, lambda: json_reply(self._admin.keep_device(exchange.request.argument)))
+        return None
+
+    def get_mover(self, exchange: Exchange) -> Reply | None:
+        self._ask(exchange, lambda: json_reply(self._admin.mover()))
+        return None
+
+    def start_mover(self, exchange: Exchange) -> Reply | None:
+        work = exchange.request.query.get("work", "")
+        self._ask(exchange, lambda: json_reply(self._admin.start_mover(work), 202))
+        return None
+
+    def stop_mover(self, exchange: Exchange) -> Reply | None:
+        self._ask(exchange, lambda: json_reply(self._admin.stop_mover()))
         return None
 
     def get_scrub(self, exchange: Exchange) -> Reply | None:

@@ -215,6 +215,17 @@ class KeyStore:
         self._unerased.update(dict.fromkeys(gone, sequence))
         self._carry_due = bool(self._unerased)
 
+    def forget_device(self, device: int) -> None:
+        """Let go of what graves have on a device that leaves the pool; everything is in the index then."""
+        self.checkpoint()
+        with self._learning:
+            for grave in self.graves():
+                if device in grave.devices:
+                    rest = [extent for extent in grave.extents if extent.device != device]
+                    self._fresh.graves[RECORD_ID.pack(*grave.id)] = encode_extents(rest) if rest else None
+            self._note_positions(self._fresh)
+        self.checkpoint()
+
     # Changing
 
     def journal(
@@ -243,7 +254,7 @@ class KeyStore:
                 entries.setdefault(device, []).append(entry)
         for record, sequence in deletes:
             newest = max(newest, sequence)
-            for device in record.devices & writable:
+            for device in (record.devices & writable) or sorted(writable)[:1]:
                 entries.setdefault(device, []).append(delete_entry(sequence, record.uuid))
         for record, sequence in undone:
             newest = max(newest, sequence)

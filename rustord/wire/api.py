@@ -101,8 +101,14 @@ ROUTES: Mapping[str, Mapping[str, Operation]] = {
         "GET": Operation("list_devices", Role.READER),
         "POST": Operation("add_device", Role.ADMIN, Body.JSON),
     },
-    "/v1/devices/{device}": {"DELETE": Operation("remove_device", Role.ADMIN)},
+    "/v1/devices/{device}": {"DELETE": Operation("remove_device", Role.ADMIN, query=frozenset(("give-up",)))},
+    "/v1/devices/{device}/keep": {"POST": Operation("keep_device", Role.ADMIN)},
     "/v1/devices/{device}/map": {"GET": Operation("map_device", Role.READER, query=frozenset(("cells",)))},
+    "/v1/mover": {
+        "GET": Operation("get_mover", Role.READER),
+        "POST": Operation("start_mover", Role.ADMIN, query=frozenset(("work",))),
+        "DELETE": Operation("stop_mover", Role.ADMIN),
+    },
     "/v1/slow-requests": {"GET": Operation("list_slow_requests", Role.READER)},
     "/v1/scrub": {
         "GET": Operation("get_scrub", Role.READER),
@@ -119,6 +125,7 @@ ROUTES: Mapping[str, Mapping[str, Operation]] = {
 _OBJECT, _MANIFEST = ROUTES["/v1/objects/{uuid}"], ROUTES["/v1/objects/{uuid}/manifest"]
 _NAMED = ROUTES["/v1/names/{name}"]
 _DEVICE, _MAP = ROUTES["/v1/devices/{device}"], ROUTES["/v1/devices/{device}/map"]
+_KEEP = ROUTES["/v1/devices/{device}/keep"]
 
 
 class Request(NamedTuple):
@@ -204,6 +211,8 @@ def _find_route(path: str) -> tuple[Mapping[str, Operation], str]:
         rest = path[12:]
         if rest.endswith("/map"):
             return _MAP, percent_decoded(rest[:-4])
+        if rest.endswith("/keep"):
+            return _KEEP, percent_decoded(rest[:-5])
         if rest and "/" not in rest:
             return _DEVICE, percent_decoded(rest)
     elif path in ROUTES:
@@ -430,11 +439,12 @@ def stored(record: Record, status: int) -> Reply:
 
 
 class NewDevice(NamedTuple):
-    """A device to claim."""
+    """A device to claim; ``replaces`` names one that is to leave then, its index, uuid or path."""
 
     path: str
     force: bool = False
     dry_run: bool = False
+    replaces: str = ""
 
 
 def read_new_device(body: Data) -> NewDevice:
@@ -444,6 +454,7 @@ def read_new_device(body: Data) -> NewDevice:
         device = NewDevice(**given)
     except (ValueError, TypeError, RecursionError):
         raise InvalidRequest("the body does not describe a device", hint='send {"path": "/dev/..."}') from None
-    if not isinstance(device.path, str) or not isinstance(device.force, bool) or not isinstance(device.dry_run, bool):
-        raise InvalidRequest("path must be a string, force and dry_run true or false")
+    texts, flags = (device.path, device.replaces), (device.force, device.dry_run)
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(flag, bool) for flag in flags):
+        raise InvalidRequest("path and replaces must be strings, force and dry_run true or false")
     return device

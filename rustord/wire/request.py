@@ -176,15 +176,25 @@ class Listing:
 # The daemon
 
 
-def add_device(path: str, force: bool, dry_run: bool) -> tuple[Request, bytes]:
+def add_device(path: str, force: bool, dry_run: bool, replaces: str) -> tuple[Request, bytes]:
     """Claim a device: the request, and its body."""
-    body = json.dumps({"path": path, "force": force, "dry_run": dry_run}).encode()
+    body = json.dumps({"path": path, "force": force, "dry_run": dry_run, "replaces": replaces}).encode()
     return Request("POST", "/v1/devices", ("Content-Type: application/json",)), body
 
 
-def remove_device(device: str) -> Request:
+def remove_device(device: str, give_up: bool) -> Request:
     """Take a device out of the pool."""
-    return Request("DELETE", f"/v1/devices/{quote(device, safe='')}")
+    return Request("DELETE", f"/v1/devices/{quote(device, safe='')}{'?give-up=1' if give_up else ''}")
+
+
+def keep_device(device: str) -> Request:
+    """Keep a device that was to leave."""
+    return Request("POST", f"/v1/devices/{quote(device, safe='')}/keep")
+
+
+def start_mover(work: str) -> Request:
+    """Begin to heal or to rebalance."""
+    return Request("POST", f"/v1/mover?work={quote(work, safe='')}")
 
 
 def map_device(device: str, cells: int) -> Request:
@@ -203,6 +213,8 @@ SCRUB = Request("GET", "/v1/scrub")
 STOP_SCRUB = Request("DELETE", "/v1/scrub")
 DEVICES = Request("GET", "/v1/devices")
 EXPORTS = Request("GET", "/v1/exports")
+MOVER = Request("GET", "/v1/mover")
+STOP_MOVER = Request("DELETE", "/v1/mover")
 PLUGINS = Request("GET", "/v1/plugins")
 SLOW_REQUESTS = Request("GET", "/v1/slow-requests")
 METRICS = Request("GET", "/metrics")

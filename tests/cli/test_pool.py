@@ -165,7 +165,7 @@ def test_a_device_that_is_not_free_is_refused(daemon: object, rustorctl: Command
     assert rustorctl("device", "add").returncode == 2
 
 
-def test_a_device_that_holds_objects_stays(daemon: object, rustorctl: Command) -> None:
+def test_the_only_device_stays(daemon: object, rustorctl: Command) -> None:
     rustorctl.ok("put", "-", input="hello")
     done = rustorctl("device", "remove", "0")
     assert done.returncode not in (0, 1)

@@ -58,7 +58,9 @@ def test_a_key_is_a_uuid_or_a_name() -> None:
     assert understood(request.fetch(UUID, 0, None))[:2] == ("get_object", UUID)
     assert understood(request.look("a/ü ?"))[:2] == ("head_named", "a/ü ?")
     assert understood(request.manifest(UUID))[:2] == ("get_manifest", UUID)
-    assert understood(request.remove_device("/dev/sdb"))[:2] == ("remove_device", "/dev/sdb")
+    assert understood(request.remove_device("/dev/sdb", True))[:2] == ("remove_device", "/dev/sdb")
+    assert understood(request.keep_device("/dev/sdb"))[:2] == ("keep_device", "/dev/sdb")
+    assert understood(request.start_mover("heal"))[0] == "start_mover"
 
 
 @pytest.mark.parametrize(
@@ -76,9 +78,9 @@ def test_a_range_with_nothing_in_it_is_refused(start: int, end: int) -> None:
 
 
 def test_a_device_is_described() -> None:
-    asked, body = request.add_device("/dev/ü", True, False)
+    asked, body = request.add_device("/dev/ü", True, False, "1")
     assert understood(asked)[0] == "add_device"
-    assert api.read_new_device(body) == NewDevice("/dev/ü", True, False)
+    assert api.read_new_device(body) == NewDevice("/dev/ü", True, False, "1")
 
 
 def page(names: list[str], after: str = "") -> tuple[ReplyHead, bytes]:

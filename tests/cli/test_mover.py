@@ -1,0 +1,65 @@
+"""The commands that move Objects: a device is removed, replaced and given up; a pool is healed and rebalanced."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Command
+
+
+@pytest.fixture
+def filled(daemon: object, rustorctl: Command, image: Path) -> list[str]:
+    """A pool of two devices with Objects; their names."""
+    rustorctl.ok("device", "add", image)
+    names = [f"name{number}" for number in range(20)]
+    for name in names:
+        rustorctl.ok("put", "-", "--name", name, input=name * 10_000)
+    return names
+
+
+def test_a_device_is_emptied_and_removed(filled: list[str], rustorctl: Command) -> None:
+    said = rustorctl.ok("device", "remove", "0", "--wait")
+    assert said.startswith("device 0 (")
+    assert "is being emptied" in said
+    assert "Objects have been moved" in said
+    assert [device["index"] for device in json.loads(rustorctl.ok("device", "list", "--json"))] == [1]
+    for name in filled:
+        assert rustorctl.ok("get", name) == name * 10_000
+
+
+def test_a_device_is_replaced(filled: list[str], rustorctl: Command, disk_path: Path) -> None:
+    new = disk_path / "new.img"
+    with new.open("xb") as file:
+        file.truncate(64 << 20)
+    assert rustorctl.ok("device", "replace", "--dry-run", "0", new) == f"{new}: 64.0 MiB, free, would be taken\n"
+    assert "belongs to the pool, and the other one" in rustorctl.ok("device", "replace", "0", new, "--wait")
+    assert [device["index"] for device in json.loads(rustorctl.ok("device", "list", "--json"))] == [1, 2]
+    for name in filled:
+        assert rustorctl.ok("get", name) == name * 10_000
+
+
+def test_works_that_are_asked_for(filled: list[str], rustorctl: Command) -> None:
+    for work in ("heal", "rebalance"):
+        assert "have been moved" in rustorctl.ok("pool", work, "--wait")
+        status = json.loads(rustorctl.ok("pool", work, "--wait", "--json"))
+        assert (status["state"], status["error"]) == ("done", "")
+        assert rustorctl.ok("pool", work, "--stop") == "stopped\n"
+    for name in filled:
+        assert rustorctl.ok("get", name) == name * 10_000
+
+
+def test_what_cannot_be_done_is_told(daemon: object, rustorctl: Command, image: Path) -> None:
+    rustorctl.ok("put", "-", "--name", "name", input="hello")
+    done = rustorctl("device", "remove", "0")
+    assert (done.returncode, done.stdout) == (6, "")
+    assert "hint: add a device first" in done.stderr
+    done = rustorctl("device", "fail", "0")
+    assert done.returncode == 2
+    assert "no device but device 0 takes new data" in done.stderr
+    assert rustorctl("device", "replace", "7", image).returncode == 3
+    assert rustorctl("device", "fail", "7").returncode == 3
+    assert rustorctl.ok("device", "remove", "--stop", "0").endswith("stays\n")
+    assert rustorctl.ok("get", "name") == "hello"

@@ -1,0 +1,220 @@
+"""Which devices a pool has: what comes back is let in if it is as the pool has left it; nothing looks at a clock."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from rustord.blockdevice import open_device
+from rustord.blockstore import read_label
+from rustord.change import Put
+from rustord.errors import DeviceError, InvalidRequest, PoolError
+from rustord.label import Standing
+from rustord.membership import (
+    add_device,
+    attach_device,
+    detach_device,
+    prepare_device,
+    remove_device,
+    set_standing,
+)
+from rustord.objectstore import ObjectStore
+from rustord.placer import Mirrored
+from rustord.pool import open_devices
+from tests.simulation import MIB, PowerCut, Simulation, VolatileDevice, check_sound, run, stored
+
+
+@pytest.fixture
+def pair(simulate: Callable[..., Simulation]) -> Simulation:
+    return simulate(16 * MIB, 16 * MIB, placer=Mirrored(2))
+
+
+def lone(simulation: Simulation, index: Path, number: int) -> None:
+    """Use one device of a pool without the others, and with an index of its own."""
+    before, simulation.index = simulation.index, index
+    simulation.open(without=[1 - number])
+    simulation.close()
+    simulation.index = before
+
+
+class TestReturning:
+    @pytest.mark.parametrize("how", ["close", "cut"])
+    def test_a_device_that_was_missing_rejoins(self, pair: Simulation, how: str) -> None:
+        store = pair.open()
+        key = store.put(b"mirrored")
+        pair.close() if how == "close" else pair.cut_power()
+        for _ in range(3):
+            store = pair.open(without=[1])
+            assert store.get(key.uuid) == b"mirrored"
+            assert (store.blocks.slots[1].state, store.blocks.slots[1].reason) == ("missing", "not found")
+            pair.close() if how == "close" else pair.cut_power()
+        store = pair.open()
+        assert store.blocks.slots[1].state == "online"
+        check_sound(store)
+
+    def test_an_older_state_of_a_device_is_left_out(self, pair: Simulation, disk_path: Path) -> None:
+        pair.open()
+        pair.close()
+        old = shutil.copy(pair.paths[1], disk_path / "old.img")
+        key = pair.open().put(b"new")
+        pair.close()
+        shutil.copy(old, pair.paths[1])
+        store = pair.open()
+        assert store.get(key.uuid) == b"new"
+        assert "is an older state of itself" in store.blocks.slots[1].reason
+        with pytest.raises(DeviceError, match=r"needs 2 devices, and 1 can take it: .* older state"):
+            store.put(b"x")
+        with pytest.raises(PoolError, match="older state"):
+            attach_device(store, str(pair.paths[1]))
+
+    def test_a_device_that_was_used_alone_is_left_out(self, pair: Simulation, disk_path: Path) -> None:
+        pair.open().put(b"both")
+        pair.close()
+        other = shutil.copytree(pair.index, disk_path / "other")
+        lone(pair, other, 1)
+        pair.open(without=[1])
+        pair.close()
+        lone(pair, pair.index, 0)  # which is newer now
+        store = pair.open()
+        assert "has been used without the other" in store.blocks.slots[1].reason
+        assert store.blocks.slots[0].state == "online"
+
+    def test_two_that_were_used_apart_for_the_same_time_are_refused(self, pair: Simulation, disk_path: Path) -> None:
+        pair.open().put(b"both")
+        pair.close()
+        other = shutil.copytree(pair.index, disk_path / "other")
+        lone(pair, other, 1)
+        lone(pair, pair.index, 0)
+        with pytest.raises(PoolError, match="have each been used without the other"):
+            pair.open()
+        pair.open(without=[1])
+
+    def test_a_clock_that_is_wrong_by_ten_years_changes_nothing(
+        self, pair: Simulation, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        keys = [pair.open().put(b"now")]
+        pair.close()
+        now = time.time_ns
+        monkeypatch.setattr(time, "time_ns", lambda: now() - 315_360_000 * 10**9)
+        store = pair.open()
+        keys.append(store.put(b"then", name="name"))
+        pair.cut_power()
+        monkeypatch.undo()
+        store = pair.open()
+        keys.append(store.put(b"after", name="name"))
+        assert store.resolve("name") == keys[2].uuid
+        detach_device(store, 1)
+        pair.devices[1].close()
+        attach_device(store, str(pair.paths[1]))
+        assert [slot.state for slot in store.blocks.slots.values()] == ["online", "online"]
+
+    def test_a_crash_while_labels_are_written_leaves_no_device_behind(self, pair: Simulation) -> None:
+        pair.open()
+        pair.close()
+        used = pair.power.used
+        pair.open()
+        pair.close()
+        for left in range(pair.power.used - used):
+            pair.power.left = left
+            with pytest.raises(PowerCut):  # noqa: PT012
+                pair.open()
+                pair.close()
+            pair.cut_power(lambda offset: offset % 1024 == 0)
+            store = pair.open()
+            assert [slot.state for slot in store.blocks.slots.values()] == ["online", "online"]
+            pair.close()
+
+
+class TestLeaving:
+    def test_the_last_that_takes_data_stays(self, pair: Simulation) -> None:
+        store = pair.open()
+        set_standing(store, 0, Standing.LEAVING)
+        with pytest.raises(InvalidRequest, match="no device but device 1"):
+            set_standing(store, 1, Standing.LEAVING)
+        set_standing(store, 0, Standing.IN_USE)
+        store.put(b"x")
+
+    def test_no_index_of_a_device_is_used_twice(self, simulate: Callable[..., Simulation]) -> None:
+        simulation, other = simulate(), simulate()
+        store = simulation.open()
+        for expected in (1, 2, 3):
+            device = VolatileDevice(open_device(other.paths[0]))
+            prepare_device(store, device)
+            assert add_device(store, device).device_index == expected
+            remove_device(store, expected)
+        simulation.close()
+        assert simulation.open().label.next_index == 4
+
+    def test_one_that_is_given_up_is_let_go_as_it_is(self, pair: Simulation) -> None:
+        store = pair.open()
+        pair.devices[1].fail_flushes = 1
+        run(store, Put(b"x"))
+        assert store.blocks.slots[1].state == "failed"
+        with pytest.raises(DeviceError, match="takes no writes"):
+            remove_device(store, 1)
+        set_standing(store, 1, Standing.GIVEN_UP)
+        remove_device(store, 1)
+        assert list(store.blocks.slots) == [0]
+        pair.close()
+        with pytest.raises(PoolError, match="was removed from pool"):
+            pair.open()
+        assert list(pair.open(without=[1]).blocks.slots) == [0]
+
+
+class TestFaults:
+    """One device that is not as it should be keeps nobody from the others."""
+
+    def test_a_journal_that_cannot_be_read(self, pair: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
+        store = pair.open()
+        key = store.put(b"mirrored")
+        pair.close()
+        read = VolatileDevice.read
+
+        def fail(device: VolatileDevice, offset: int, buffers: object) -> None:
+            if device.path == str(pair.paths[1]) and MIB <= offset < 5 * MIB:
+                raise DeviceError("the medium is bad")
+            read(device, offset, buffers)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(VolatileDevice, "read", fail)
+        store = pair.open()
+        assert "its journal cannot be read: the medium is bad" in store.blocks.slots[1].reason
+        assert store.get(key.uuid) == b"mirrored"
+
+    def test_a_label_that_cannot_be_written(self, pair: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
+        key = pair.open().put(b"mirrored")
+        pair.close()
+        write = VolatileDevice.write
+
+        def fail(device: VolatileDevice, offset: int, buffers: object) -> None:
+            device.fail_writes = device.path == str(pair.paths[1])
+            write(device, offset, buffers)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(VolatileDevice, "write", fail)
+        store = pair.open()
+        assert [slot.state for slot in store.blocks.slots.values()] == ["online", "failed"]
+        assert store.get(key.uuid) == b"mirrored"
+        monkeypatch.undo()
+        pair.cut_power()
+        check_sound(pair.open())
+
+    def test_what_is_said_when_no_device_takes_data(self, pair: Simulation) -> None:
+        store: ObjectStore = pair.open()
+        for device in pair.devices:
+            device.failed = "broken"
+        with pytest.raises(DeviceError, match="needs 2 devices, and none can take it: device 0 is failed: broken; dev"):
+            stored(run(store, Put(b"x"))[0])
+
+    @pytest.mark.root
+    def test_a_device_that_is_write_protected_is_read(self, make_loop: Callable[..., Path]) -> None:
+        path = make_loop(16 * MIB)
+        subprocess.run(["blockdev", "--setro", path], check=True)
+        (device,) = open_devices([path])
+        with closing(device):
+            assert device.read_only
+            assert read_label(device) is None
