@@ -21,6 +21,7 @@ from rustord.objkey import is_uuid, parse_uuid, uuid_text
 from rustord.plugins import PluginManager
 from rustord.quantity import human_size
 from rustord.scrub import Scrub
+from rustord.volumes import Volumes
 from rustord.wire.api import NewDevice
 from rustord.writer import Writer
 
@@ -38,6 +39,7 @@ class Admin:
         writer: Writer,
         plugins: PluginManager,
         scrub: Scrub,
+        volumes: Volumes,
         metrics: Callable[[], bytes] = lambda: b"",
         exports: Callable[[], Iterable[Mapping[str, Any]]] = lambda: (),
         *,
@@ -47,6 +49,7 @@ class Admin:
         self._writer = writer
         self._plugins = plugins
         self._scrub = scrub
+        self.volumes = volumes
         self.metrics = metrics
         """Makes the text of /metrics."""
         self.exports = exports

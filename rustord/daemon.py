@@ -275,7 +275,14 @@ class _Daemon:
         self._nbd = NbdServer(exports, roles(config), config.nbd.limits(), tcp_role)
         self._mover = Mover(store, self._writer, config.mover.rate, config.pool.directory / "mover.json")
         self._admin = Admin(
-            store, self._writer, plugins, self._scrub, self._metrics.text, self._nbd.exports, mover=self._mover
+            store,
+            self._writer,
+            plugins,
+            self._scrub,
+            self._volumes,
+            self._metrics.text,
+            self._nbd.exports,
+            mover=self._mover,
         )
         self._server = HttpServer(
             store,

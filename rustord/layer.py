@@ -126,7 +126,6 @@ class Layers:
         self._blocks = blocks
         self._record_of = record_of
         self._by_number: dict[int, Layer] = {}
-        self._last_number = 0
         self._records: dict[ObjectId, Record] = {}
 
     def load(self, pages: Iterable[Page]) -> None:
@@ -143,7 +142,6 @@ class Layers:
     def add(self, layer: Layer) -> None:
         """A new Layer."""
         self.by_uuid[layer.uuid] = self._by_number[layer.head.number] = layer
-        self._last_number = max(self._last_number, layer.head.number)
         if layer.head.base != NOTHING:
             self.users[layer.head.base] += 1
         if layer.head.name:
@@ -157,9 +155,11 @@ class Layers:
         if head.name:
             self.volumes[head.name] = layer
 
-    def next_number(self) -> int:
-        """A number that no Layer has or had."""
-        return self._last_number + 1
+    def new_number(self, sequence: int) -> int:
+        """A number that no Layer has, nor had in the last 2**32 changes; ``sequence`` is that of the next change."""
+        while (number := sequence % (1 << 32)) in self._by_number or not number:
+            sequence += 1
+        return number
 
     def numbered(self, number: int) -> Layer:
         """The Layer that Objects name by ``number``. Raises NotFound."""
@@ -189,7 +189,9 @@ class Layers:
         collected: list[Layer] = []
         while garbage := [layer for layer in self.by_uuid.values() if not (layer.head.name or self.is_frozen(layer))]:
             for layer in garbage:
-                del self.by_uuid[layer.uuid], self._by_number[layer.head.number]
+                del self.by_uuid[layer.uuid]
+                if self._by_number[layer.head.number] is layer:
+                    del self._by_number[layer.head.number]
                 if layer.head.base in self.by_uuid:
                     self.let_go(layer.head.base)
             collected += garbage

@@ -371,6 +371,11 @@ class ObjectStore:
         extents = [extent for layer in collected for extent in layer.extents(self.layers.chunk_blocks)]
         return [Erase(extents, layers=collected)] if collected else []
 
+    @property
+    def sequence(self) -> int:
+        """That of the newest change."""
+        return self._sequence
+
     def check_changeable(self) -> None:
         """Raise ReadOnly, which says why, if the pool takes no changes."""
         if self.read_only:

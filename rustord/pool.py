@@ -143,7 +143,6 @@ def open_pool(
         backend_open = True
         keystore = KeyStore(backend, label.pool_uuid)
         _check_generation(keystore, label)
-        keystore.keep_pages = partial(blocks.keep_pages, label.secret)
         progress("replaying the journal")
         label, sequence = _replay(label, blocks, keystore)
         progress("reading the index")
@@ -152,7 +151,10 @@ def open_pool(
         layers.load(keystore.pages())
         blocks.read_layer = layers.read_object
         stock, graves, stale, problem = _take_stock(allocator, blocks, keystore, layers, progress)
-        erased = _finish_erasures(allocator, blocks, keystore, graves, stale, sequence) if not problem else []
+        erased = []
+        if not problem:
+            keystore.begin_to_keep(partial(blocks.keep_pages, label.secret), layers.by_uuid)
+            erased = _finish_erasures(allocator, blocks, keystore, graves, stale, sequence)
         label = write_labels(blocks, label)
     except BaseException:
         if backend_open:

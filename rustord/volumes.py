@@ -7,13 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import NamedTuple, Protocol, TypeVar
 
 from rustord.blockstore import chunk_sums
 from rustord.change import Change, Put
-from rustord.errors import DeviceBusy, InvalidRequest, NotFound, PreconditionFailed, RustordError
+from rustord.errors import InUse, InvalidRequest, NotFound, PreconditionFailed, RustordError
 from rustord.extent import Extent
 from rustord.journal import NOTHING
 from rustord.keygen import Hasher
@@ -22,7 +22,7 @@ from rustord.layer import Frozen, Layer
 from rustord.objectstore import ObjectStore
 from rustord.objkey import is_uuid, parse_uuid
 from rustord.page import CHUNK_BYTES, SLOT_COUNT, Head, LayerEntry, MapEntry, address_of
-from rustord.pool import write_labels
+from rustord.pool import renew_labels
 from rustord.record import Metadata, Record
 from rustord.volume import Volume
 
@@ -84,6 +84,14 @@ class Volumes:
         """The names of all volumes, in order."""
         return sorted(self._layers.volumes)
 
+    def list(self) -> list[Info]:
+        """All volumes, by name."""
+        found = []
+        for name in self.names():
+            with suppress(NotFound):  # deleted meanwhile
+                found.append(self.stat(name))
+        return found
+
     def stat(self, name: str) -> Info:
         """Raises NotFound."""
         layer = self._layer(name)
@@ -104,9 +112,9 @@ class Volumes:
         """Nobody else makes, changes or opens the volume meanwhile; with ``closed``, nobody has it open either."""
         with self._lock:
             if name in self._busy:
-                raise DeviceBusy(f"volume {name} is being worked on", hint="try again when that has finished")
+                raise InUse(f"volume {name} is being worked on", hint="try again when that has finished")
             if closed and self._open.get(name):
-                raise DeviceBusy(f"volume {name} is in use", hint="detach it first; or take a snapshot, which may be")
+                raise InUse(f"volume {name} is in use", hint="detach it first; or take a snapshot, which may be")
             self._busy.add(name)
         try:
             yield
@@ -117,7 +125,7 @@ class Volumes:
     # Using
 
     def open(self, name: str) -> Volume:
-        """The volume to read and write, until its `Volume.close`. Raises NotFound, DeviceBusy or DeviceError."""
+        """The volume to read and write, until its `Volume.close`. Raises NotFound, InUse or DeviceError."""
         with self._working_on(name, closed=False):
             volume = self._volume(name)
             with self._lock:
@@ -127,7 +135,7 @@ class Volumes:
     def _volume(self, name: str) -> Volume:
         layer = self._layer(name)
         if self._layers.is_frozen(layer):
-            raise DeviceBusy(f"volume {name} has become an Object", hint="restart rustord, which finishes that")
+            raise InUse(f"volume {name} has become an Object", hint="restart rustord, which finishes that")
         self._store.blocks.device(layer.home)
         if name not in self._volumes:
             store = self._store
@@ -196,7 +204,7 @@ class Volumes:
         if base in self._layers.by_uuid:
             self._check_depth(self._layers.by_uuid[base])
         enable_layers(self._store)
-        self._add(Head(size, time.time_ns(), base, self._layers.next_number(), name))
+        self._add(Head(size, time.time_ns(), base, self._layers.new_number(self._store.sequence + 1), name))
 
     def _add(self, head: Head, home: int = -1, *others: LayerEntry) -> Layer:
         """Put a new Layer into the pool, together with ``others``; on device ``home`` if that is given."""
@@ -243,7 +251,7 @@ class Volumes:
         self._writer.call(change)
 
     def delete(self, name: str) -> None:
-        """Delete a volume; on return what nobody else needs of it has been erased. Raises NotFound, DeviceBusy, ..."""
+        """Delete a volume; on return what nobody else needs of it has been erased. Raises NotFound, InUse, ..."""
         with self._working_on(name, closed=True):
             self._drop(self._layer(name))
 
@@ -260,7 +268,7 @@ class Volumes:
     def freeze(self, name: str, object_name: str = "") -> Record:
         """Make a volume an Object, named as the volume was unless ``object_name`` is given; no data is moved.
 
-        Raises NotFound, DeviceBusy, PreconditionFailed if the name is taken, ...
+        Raises NotFound, InUse, PreconditionFailed if the name is taken, ...
         """
         with self._working_on(name, closed=True):
             layer = self._layer(name)
@@ -285,7 +293,8 @@ class Volumes:
     def _cover(self, left: Layer) -> Layer:
         """Put a new Layer on top of that of a volume. Called between cycles."""
         nameless = left.head._replace(name="")
-        head = Head(left.head.size, time.time_ns(), left.uuid, self._layers.next_number(), left.head.name)
+        number = self._layers.new_number(self._store.sequence + 1)
+        head = Head(left.head.size, time.time_ns(), left.uuid, number, left.head.name)
         top = self._add(head, left.home, _entry(left, nameless))
         left.head = nameless
         return top
@@ -340,9 +349,5 @@ def check_volume_name(name: str) -> None:
 
 def enable_layers(store: ObjectStore) -> None:
     """Say in the labels that the pool has Layers, which keeps older versions of rustord away from it."""
-    if store.label.incompatible & LAYERED:
-        return
-    label = replace(store.label, generation=store.label.generation + 1, incompatible=store.label.incompatible | LAYERED)
-    store.keystore.note_generation(label.generation)
-    write_labels(store.blocks, label)
-    store.label = label
+    if not store.label.incompatible & LAYERED:
+        renew_labels(store, replace(store.label, incompatible=store.label.incompatible | LAYERED))

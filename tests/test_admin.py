@@ -33,6 +33,7 @@ from rustord.placer import Contiguous, Mirrored, Placer
 from rustord.plugins import PluginManager
 from rustord.repair import Repairer
 from rustord.scrub import Scrub
+from rustord.volumes import Volumes
 from rustord.wire.api import NewDevice
 from rustord.writer import Writer
 from tests.daemon import MIB, make_pool
@@ -60,7 +61,7 @@ def opened(directory: Path, *images: Path, placer: Placer | None = None) -> Iter
     with rustord.open(images, directory=directory / "index", placer=placer) as store:
         writer = Writer(store)
         scrub = Scrub(store, Repairer(store, writer), directory / "scrub.json")
-        yield Opened(store, Admin(store, writer, PluginManager(), scrub))
+        yield Opened(store, Admin(store, writer, PluginManager(), scrub, Volumes(store, writer)))
         scrub.close()
         assert writer.close()
 

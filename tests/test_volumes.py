@@ -11,7 +11,7 @@ from typing import TypeVar
 import pytest
 
 from rustord.change import Change
-from rustord.errors import DeviceBusy, InvalidRequest, NoSpace, NotFound, PreconditionFailed, RustordError
+from rustord.errors import InUse, InvalidRequest, NoSpace, NotFound, PreconditionFailed, RustordError
 from rustord.keystore.lmdb import LmdbBackend
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
@@ -150,7 +150,7 @@ def test_freeze_makes_an_object_and_moves_nothing(bench: Bench) -> None:
     bench.volumes.create("disk", SIZE)
     volume = bench.volumes.open("disk")
     write(volume, 5 * CHUNK_BYTES, b"abc" * 50_000)
-    with pytest.raises(DeviceBusy):
+    with pytest.raises(InUse):
         bench.volumes.freeze("disk")
     volume.close()
     expected = content(bench, "disk")
@@ -269,7 +269,7 @@ def test_bad_input_gets_a_clear_error_and_changes_nothing(bench: Bench) -> None:
     volume = volumes.open("disk")
     write(volume, 10 * CHUNK_BYTES, b"x")
     for act in (lambda: volumes.delete("disk"), lambda: volumes.resize("disk", 2 * SIZE)):
-        with pytest.raises(DeviceBusy, match="in use"):
+        with pytest.raises(InUse, match="in use"):
             act()
     volume.close()
     with pytest.raises(InvalidRequest, match="beyond"):

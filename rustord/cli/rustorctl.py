@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rustord.cli import attach, edge, mover, objects, pool, put, recovery, report, scrub, setup, top
+from rustord.cli import attach, edge, mover, objects, pool, put, recovery, report, scrub, setup, top, volume
 from rustord.cli.edge import Commands
 
 EPILOG = """\b
@@ -35,6 +35,7 @@ for command in (
     *put.COMMANDS,
     *objects.COMMANDS,
     *pool.COMMANDS,
+    *volume.COMMANDS,
     *attach.COMMANDS,
     *scrub.COMMANDS,
     *top.COMMANDS,

@@ -33,13 +33,19 @@ from rustord.wire.request import (
     SLOW_REQUESTS,
     STOP_MOVER,
     STOP_SCRUB,
+    VOLUMES,
     Info,
     Listing,
     Request,
     Stored,
     add_device,
+    clone_volume,
+    create_volume,
     delete,
+    delete_volume,
     fetch,
+    freeze_volume,
+    get_volume,
     keep_device,
     look,
     manifest,
@@ -47,6 +53,8 @@ from rustord.wire.request import (
     read_info,
     read_stored,
     remove_device,
+    resize_volume,
+    snapshot_volume,
     start_mover,
     start_scrub,
     store,
@@ -198,6 +206,40 @@ class Client:
     def slow_requests(self) -> list[dict[str, Any]]:
         """The last requests that took long, as the server tells it, the newest at the end."""
         return list(self._json(SLOW_REQUESTS))
+
+    def volumes(self) -> list[dict[str, Any]]:
+        """The pool's volumes, by name."""
+        return list(self._json(VOLUMES))
+
+    def volume(self, name: str) -> dict[str, Any]:
+        """One volume. Raises NotFound."""
+        return dict(self._json(get_volume(name)))
+
+    def create_volume(self, name: str, size: int) -> dict[str, Any]:
+        """Make an empty volume of ``size`` bytes, rounded up to 64 KiB. Raises PreconditionFailed if there is one."""
+        return dict(self._json(*create_volume(name, size)))
+
+    def clone_volume(self, source: str, name: str) -> dict[str, Any]:
+        """Make a volume of what an Object (its uuid or name) has; it shares its blocks. Raises NotFound."""
+        return dict(self._json(*clone_volume(source, name)))
+
+    def resize_volume(self, name: str, size: int) -> dict[str, Any]:
+        """Make a volume longer, or shorter if there is nothing beyond. Raises InvalidRequest, InUse."""
+        return dict(self._json(*resize_volume(name, size)))
+
+    def delete_volume(self, name: str) -> None:
+        """Delete a volume; on return what nobody else needs of it has been erased. Raises NotFound, InUse."""
+        self._check(self._send(delete_volume(name)))
+
+    def freeze_volume(self, name: str, object_name: str = "") -> Stored:
+        """Make a volume an Object, named like it unless told otherwise. Raises NotFound, InUse."""
+        request, body = freeze_volume(name, object_name)
+        return read_stored(self._body(self._check(self._send(request, body))))
+
+    def snapshot_volume(self, name: str, object_name: str = "") -> Stored:
+        """Make an Object of what a volume has now, also while it is in use. Raises NotFound, PreconditionFailed."""
+        request, body = snapshot_volume(name, object_name)
+        return read_stored(self._body(self._check(self._send(request, body))))
 
     def scrub(self) -> dict[str, Any]:
         """How far the scrub is, and what it, or the last one, has found."""

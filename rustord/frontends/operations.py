@@ -16,10 +16,12 @@ from rustord.manifest import Data
 from rustord.objectstore import ObjectStore
 from rustord.objkey import ObjectId, parse_uuid, uuid_text
 from rustord.record import Record
+from rustord.volumes import Info, Volumes
 from rustord.wire.api import (
     NDJSON,
     ROUTES,
     NewDevice,
+    created_text,
     if_match,
     if_none_match_any,
     is_asked,
@@ -33,6 +35,9 @@ from rustord.wire.api import (
     page_limit,
     read_metadata,
     read_new_device,
+    read_new_volume,
+    read_object_name,
+    read_volume_size,
     requested_range,
     stored,
 )
@@ -52,6 +57,10 @@ class Admin(Protocol):
 
     The dicts are answered as JSON, as they are.
     """
+
+    @property
+    def volumes(self) -> Volumes:
+        """The volumes of the pool."""
 
     def pool(self) -> Mapping[str, object]:
         """The pool's name, uuid, state, sizes and problems."""
@@ -329,6 +338,53 @@ class Operations:
         devices = {index: uuid_text(uuid) for index, uuid in self._store.blocks.device_uuids.items()}
         return json_reply(manifest_json(record, devices))
 
+    # Volumes
+
+    def list_volumes(self, exchange: Exchange) -> Reply | None:
+        volumes = self._admin.volumes
+        self._ask(exchange, lambda: json_reply([_volume_json(info) for info in volumes.list()]))
+        return None
+
+    def create_volume(self, exchange: Exchange) -> Reply | None:
+        new, volumes = read_new_volume(exchange.body), self._admin.volumes
+
+        def create() -> Reply:
+            info = volumes.clone(new.source, new.name) if new.source else volumes.create(new.name, new.size)
+            return json_reply(_volume_json(info), 201)
+
+        self._ask(exchange, create)
+        return None
+
+    def get_volume(self, exchange: Exchange) -> Reply | None:
+        name, volumes = exchange.request.argument, self._admin.volumes
+        self._ask(exchange, lambda: json_reply(_volume_json(volumes.stat(name))))
+        return None
+
+    def resize_volume(self, exchange: Exchange) -> Reply | None:
+        name, volumes, size = exchange.request.argument, self._admin.volumes, read_volume_size(exchange.body)
+        self._ask(exchange, lambda: json_reply(_volume_json(volumes.resize(name, size))))
+        return None
+
+    def delete_volume(self, exchange: Exchange) -> Reply | None:
+        name, volumes = exchange.request.argument, self._admin.volumes
+
+        def delete() -> Reply:
+            volumes.delete(name)
+            return Reply(204)
+
+        self._ask(exchange, delete)
+        return None
+
+    def freeze_volume(self, exchange: Exchange) -> Reply | None:
+        name, volumes, as_name = exchange.request.argument, self._admin.volumes, read_object_name(exchange.body)
+        self._ask(exchange, lambda: json_reply(object_json(volumes.freeze(name, as_name)), 201))
+        return None
+
+    def snapshot_volume(self, exchange: Exchange) -> Reply | None:
+        name, volumes, as_name = exchange.request.argument, self._admin.volumes, read_object_name(exchange.body)
+        self._ask(exchange, lambda: json_reply(object_json(volumes.snapshot(name, as_name)), 201))
+        return None
+
     # The daemon
 
     def get_pool(self, exchange: Exchange) -> Reply | None:
@@ -422,6 +478,18 @@ class Operations:
 
     def _answer(self, exchange: Exchange, outcome: Reply | BaseException) -> None:
         exchange.answer(outcome if isinstance(outcome, Reply) else self._failure(exchange, outcome))
+
+
+def _volume_json(info: Info) -> dict[str, object]:
+    return {
+        "name": info.name,
+        "size": info.size,
+        "own_bytes": info.own_bytes,
+        "shared_bytes": info.shared_bytes,
+        "created": created_text(info.created_ns),
+        "layers": info.layer_count,
+        "open": info.open_count,
+    }
 
 
 @lru_cache(maxsize=1)

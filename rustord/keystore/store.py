@@ -12,7 +12,7 @@ The index is an ordered store of byte keys (`rustord.keystore.backend`). FORMAT.
 ``g`` uuid, sequence        the extents of a Record that is gone and whose blocks are not erased yet (a grave)
 ``b`` uuid                  the Record of a deleted Object on which a Layer builds
 ``l`` layer, page number    a page of the map of a Layer
-``k``                       a rebuild has made the pages, and their slots may have older ones
+``k``                       the slots of pages may have older ones than the index
 ``n`` name                  uuid; a name of more than 480 bytes is cut there and its BLAKE2b-128 added, and
                             the whole name follows the uuid
 ``p`` device uuid           where the index's knowledge of that device's journal ends
@@ -104,8 +104,7 @@ class KeyStore:
         self._kept = {record.id for record in self.bases()}
         self._retired: set[bytes] = set()
         self._carry_due = False
-        self.keep_pages: Callable[[list[Page]], None] = lambda pages: None
-        """Writes pages to their slots, durably, before the journal that has what is in them is let go."""
+        self._keep_pages: Callable[[list[Page]], None] | None = None
         self.indexed_sequence = 0
         """Every change up to this one is in the index."""
         self.batch_bytes_max = 0
@@ -167,8 +166,6 @@ class KeyStore:
         """
         with self._learning:
             overlay = self._fresh
-            if self._backend.get(_UNKEPT) is not None:
-                self._keep_all(overlay)
             for entry in entries:
                 overlay.sequence = max(overlay.sequence, entry.sequence)
                 if entry.sequence in dropped:
@@ -209,6 +206,23 @@ class KeyStore:
     def pages(self) -> Iterator[Page]:
         """All pages of Layers in the index."""
         return (decode_page(raw) for _, raw in self._backend.scan(_PAGE, _successor(_PAGE)))
+
+    def begin_to_keep(self, keep_pages: Callable[[list[Page]], None], layers: Collection[bytes]) -> None:
+        """From now on have pages written to their slots by ``keep_pages``, before the journal that has them is let go.
+
+        While a pool is opened they are not: of a Layer that was erased the slots may be somebody else's by now. If that
+        was put off, or a rebuild has made the pages, all those of ``layers`` are written at the next checkpoint.
+        """
+        self._keep_pages = keep_pages
+        if self._backend.get(_UNKEPT) is None:
+            return
+        with self._learning:
+            for page in self.pages():
+                if page.layer in layers:
+                    newer = page._replace(generation=page.generation + 1)
+                    self._fresh.pages[page_key(page.layer, page.number)] = newer.encode()
+            self._fresh.pages[_UNKEPT] = None
+            self._note_positions(self._fresh)
 
     def hold(self, gone: Iterable[RecordId], sequence: int) -> None:
         """Say of these again, with the next batch of the journal, that they are deleted, and keep what says so."""
@@ -371,13 +385,6 @@ class KeyStore:
             generation = page.generation + (key not in overlay.pages)
             overlay.pages[key] = page._replace(generation=generation).encode()
 
-    def _keep_all(self, overlay: _Overlay) -> None:
-        """Have all pages written to their slots: a rebuild, which writes to no device, made them of the journals."""
-        for page in self.pages():
-            newer = page._replace(generation=page.generation + 1)
-            overlay.pages[page_key(page.layer, page.number)] = newer.encode()
-        overlay.pages[_UNKEPT] = None
-
     def _page(self, key: bytes) -> bytes | None:
         for overlay in (self._fresh, self._draining):
             if key in overlay.pages:
@@ -476,9 +483,12 @@ class KeyStore:
                 self._draining, self._fresh = overlay, _Overlay()
                 unerased = min(self._unerased.values(), default=overlay.sequence + 1)
             sequence = max(overlay.sequence, self.indexed_sequence)
-            pages = map(decode_page, filter(None, overlay.pages.values()))
-            self.keep_pages([page for page in pages if page.layer not in self._retired])
             puts, deletes = _changes(overlay)
+            pages = map(decode_page, filter(None, overlay.pages.values()))
+            if self._keep_pages is not None:
+                self._keep_pages([page for page in pages if page.layer not in self._retired])
+            elif any(pages):
+                puts[_UNKEPT] = b""
             puts[_STATE] = STATE.pack(sequence, self.generation, self._pool_uuid)
             try:
                 self._backend.commit(puts, deletes)

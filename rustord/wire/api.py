@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Mapping
 from enum import Enum, IntEnum, auto
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote_to_bytes
 
 from rustord.errors import InvalidRequest, NotFound, PreconditionFailed, RangeNotSatisfiable, TooLarge
@@ -97,6 +97,17 @@ ROUTES: Mapping[str, Mapping[str, Operation]] = {
         "DELETE": Operation("delete_named", Role.WRITER),
     },
     "/v1/pool": {"GET": Operation("get_pool", Role.READER)},
+    "/v1/volumes": {
+        "GET": Operation("list_volumes", Role.READER),
+        "POST": Operation("create_volume", Role.WRITER, Body.JSON),
+    },
+    "/v1/volumes/{volume}": {
+        "GET": Operation("get_volume", Role.READER),
+        "PATCH": Operation("resize_volume", Role.WRITER, Body.JSON),
+        "DELETE": Operation("delete_volume", Role.WRITER),
+    },
+    "/v1/volumes/{volume}/freeze": {"POST": Operation("freeze_volume", Role.WRITER, Body.JSON)},
+    "/v1/volumes/{volume}/snapshot": {"POST": Operation("snapshot_volume", Role.WRITER, Body.JSON)},
     "/v1/devices": {
         "GET": Operation("list_devices", Role.READER),
         "POST": Operation("add_device", Role.ADMIN, Body.JSON),
@@ -207,6 +218,11 @@ def _find_route(path: str) -> tuple[Mapping[str, Operation], str]:
             return _OBJECT, rest
     elif path.startswith("/v1/names/"):
         return _NAMED, percent_decoded(path[10:])
+    elif path.startswith("/v1/volumes/"):
+        name, slash, deed = path[12:].partition("/")
+        operations = ROUTES.get(f"/v1/volumes/{{volume}}{slash}{deed}")
+        if name and operations:
+            return operations, percent_decoded(name)
     elif path.startswith("/v1/devices/"):
         rest = path[12:]
         if rest.endswith("/map"):
@@ -445,6 +461,48 @@ class NewDevice(NamedTuple):
     force: bool = False
     dry_run: bool = False
     replaces: str = ""
+
+
+class NewVolume(NamedTuple):
+    """A volume to make: an empty one of ``size`` bytes, or a clone of the Object ``source`` (its uuid or name)."""
+
+    name: str
+    size: int
+    source: str
+
+
+def read_new_volume(body: Data) -> NewVolume:
+    """Raises InvalidRequest."""
+    hint = 'send {"name": "...", "size": 1073741824}, or "source" with a uuid or name in place of "size"'
+    given = _read_fields(body, {"name": str, "size": int, "source": str}, hint)
+    if "name" not in given or ("size" in given) == ("source" in given):
+        raise InvalidRequest("a volume needs a name, and a size or a source", hint=hint)
+    return NewVolume(given["name"], given.get("size", 0), given.get("source", ""))
+
+
+def read_volume_size(body: Data) -> int:
+    """The size that a volume is to have. Raises InvalidRequest."""
+    hint = 'send {"size": 1073741824}'
+    given = _read_fields(body, {"size": int}, hint)
+    if "size" not in given:
+        raise InvalidRequest("the size is missing", hint=hint)
+    return int(given["size"])
+
+
+def read_object_name(body: Data) -> str:
+    """What a new Object is to be named, "" if nothing is said. Raises InvalidRequest."""
+    return str(_read_fields(body, {"name": str}, 'send {"name": "..."}, or {}').get("name", ""))
+
+
+def _read_fields(body: Data, kinds: Mapping[str, type], hint: str) -> dict[str, Any]:
+    """A JSON object with fields of these kinds, all of which may be missing. Raises InvalidRequest."""
+    try:
+        given = json.loads(bytes(body))
+    except (ValueError, RecursionError):
+        raise InvalidRequest("the body is not JSON", hint=hint) from None
+    if not isinstance(given, dict) or any(type(value) is not kinds.get(name) for name, value in given.items()):
+        raise InvalidRequest("the body does not have the right fields", hint=hint)
+    return given
 
 
 def read_new_device(body: Data) -> NewDevice:

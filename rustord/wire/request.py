@@ -202,6 +202,49 @@ def map_device(device: str, cells: int) -> Request:
     return Request("GET", f"/v1/devices/{quote(device, safe='')}/map?cells={cells}")
 
 
+def create_volume(name: str, size: int) -> tuple[Request, bytes]:
+    """Make an empty volume."""
+    return _json_request("POST", "/v1/volumes", {"name": name, "size": size})
+
+
+def clone_volume(source: str, name: str) -> tuple[Request, bytes]:
+    """Make a volume of what an Object has."""
+    return _json_request("POST", "/v1/volumes", {"name": name, "source": source})
+
+
+def resize_volume(name: str, size: int) -> tuple[Request, bytes]:
+    """Give a volume another size."""
+    return _json_request("PATCH", _volume_path(name), {"size": size})
+
+
+def freeze_volume(name: str, object_name: str) -> tuple[Request, bytes]:
+    """Make a volume an Object."""
+    return _json_request("POST", _volume_path(name) + "/freeze", {"name": object_name} if object_name else {})
+
+
+def snapshot_volume(name: str, object_name: str) -> tuple[Request, bytes]:
+    """Make an Object of what a volume has."""
+    return _json_request("POST", _volume_path(name) + "/snapshot", {"name": object_name} if object_name else {})
+
+
+def get_volume(name: str) -> Request:
+    """Ask for one volume."""
+    return Request("GET", _volume_path(name))
+
+
+def delete_volume(name: str) -> Request:
+    """Delete a volume."""
+    return Request("DELETE", _volume_path(name))
+
+
+def _volume_path(name: str) -> str:
+    return f"/v1/volumes/{quote(name, safe='')}"
+
+
+def _json_request(method: str, target: str, body: Mapping[str, object]) -> tuple[Request, bytes]:
+    return Request(method, target, ("Content-Type: application/json",)), json.dumps(body).encode()
+
+
 def start_scrub(again: bool) -> Request:
     """Begin a scrub, or go on with it."""
     return Request("POST", "/v1/scrub" + ("?again=true" if again else ""))
@@ -209,6 +252,7 @@ def start_scrub(again: bool) -> Request:
 
 POOL = Request("GET", "/v1/pool")
 CHECK = Request("POST", "/v1/check")
+VOLUMES = Request("GET", "/v1/volumes")
 SCRUB = Request("GET", "/v1/scrub")
 STOP_SCRUB = Request("DELETE", "/v1/scrub")
 DEVICES = Request("GET", "/v1/devices")

@@ -19,6 +19,7 @@ from rustord.frontends.peer import Peer
 from rustord.plugins import PluginManager
 from rustord.repair import Repairer
 from rustord.scrub import Scrub
+from rustord.volumes import Volumes
 from rustord.wire.api import Role
 from rustord.wire.http1 import read_reply_head
 from rustord.wire.limits import Limits
@@ -113,6 +114,7 @@ class Served:
         self.writer = Writer(self.store)
         self.plugins = PluginManager()
         self.scrub = Scrub(self.store, Repairer(self.store, self.writer), path.with_suffix(".scrub"))
+        self.volumes = Volumes(self.store, self.writer)
         self._roles = roles
         self._slow_request_s = slow_request_s
         self._started = threading.Event()
@@ -127,7 +129,7 @@ class Served:
         self.server = HttpServer(
             self.store,
             self.writer,
-            Admin(self.store, self.writer, self.plugins, self.scrub, lambda: b"rustord_up 1\n"),
+            Admin(self.store, self.writer, self.plugins, self.scrub, self.volumes, lambda: b"rustord_up 1\n"),
             limits=self.limits,
             roles=self._roles,
             slow_request_s=self._slow_request_s,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import rustord
-from rustord.errors import DeviceBusy, Forbidden, NotFound
+from rustord.errors import Forbidden, InUse, NotFound
 from rustord.frontends.exports import Exports, Offered
 from rustord.objectstore import ObjectStore
 from rustord.volumes import Volumes
@@ -92,7 +92,7 @@ def test_volumes_go_before_objects(store: ObjectStore, volumes: Volumes, exports
     opened, _ = exports.open("disk", Role.WRITER)
     opened.write(100, memoryview(b"data"))
     assert (opened.size, opened.block_size) == (1 << 20, 65536)
-    with pytest.raises(DeviceBusy):
+    with pytest.raises(InUse):
         volumes.delete("disk")
     opened.close()
     volumes.delete("disk")

@@ -14,7 +14,7 @@ from rustord.wire.api import ROUTES, Body
 from rustord.wire.limits import Limits
 from rustord.wire.problem import error_classes
 from tests.frontends.conftest import Serve
-from tests.frontends.served import Served, request, until
+from tests.frontends.served import Reply, Served, request, until
 
 MIB = 1 << 20
 NO_UUID = "00000000-0000-7000-8000-000000000000"
@@ -295,6 +295,27 @@ def test_an_unexpected_failure_is_answered_and_logged(
         assert (failed.status, failed.code) == (500, "internal")
         assert b"secret" not in failed.body
     assert caplog.text.count("ZeroDivisionError: secret") == 2
+
+
+def test_volumes_are_made_and_become_objects(served: Served) -> None:
+    def ask(method: str, path: str, **body: object) -> Reply:
+        return served.ask(method, path, json.dumps(body).encode() if body or method in ("POST", "PATCH") else b"")
+
+    assert ask("POST", "/v1/volumes", name="disk", size=100_000).json()["size"] == 131_072
+    assert ask("POST", "/v1/volumes", name="disk", size=100_000).code == "precondition-failed"
+    assert ask("PATCH", "/v1/volumes/disk", size=1 << 20).json()["size"] == 1 << 20
+    assert [volume["name"] for volume in ask("GET", "/v1/volumes").json()] == ["disk"]
+    snapshot = ask("POST", "/v1/volumes/disk/snapshot")
+    assert (snapshot.status, snapshot.json()["name"], snapshot.json()["size"]) == (201, "", 1 << 20)
+    frozen = ask("POST", "/v1/volumes/disk/freeze", name="image")
+    assert (frozen.status, frozen.json()["name"]) == (201, "image")
+    assert ask("GET", "/v1/volumes/disk").code == "not-found"
+    assert ask("POST", "/v1/volumes", name="clone", source=frozen.json()["uuid"]).status == 201
+    assert ask("DELETE", "/v1/volumes/clone").status == 204
+    for wrong in ({}, {"name": "x"}, {"name": 5, "size": 1}, {"name": "x", "size": True}, {"name": "x", "more": 1}):
+        assert ask("POST", "/v1/volumes", **wrong).code == "invalid-request"
+    for path in ("/v1/volumes/a/b", "/v1/volumes/", "/v1/volumes/x/melt"):
+        assert ask("POST", path).code == "not-found"
 
 
 # The document
