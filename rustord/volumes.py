@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
@@ -36,6 +37,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _READ_BYTES = 1 << 20
 _CHANGE_S = 120.0
 _ERASE_S = 3600.0
+_SCARCE = 0.1
+"""Below this part of free space volumes may soon fail to be written: each promises more than it has taken."""
+
+log = logging.getLogger(__name__)
 
 
 class Writer(Protocol):
@@ -76,6 +81,7 @@ class Volumes:
         self._volumes: dict[str, Volume] = {}
         self._open: dict[str, int] = {}
         self._busy: set[str] = set()
+        self._warned = False
         self._lock = threading.Lock()
 
     # Looking
@@ -144,8 +150,21 @@ class Volumes:
             )
         return self._volumes[name]
 
+    def warning(self) -> str:
+        """Why writes to volumes may soon fail; "" if there is room."""
+        store = self._store
+        sizes = {index: slot.geometry.data_block_count for index, slot in list(store.blocks.slots.items())}
+        free = sum(map(store.allocator.free_count, sizes)) / sum(sizes.values())
+        if not self._layers.volumes or free >= _SCARCE:
+            return ""
+        return f"{free:.0%} of the pool are free: writes to volumes may soon fail; delete something, or add a device"
+
     def _note(self, notes: Sequence[LayerEntry | MapEntry], devices: set[int]) -> None:
         self._writer.call(lambda: self._store.note(notes, devices))
+        warning = self.warning()
+        if warning and not self._warned:
+            log.warning("%s", warning)
+        self._warned = bool(warning)
 
     def _free(self, extents: Sequence[Extent], finished: Callable[[RustordError | None], None]) -> None:
         self._store.free(extents, finished)

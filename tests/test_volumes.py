@@ -236,8 +236,9 @@ def test_an_image_that_is_replaced_stays_below_its_clones(bench: Bench) -> None:
     assert len(live(bench.store)) == 1
 
 
-def test_a_full_pool_fails_the_write_and_nothing_else(disk_path: Path) -> None:
+def test_a_full_pool_fails_the_write_and_nothing_else(disk_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench(Simulation(disk_path, (16 * MIB,)))
+    assert not bench.volumes.warning()
     bench.volumes.create("disk", 100 * MIB)
     volume = bench.volumes.open("disk")
     written = 0
@@ -245,7 +246,10 @@ def test_a_full_pool_fails_the_write_and_nothing_else(disk_path: Path) -> None:
         while written < 16 * MIB:
             write(volume, written, b"%08d" % written * 8192)
             written += CHUNK_BYTES
+            volume.flush()
     assert 4 * MIB < written < 16 * MIB
+    assert [record.levelname for record in caplog.records if "volumes may soon fail" in record.message] == ["WARNING"]
+    assert bench.volumes.warning()
     volume.flush()
     write(volume, written - 8, b"in place")
     for at in range(0, written - CHUNK_BYTES, CHUNK_BYTES):
@@ -542,6 +546,7 @@ def cut(bench: Bench, run: Run, chance: random.Random) -> None:
     run.check()
 
 
+@pytest.mark.timeout(3600)
 def test_a_power_cut_at_any_moment_loses_nothing_that_was_flushed(
     disk_path: Path, seed: int, pytestconfig: pytest.Config
 ) -> None:
