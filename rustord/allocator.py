@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rustord.errors import DeviceError, NoSpace, PluginError
-from rustord.extent import Extent, block_count
+from rustord.extent import COUNT_MAX, Extent, block_count, extend
 from rustord.freelist import FreeList
 from rustord.placer import Contiguous, Placer
 
@@ -73,7 +73,9 @@ class Allocator:
             (extents,) = self._mover.place(count, self)
             for device, block, length in extents:
                 self._free[device].take(block, length)
-            return extents
+            shorter: list[Extent] = []
+            extend(shorter, extents)
+            return shorter
 
     def run(self, count: int, device: int, *, only: bool = False) -> Extent:
         """``count`` blocks in one run: on ``device`` if it has one, else (unless ``only``) on the emptiest that has.
@@ -112,6 +114,10 @@ class Allocator:
         except Exception as error:
             self._give_back(taken)
             raise self._blame(f"chose blocks that it may not: {error!r}") from error
+        for number, copy in enumerate(copies):
+            if max(extent.count for extent in copy) > COUNT_MAX:
+                copies[number] = []
+                extend(copies[number], copy)
         return copies
 
     def _degraded(self, refusals: Sequence[str]) -> DeviceError:

@@ -265,6 +265,15 @@ class _OpenDevice:
         """The descriptor, for questions that are not in this class; -1 after ``close``."""
         return self._fd
 
+    def let_go(self, why: str) -> None:
+        """Give the device back while others may be using it: they find nothing in its place."""
+        self.failed = self.failed or why
+        nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # for reading: nobody may think that he has written
+        for fd in (self._fd, self._direct_fd):
+            if fd >= 0:
+                os.dup2(nothing, fd, inheritable=False)
+        os.close(nothing)
+
     def close(self) -> None:
         for fd in (self._fd, self._direct_fd):
             if fd >= 0:

@@ -15,7 +15,7 @@ from typing import Literal
 from xxhash import xxh3_64_digest
 
 from rustord.badblocks import RUN_COUNT_MAX, TABLE_BYTES, BadBlocks, choose_bad_blocks, decode_bad_blocks
-from rustord.blockdevice import BlockDevice
+from rustord.blockdevice import BlockDevice, ImageFile, RawDevice
 from rustord.distribution import Distribution
 from rustord.errors import Damaged, DeviceError, FormatError, RustordError
 from rustord.event import DEVICE_FAILED, OBJECT_DAMAGED
@@ -422,8 +422,13 @@ class BlockStore:
         return pieces
 
     def retire(self, slot: Slot, why: str) -> None:
-        """Do without a device from now on. It is closed at the end: a reader may be using it at this moment."""
+        """Do without a device from now on. It is closed at the end: a reader may be using it at this moment.
+
+        But the disk is let go of at once, so that it can be opened again when it comes back.
+        """
         assert slot.device is not None
+        if isinstance(slot.device, RawDevice | ImageFile):
+            slot.device.let_go(why)
         self._retired.append(slot.device)
         slot.device, slot.why = None, why
 

@@ -29,7 +29,8 @@ class Extent(NamedTuple):
         return self.block + self.count
 
 
-_COUNT_MAX = 2**32
+COUNT_MAX = 2**32 - 1
+"""Blocks of the longest extent; a longer run is several."""
 
 
 def block_count(extents: Iterable[Extent]) -> int:
@@ -38,11 +39,14 @@ def block_count(extents: Iterable[Extent]) -> int:
 
 
 def extend(copy: list[Extent], more: Iterable[Extent]) -> None:
-    """Append ``more`` to ``copy``; extents that adjoin become one."""
+    """Append ``more`` to ``copy``; extents that adjoin become one, as far as one may be as long."""
     for extent in more:
         if copy and copy[-1].device == extent.device and copy[-1].end == extent.block:
             last = copy.pop()
             extent = Extent(last.device, last.block, last.count + extent.count)
+        while extent.count > COUNT_MAX:
+            copy.append(Extent(extent.device, extent.block, COUNT_MAX))
+            extent = Extent(extent.device, extent.block + COUNT_MAX, extent.count - COUNT_MAX)
         copy.append(extent)
 
 
@@ -55,7 +59,7 @@ def cut(extents: Iterable[Extent], others: Iterable[Extent]) -> list[tuple[Exten
     pieces = []
     for device, block, count in extents:
         end = block + count
-        at = max(bisect_right(edges, (device, block, _COUNT_MAX)) - 1, 0)
+        at = max(bisect_right(edges, (device, block, COUNT_MAX)) - 1, 0)
         while block < end:
             while at < len(edges) and (edges[at].device, edges[at].end) <= (device, block):
                 at += 1

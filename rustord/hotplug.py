@@ -17,7 +17,7 @@ from rustord.blockstore import Slot, read_label
 from rustord.claim import require_ours
 from rustord.config import Config
 from rustord.discovery import Candidate, DeviceRemoved, Watcher, candidates, matches
-from rustord.errors import ConfigError, RustordError
+from rustord.errors import ConfigError, PoolError, RustordError
 from rustord.event import DEVICE_BACK, DEVICE_GONE, DEVICE_REFUSED, fields
 from rustord.label import Label
 from rustord.membership import attach_device, detach_device
@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 def find_devices(config: Config) -> list[str]:
     """The paths to open at start: those that are named and there, and those that a rule means and that bear a label.
 
-    Raises ConfigError if nothing is named, if nothing is found, or if the rules find devices of several pools.
+    Raises ConfigError if nothing is named, or if the rules find devices of several pools; PoolError if nothing is
+    there (yet: a disk may be late, and another try may find it).
     """
     if not config.pool.devices and not config.device:
         raise ConfigError(
@@ -42,7 +43,7 @@ def find_devices(config: Config) -> list[str]:
     for path in set(named) - set(there):
         log.warning("%s is not there", path, extra=fields(device=path))
     if named and not there:
-        raise ConfigError(f"none of {', '.join(named)} is there", hint="see whether the devices are attached")
+        raise PoolError(f"none of {', '.join(named)} is there", hint="see whether the devices are attached")
     there = _without_faulty(there)
     taken = {os.path.realpath(path) for path in there}
     found = {path: label for path, label in _labelled(config) if path not in taken}
@@ -55,7 +56,7 @@ def find_devices(config: Config) -> list[str]:
             hint="make the rules narrower, or name one device of the pool in pool.devices",
         )
     if not there and not found:
-        raise ConfigError("no device that a [[device]] rule means bears a label", hint="see 'rustorctl pool create'")
+        raise PoolError("no device that a [[device]] rule means bears a label", hint="see 'rustorctl pool create'")
     return there + [path for path, label in found.items() if label.pool_uuid in pools]
 
 

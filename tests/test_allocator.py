@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from rustord.allocator import Allocator
-from rustord.errors import NoSpace, PluginError
-from rustord.extent import Extent
+from rustord.errors import DeviceError, NoSpace, PluginError
+from rustord.extent import COUNT_MAX, Extent
 from rustord.freelist import FreeList
 from rustord.placer import Contiguous, FreeView, Mirrored, Placer, Striped
 
@@ -176,3 +176,21 @@ def test_many_threads_never_get_the_same_block(placer: Placer, seed: int) -> Non
     assert sum(free(allocator)) == 2 * BLOCKS - len(taken)
     allocator.release(held)
     assert [list(allocator._free[device]) for device in range(2)] == [[(FIRST, BLOCKS)]] * 2
+
+
+def test_a_run_that_is_longer_than_an_extent_can_be_is_several() -> None:
+    allocator = Allocator(Contiguous(), lambda: [0])
+    allocator.add(0, FreeList([(FIRST, 3 * COUNT_MAX)]), 3 * COUNT_MAX)
+    (copy,) = allocator.place(COUNT_MAX + 5)
+    assert [extent.count for extent in copy] == [COUNT_MAX, 5]
+    assert allocator.place_on(2 * COUNT_MAX - 5, lambda device: True)[0].count == COUNT_MAX
+    assert allocator.free_count(0) == 0
+
+
+def test_who_finds_no_device_is_told_why() -> None:
+    full = Allocator(Mirrored(2), lambda: [0], lambda: ["device 1 is missing: not found"])
+    full.add(0, FreeList([(FIRST, BLOCKS)]), BLOCKS)
+    with pytest.raises(DeviceError, match="needs 2 devices, and 1 can take it: device 1 is missing: not found"):
+        full.place(10)
+    with pytest.raises(NoSpace, match="no device may take"):
+        full.place_on(1, lambda device: device != 0)

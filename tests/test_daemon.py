@@ -389,7 +389,7 @@ def test_without_a_device_it_says_how_to_name_one(make_daemon: MakeDaemon) -> No
 
 def test_a_device_that_is_not_there_is_named(make_daemon: MakeDaemon, tmp_path: Path) -> None:
     status, said = make_daemon(tmp_path / "gone").refusal()
-    assert status == 78
+    assert status == 13  # so that systemd tries again: it may come late
     assert f"none of {tmp_path / 'gone'} is there" in said
 
 

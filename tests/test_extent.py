@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rustord.extent import Extent, block_count, cut, extend, trim, without
+from rustord.extent import COUNT_MAX, Extent, block_count, cut, extend, trim, without
 
 extents = st.builds(Extent, st.integers(0, 3), st.integers(0, 50), st.integers(1, 10))
 
@@ -23,6 +23,16 @@ def test_extents_that_adjoin_become_one() -> None:
     copy = [Extent(0, 10, 2)]
     extend(copy, [Extent(0, 12, 3), Extent(1, 15, 1), Extent(1, 16, 1), Extent(1, 18, 1), Extent(0, 19, 1)])
     assert copy == [Extent(0, 10, 5), Extent(1, 15, 2), Extent(1, 18, 1), Extent(0, 19, 1)]
+
+
+def test_an_extent_is_no_longer_than_its_count_can_say() -> None:
+    copy = [Extent(0, 10, COUNT_MAX - 1)]
+    extend(copy, [Extent(0, 9 + COUNT_MAX, 2 * COUNT_MAX)])
+    assert copy == [
+        Extent(0, 10, COUNT_MAX),
+        Extent(0, 10 + COUNT_MAX, COUNT_MAX),
+        Extent(0, 10 + 2 * COUNT_MAX, COUNT_MAX - 1),
+    ]
 
 
 @given(st.lists(extents), st.lists(extents))

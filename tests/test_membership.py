@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from rustord.blockdevice import open_device
-from rustord.blockstore import read_label
+from rustord.blockstore import BlockStore, Slot, read_label
 from rustord.change import Put
 from rustord.errors import DeviceError, InvalidRequest, PoolError
-from rustord.label import Standing
+from rustord.label import Geometry, Standing
 from rustord.membership import (
     add_device,
     attach_device,
@@ -209,6 +209,25 @@ class TestFaults:
             device.failed = "broken"
         with pytest.raises(DeviceError, match="needs 2 devices, and none can take it: device 0 is failed: broken; dev"):
             stored(run(store, Put(b"x"))[0])
+
+    @pytest.mark.root
+    def test_a_disk_that_comes_back_can_be_opened_again_at_once(self, make_loop: Callable[..., Path]) -> None:
+        path = make_loop(16 * MIB)
+        geometry = Geometry.of_device(16 * MIB, 4096)
+        first = open_device(path)
+        blocks = BlockStore(4096, [slot := Slot(0, bytes(16), geometry, first)])
+        blocks.retire(slot, "it was taken out")
+        with closing(open_device(path)) as again:
+            again.write(0, [b"x" * 4096])
+            for use in (
+                lambda: first.read(0, [bytearray(4096)]),
+                lambda: first.write(0, [bytes(4096)]),
+                first.flush,
+            ):
+                with pytest.raises(DeviceError):
+                    use()
+            assert not first.read_now(0, [bytearray(4096)])
+        blocks.close()
 
     @pytest.mark.root
     def test_a_device_that_is_write_protected_is_read(self, make_loop: Callable[..., Path]) -> None:
