@@ -187,7 +187,7 @@ def test_a_mirrored_pool_serves_without_one_device_and_takes_it_back(
     disks.link(back, "b")
     Path(f"/sys/block/{back.name}/uevent").write_text("change")  # the link came later than the device
     until(lambda: states(daemon) == ["online", "online"], "the device is taken in")
-    assert f"device 1 is back: {back}" in daemon.log
+    until(lambda: f"device 1 is back: {back}" in daemon.log, "that is told")
     assert daemon.pool()["state"] == "ok"
     assert daemon.pool()["free_bytes"] == free
     objects[daemon.put(b"new")] = b"new"
