@@ -298,8 +298,8 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
     entries = [entry for batch in batches for entry in batch.entries]
     erased = [entry for entry in entries if entry.kind is Kind.ERASED]
     changes = {entry.sequence: entry for entry in entries if entry.sequence}
-    buried = {id for entry in entries if entry.kind is Kind.UNDO for id in decode_record_ids(entry.payload)}
-    buried |= {grave.id for grave in keystore.graves()}  # dropped before, while one of their devices was missing
+    undone = {id for entry in entries if entry.kind is Kind.UNDO for id in decode_record_ids(entry.payload)}
+    buried = {grave.id for grave in keystore.graves()}  # dropped before, while one of their devices was missing
     # What was deleted or replaced was there. Its blocks are not asked: they have been erased since, or given to others.
     gone = {entry.payload[:16]: sequence for sequence, entry in sorted(changes.items()) if entry.kind is not Kind.UNDO}
     durable = sorted({batch.durable for batch in batches})
@@ -307,10 +307,16 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
     dropped: set[int] = set()
     for entry in ordered:
         flushed = was_flushed(entry.sequence, durable, label)
-        if entry.kind is Kind.PUT and (buried or not flushed):
+        if entry.kind is Kind.PUT and (undone or buried or not flushed):
             record = Record(entry.payload[16:])
-            was_there = flushed or gone.get(record.uuid, 0) > entry.sequence
-            if record.id in buried or not (was_there or _is_believed(entry, record, ordered, keystore, blocks, label)):
+            was_there = gone.get(record.uuid, 0) > entry.sequence
+            if record.id in undone or not (
+                was_there
+                or (
+                    record.id not in buried
+                    and (flushed or _is_believed(entry, record, ordered, keystore, blocks, label))
+                )
+            ):
                 dropped.add(entry.sequence)
     kept = [entry for entry in ordered if entry.sequence not in dropped]
     if ordered:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import pytest
 
 from rustord.blockdevice import open_device
 from rustord.blockstore import ErasePolicy, read_label, write_label
-from rustord.change import Delete, Put
-from rustord.errors import DeviceError, PoolError
+from rustord.change import Change, Delete, Put
+from rustord.errors import DeviceError, NoSpace, PoolError
 from rustord.keygen import HashKeyGen
 from rustord.keystore.lmdb import LmdbBackend
 from rustord.objectstore import ObjectStore
@@ -504,16 +504,22 @@ def _work_until_crash(pool: Simulation, rng: random.Random) -> None:
     assert store is not None
     try:
         while True:
-            run(store, *_changes([record.uuid for record in live(store)], rng))
+            run(store, *_changes(store, rng))
     except PowerCut:
         pool.cut_power(lambda offset: rng.random() < share)
 
 
-def _changes(uuids: list[bytes], rng: random.Random) -> list[Put | Delete]:
-    changes: list[Put | Delete] = []
+def _changes(store: ObjectStore, rng: random.Random) -> list[Change]:
+    changes: list[Change] = []
+    records = live(store)
     for _ in range(rng.randrange(1, 5)):
-        if uuids and rng.random() < 0.3:
-            changes.append(Delete(uuids.pop(rng.randrange(len(uuids)))))
+        chance = rng.random()
+        if records and chance < 0.3:
+            changes.append(Delete(records.pop(rng.randrange(len(records))).uuid))
+        elif records and chance < 0.5:
+            record = records.pop(rng.randrange(len(records)))
+            with suppress(NoSpace):
+                changes.append(store.relocate(record, rng.sample(record.extents, rng.randint(1, len(record.extents)))))
         else:
             name = f"name {rng.randrange(12)}" if rng.random() < 0.7 else ""
             attributes = {"a": "x" * rng.randrange(6000)} if rng.random() < 0.3 else {}
