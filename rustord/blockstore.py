@@ -180,20 +180,31 @@ class BlockStore:
     def condemn(self, extents: Iterable[Extent], *, dead: bool = False) -> None:
         """Note blocks as bad on their devices, durably; ``dead`` if what they hold is deleted and cannot be erased.
 
-        Raises DeviceError if a device cannot note them, or has no room for more.
+        Raises DeviceError if a device cannot note them, or has no room for more; those of other devices are noted.
         """
+        problem: DeviceError | None = None
         with self._condemning:
-            for index, block, count in extents:
-                slot = self.slots[index]
-                bad = slot.bad.adding(block, count, dead=dead)
-                if len(bad.runs) > RUN_COUNT_MAX:
-                    raise DeviceError(
-                        f"device {index} has more bad extents than its table holds ({RUN_COUNT_MAX:,})",
-                        hint="replace the device: blocks that were found bad now are used again after a restart",
-                    )
-                if bad.runs != slot.bad.runs:
-                    slot.bad = replace(bad, number=bad.number + 1)
-                    write_bad_blocks(self.writable(index), slot)
+            for extent in extents:
+                try:
+                    self._condemn(extent, dead=dead)
+                except DeviceError as error:
+                    problem = problem or error
+        if problem is not None:
+            raise problem
+
+    def _condemn(self, extent: Extent, *, dead: bool) -> None:
+        index, block, count = extent
+        device = self.writable(index)
+        slot = self.slots[index]
+        bad = slot.bad.adding(block, count, dead=dead)
+        if len(bad.runs) > RUN_COUNT_MAX:
+            raise DeviceError(
+                f"device {index} has more bad extents than its table holds ({RUN_COUNT_MAX:,})",
+                hint="replace the device: blocks that were found bad now are used again after a restart",
+            )
+        if bad.runs != slot.bad.runs:
+            slot.bad = replace(bad, number=bad.number + 1)
+            write_bad_blocks(device, slot)
 
     def keep_pages(self, secret: bytes, pages: Iterable[Page]) -> None:
         """Write pages of Layers to their slots, durably. What a device does not take, it has as it was before."""

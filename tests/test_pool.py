@@ -1007,6 +1007,16 @@ class TestBadBlocks:
             before = runs
             simulation.close()
 
+    def test_what_one_device_cannot_note_another_does(self, simulate: Callable[..., Simulation]) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB)
+        store = simulation.open()
+        simulation.devices[0].fail_writes = True
+        with pytest.raises(DeviceError):
+            store.condemn([Extent(0, 3000, 10), Extent(1, 3000, 10), Extent(7, 3000, 10)])
+        simulation.cut_power()
+        store = simulation.open()
+        assert [slot.bad.block_count for slot in store.blocks.slots.values()] == [0, 10]
+
     def test_a_full_table_is_a_clear_error(self, simulation: Simulation) -> None:
         store = simulation.open()
         full = BadBlocks(tuple(BadRun(5000 + 2 * number, 1) for number in range(RUN_COUNT_MAX)), 1)
