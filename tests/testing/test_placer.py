@@ -99,19 +99,61 @@ class LongName(Contiguous):
     name = "x" * 33
 
 
-@pytest.mark.parametrize(
-    ("placer", "found_by"),
-    [
-        (TooShort, "test_room_is_found_in_single_blocks"),
-        (Overlapping, "test_choices_are_whole_and_free"),
-        (TwoCopies, "test_choices_are_whole_and_free"),
-        (NotFree, "test_choices_are_whole_and_free"),
-        (OtherDevice, "test_choices_are_whole_and_free"),
-        (WantsOneRun, "test_room_is_found_in_single_blocks"),
-        (SameDevice, "test_choices_are_whole_and_free"),
-        (LongName, "test_name_can_be_recorded"),
-    ],
-)
-def test_contract_finds_what_is_wrong(placer: type[Placer], found_by: str) -> None:
+class CopiesInWords(Contiguous):
+    """Counts its copies as somebody who reads a configuration without looking."""
+
+    copies = True
+
+
+class NoDeviceIsNoProblem(Contiguous):
+    """Thinks that there always is a device."""
+
+    def place(self, count: int, free: FreeView) -> list[list[Extent]]:
+        return super().place(count, free) if free.devices() else [[]]
+
+
+class FullIsNoProblem(Contiguous):
+    """Takes a full device for one that has room at its start."""
+
+    def place(self, count: int, free: FreeView) -> list[list[Extent]]:
+        if free.devices() and not any(map(free.free_count, free.devices())):
+            return [[Extent(next(iter(free.devices())), 0, count)]]
+        return super().place(count, free)
+
+
+class KeepsTheLast(Contiguous):
+    """Never gives out the last block of all."""
+
+    def place(self, count: int, free: FreeView) -> list[list[Extent]]:
+        if sum(map(free.free_count, free.devices())) == count == 1:
+            raise NoSpace("one block is kept")
+        return super().place(count, free)
+
+
+WHOLE, TAKEN = "test_choices_are_whole_and_free", "test_choices_are_taken_until_there_is_no_room"
+SINGLE = "test_room_is_found_in_single_blocks"
+BROKEN: list[tuple[type[Placer], set[str]]] = [
+    (TooShort, {WHOLE, TAKEN, SINGLE}),
+    (Overlapping, {WHOLE, TAKEN}),
+    (TwoCopies, {WHOLE, TAKEN, SINGLE}),
+    (NotFree, {WHOLE, TAKEN, SINGLE}),
+    (OtherDevice, {WHOLE, TAKEN, SINGLE}),
+    (WantsOneRun, {WHOLE, TAKEN, SINGLE}),
+    (SameDevice, {WHOLE, TAKEN}),
+    (KeepsTheLast, {TAKEN}),
+    (LongName, {"test_name_can_be_recorded"}),
+    (CopiesInWords, {"test_copies_is_a_number"}),
+    (NoDeviceIsNoProblem, {"test_no_device_means_no_space"}),
+    (FullIsNoProblem, {WHOLE, TAKEN, "test_full_devices_mean_no_space"}),
+]
+
+
+@pytest.mark.parametrize(("placer", "found_by"), BROKEN)
+def test_contract_finds_what_is_wrong_and_nothing_else(placer: type[Placer], found_by: set[str]) -> None:
     report = check("placer", lambda options: placer())
-    assert found_by in [failure.test.partition("[")[0] for failure in report.failures]
+    assert {failure.test.partition("[")[0] for failure in report.failures} == found_by
+
+
+def test_every_test_of_the_contract_finds_something() -> None:
+    tests = {name for name in vars(PlacerContract) if name.startswith("test_")}
+    assert set().union(*(found_by for _, found_by in BROKEN)) == tests
