@@ -12,6 +12,7 @@ import pytest
 from rustord.change import Delete, Put
 from rustord.errors import Damaged, DeviceError, NoSpace, NotFound, PreconditionFailed
 from rustord.extent import Extent, block_count
+from rustord.membership import attach_device, detach_device
 from rustord.objectstore import ObjectStore
 from rustord.placer import Contiguous, Mirrored, Striped
 from rustord.record import Metadata, Record
@@ -224,6 +225,22 @@ class TestRaces:
         with pytest.raises(DeviceError, match="it says so"):
             stored(run(store, change)[0])
         assert store.get(record.uuid) == DATA[:MIB]
+
+    def test_a_device_that_was_away_and_is_back_has_lost_what_was_not_flushed(
+        self, simulate: Callable[..., Simulation]
+    ) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB)
+        store = simulation.open()
+        record = upload(store, DATA[:MIB], declare=True)
+        (source,) = record.devices
+        change = store.relocate(record, record.extents, avoid={source})
+        detach_device(store, 1 - source)
+        simulation.devices[1 - source].close()
+        attach_device(store, str(simulation.paths[1 - source]))
+        with pytest.raises(DeviceError, match="was away"):
+            stored(run(store, change)[0])
+        assert store.stat(record.uuid).raw == record.raw
+        check_sound(store)
 
     def test_a_move_that_fails_in_the_flush_is_taken_back(self, simulate: Callable[..., Simulation]) -> None:
         simulation = simulate(16 * MIB, 16 * MIB, 16 * MIB, placer=Mirrored(2))
