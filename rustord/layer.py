@@ -37,7 +37,7 @@ from rustord.record import Record, RecordId
 class Layer:
     """``address`` is where the slots of its head are, ``places`` where those of its other pages, by page number.
 
-    Addresses of chunks are `BASE`, `ZEROS`, or where the chunk begins.
+    Addresses of chunks are `BASE`, `ZEROS`, or where the chunk begins. While the volume is written, others may look.
     """
 
     __slots__ = ("_pages", "address", "head", "places", "uuid")
@@ -87,7 +87,7 @@ class Layer:
 
     def own_count(self) -> int:
         """How many chunks it has blocks for."""
-        return sum(PAGE_CHUNKS - page.count(BASE) - page.count(ZEROS) for page in self._pages.values())
+        return sum(PAGE_CHUNKS - page.count(BASE) - page.count(ZEROS) for page in [*self._pages.values()])
 
     def extents(self, chunk_blocks: int) -> list[Extent]:
         """All blocks that the Layer names: chunks of ``chunk_blocks`` blocks, and slots.
@@ -97,7 +97,7 @@ class Layer:
         places = (self.address, *self.places.values())
         slots = [extent_at(address + number, 1) for address in places for number in range(SLOT_COUNT)]
         chunks = [
-            extent_at(address, chunk_blocks) for page in self._pages.values() for address in page if address > ZEROS
+            extent_at(address, chunk_blocks) for page in [*self._pages.values()] for address in page if address > ZEROS
         ]
         runs: list[Extent] = []
         extend(runs, sorted(chunks))

@@ -348,7 +348,7 @@ class Volume:
             if self._blocks.writable(index) is not device:
                 raise DeviceError(
                     f"device {index} was away, and may have lost what was written to it",
-                    hint="check what is on the volume",
+                    hint="restart rustord, and check what is on the volume",
                 )
         for error in self._blocks.flush(dirty).values():
             raise error

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from rustord.blockstore import chunk_sums
 from rustord.change import Change, Put
-from rustord.errors import InUse, InvalidRequest, NotFound, PreconditionFailed, RustordError
+from rustord.errors import InUse, InvalidRequest, NotFound, PreconditionFailed, RustordError, Unavailable
 from rustord.extent import Extent
 from rustord.journal import NOTHING
 from rustord.keygen import Hasher
@@ -35,7 +35,8 @@ LAYERS_MAX = 64
 """How many Layers may lie upon one another: each read looks through them."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _READ_BYTES = 1 << 20
-_CHANGE_S = 120.0
+_CHANGE_S = 600.0
+"""How long a change may wait for the writer: it may have happened when somebody waits no longer."""
 _ERASE_S = 3600.0
 _SCARCE = 0.1
 """Below this part of free space volumes may soon fail to be written: each promises more than it has taken."""
@@ -51,8 +52,8 @@ class Writer(Protocol):
     ) -> None:
         """Make the changes in the next cycles."""
 
-    def call(self, function: Callable[[], T]) -> T:
-        """Run ``function`` between two cycles."""
+    def call(self, function: Callable[[], T], timeout_s: float = ...) -> T:
+        """Run ``function`` between two cycles. Raises TimeoutError; it may run nevertheless."""
 
 
 class Info(NamedTuple):
@@ -134,6 +135,7 @@ class Volumes:
         """The volume to read and write, until its `Volume.close`. Raises NotFound, InUse or DeviceError."""
         with self._working_on(name, closed=False):
             volume = self._volume(name)
+            volume.read_only = bool(self._store.read_only)
             with self._lock:
                 self._open[name] = self._open.get(name, 0) + 1
         return volume
@@ -159,8 +161,16 @@ class Volumes:
             return ""
         return f"{free:.0%} of the pool are free: writes to volumes may soon fail; delete something, or add a device"
 
+    def _call(self, function: Callable[[], T]) -> T:
+        try:
+            return self._writer.call(function, _CHANGE_S)
+        except TimeoutError:
+            raise Unavailable(
+                "the pool is busy", hint="see 'rustorctl status', and look what has become of it"
+            ) from None
+
     def _note(self, notes: Sequence[LayerEntry | MapEntry], devices: set[int]) -> None:
-        self._writer.call(lambda: self._store.note(notes, devices))
+        self._call(lambda: self._store.note(notes, devices))
         warning = self.warning()
         if warning and not self._warned:
             log.warning("%s", warning)
@@ -168,7 +178,7 @@ class Volumes:
 
     def _free(self, extents: Sequence[Extent], finished: Callable[[RustordError | None], None]) -> None:
         self._store.free(extents, finished)
-        self._writer.call(lambda: None)  # the writer looks for something to do then
+        self._call(lambda: None)  # the writer looks for something to do then
 
     def _close(self, name: str) -> None:
         with self._lock:
@@ -194,7 +204,7 @@ class Volumes:
         check_volume_name(name)
         size = _rounded(size)
         with self._working_on(name, closed=True):
-            self._writer.call(lambda: self._make(name, size, NOTHING))
+            self._call(lambda: self._make(name, size, NOTHING))
         return self.stat(name)
 
     def clone(self, key: str, name: str) -> Info:
@@ -204,7 +214,7 @@ class Volumes:
         """
         check_volume_name(name)
         with self._working_on(name, closed=True):
-            self._writer.call(lambda: self._clone(key, name))
+            self._call(lambda: self._clone(key, name))
         return self.stat(name)
 
     def _clone(self, key: str, name: str) -> None:
@@ -267,7 +277,7 @@ class Volumes:
             self._store.note([_entry(layer, head)], {layer.home})
             self._layers.rename(layer, head)
 
-        self._writer.call(change)
+        self._call(change)
 
     def delete(self, name: str) -> None:
         """Delete a volume; on return what nobody else needs of it has been erased. Raises NotFound, InUse, ..."""
@@ -278,7 +288,7 @@ class Volumes:
         self._volumes.pop(layer.head.name, None)
         self._set_head(layer, layer.head._replace(name=""))
         erased: Future[RustordError | None] = Future()
-        self._writer.call(lambda: self._store.sweep(erased.set_result))
+        self._call(lambda: self._store.sweep(erased.set_result))
         if error := erased.result(_ERASE_S):
             raise error
 
@@ -306,7 +316,7 @@ class Volumes:
             self._check_new(object_name)
             layer = self._layer(name)
             self._check_depth(layer)
-            left = self._volume(name).split(lambda left: self._writer.call(lambda: self._cover(left)))
+            left = self._volume(name).split(lambda left: self._call(lambda: self._cover(left)))
         return self._store_frozen(left, object_name)
 
     def _cover(self, left: Layer) -> Layer:

@@ -11,11 +11,12 @@ from typing import TypeVar
 import pytest
 
 from rustord.change import Change
-from rustord.errors import InUse, InvalidRequest, NoSpace, NotFound, PreconditionFailed, RustordError
+from rustord.errors import InUse, InvalidRequest, NoSpace, NotFound, PreconditionFailed, ReadOnly, RustordError
 from rustord.keystore.lmdb import LmdbBackend
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
 from rustord.page import CHUNK_BYTES
+from rustord.placer import Contiguous, FirstFit, Mirrored, Striped
 from rustord.pool import open_devices
 from rustord.rebuild import rebuild
 from rustord.record import Record
@@ -39,7 +40,8 @@ class Direct:
     ) -> None:
         deliver(list(zip(changes, run(self._store, *changes), strict=True)))
 
-    def call(self, function: Callable[[], T]) -> T:
+    def call(self, function: Callable[[], T], timeout_s: float = 60.0) -> T:
+        del timeout_s
         answer = function()
         run(self._store)
         return answer
@@ -234,6 +236,47 @@ def test_an_image_that_is_replaced_stays_below_its_clones(bench: Bench) -> None:
     bench.volumes.delete("disk")
     bench.check()
     assert len(live(bench.store)) == 1
+
+
+def test_an_object_on_a_layer_and_one_below_can_be_moved(bench: Bench) -> None:
+    image = bench.store.put(b"image" * 50_000, name="image")
+    bench.volumes.clone("image", "one")
+    bench.volumes.clone("image", "two")
+    for name in ("one", "two"):
+        volume = bench.volumes.open(name)
+        write(volume, 100_000, name.encode())
+        volume.close()
+    frozen = bench.volumes.freeze("one")
+    expected = content(bench, "two"), bench.store.get(frozen.uuid)
+    for uuid in (image.uuid, frozen.uuid, frozen.uuid):
+        record = bench.store.stat(uuid)
+        (outcome,) = run(bench.store, bench.store.relocate(record, record.extents))
+        assert isinstance(outcome, Record)
+        assert not set(outcome.extents) & set(record.extents)
+        bench.store.keystore.checkpoint()
+        bench.check()
+        assert (content(bench, "two"), bench.store.get(frozen.uuid)) == expected
+    bench.volumes.delete("two")
+    for clean in (True, False):
+        bench.reopen(clean=clean)
+        bench.check()
+        assert bench.store.get(frozen.uuid) == expected[1]
+    bench.store.delete(frozen.uuid)
+    bench.store.delete(image.uuid)
+    bench.check()
+    assert not bench.store.layers.by_uuid
+
+
+def test_a_volume_may_be_read_when_the_pool_takes_no_changes(bench: Bench) -> None:
+    bench.volumes.create("disk", SIZE)
+    bench.store.read_only = "it was told to"
+    volume = bench.volumes.open("disk")
+    assert volume.read_only
+    assert read(volume, 0, 4096) == bytes(4096)
+    volume.close()
+    with pytest.raises(ReadOnly):
+        bench.volumes.create("other", SIZE)
+    bench.store.read_only = ""
 
 
 def test_a_full_pool_fails_the_write_and_nothing_else(disk_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -555,7 +598,9 @@ def test_a_power_cut_at_any_moment_loses_nothing_that_was_flushed(
         chance = random.Random(seed + number)
         directory = disk_path / str(number)
         directory.mkdir()
-        bench = Bench(Simulation(directory, (24 * MIB,) * chance.choice((1, 2))))
+        count = chance.choice((1, 2))
+        placer = chance.choice((Contiguous(), Mirrored() if count == 2 else FirstFit(), Striped(4)))
+        bench = Bench(Simulation(directory, (24 * MIB,) * count, placer=placer))
         work = Run(bench, chance)
         for _ in range(3):
             bench.simulation.power.left = chance.randrange(1, 400)
