@@ -16,7 +16,7 @@ start() {
     daemon=$!
     until rustorctl status > /dev/null 2>&1; do sleep 0.2; done
 }
-same_object() { rustorctl get object -o /tmp/copy && cmp -n 10485760 /tmp/copy /dev/nbd0; }
+same_object() { rustorctl get object > /tmp/copy && cmp -n 10485760 /tmp/copy /dev/nbd0; }
 
 modprobe nbd nbds_max=4
 mkdir -p /run/rustord /tmp/index /tmp/mnt
