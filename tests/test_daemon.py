@@ -9,6 +9,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -465,6 +466,26 @@ def test_a_configuration_that_cannot_be_met_is_refused(daemon: Daemon, config: s
     assert ended == status
     assert what in said
     assert "hint: " in said
+
+
+def test_an_index_whose_record_is_damaged_is_refused_and_made_anew(daemon: Daemon) -> None:
+    daemon.start()
+    uuids = {daemon.put(data): data for data in (b"one", b"two", b"three")}
+    assert daemon.stop() == 0
+    (file,) = daemon.index.rglob("data.mdb")
+    data = bytearray(file.read_bytes())
+    at = -1
+    while (at := data.find(b"o" + bytes.fromhex(next(iter(uuids)).replace("-", "")), at + 1)) >= 0:
+        data[at + 60] ^= 4
+    file.write_bytes(data)
+    status, said = daemon.refusal()
+    assert status == 10
+    assert "the index is damaged: the record of Object" in said
+    assert "'rustorctl pool rebuild --replace'" in said
+    rebuild = [Path(sys.executable).parent / "rustorctl", "pool", "rebuild", "--replace", "--config", daemon.config]
+    subprocess.run(rebuild, check=True, capture_output=True)
+    daemon.start()
+    assert {uuid: daemon.get(uuid) for uuid in uuids} == uuids
 
 
 def test_a_plugin_that_is_missing_and_that_nothing_needs_is_told_of(daemon: Daemon) -> None:

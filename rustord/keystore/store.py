@@ -192,8 +192,13 @@ class KeyStore:
         self.checkpoint()
 
     def indexed(self) -> Iterator[Record]:
-        """Every live Object in the index."""
-        return (Record(raw) for _, raw in self._backend.scan(_OBJECT, _successor(_OBJECT)))
+        """Every live Object in the index. Raises FormatError if one of them is damaged."""
+        try:
+            for _, raw in self._backend.scan(_OBJECT, _successor(_OBJECT)):
+                yield Record(raw)
+        except FormatError as error:
+            hint = "put back a copy of the index, or make a new one with 'rustorctl pool rebuild --replace'"
+            raise FormatError(f"the index is damaged: {error.message}", hint=hint) from error
 
     def graves(self) -> list[Grave]:
         """The graves in the index: what is gone and whose blocks have not been erased yet."""
