@@ -1,7 +1,7 @@
 """NBD: Objects and volumes as block devices, on a socket of their own.
 
 Every connection has a thread of its own, which blocks. That takes 16 µs of CPU for a 4 KiB read at depth 1 and 6.7 µs
-at depth 16, nbdkit 16.2 and 8.2 (measured side by side, system calls included), so there is little that a cleverer model
+at depth 16, nbdkit 16.2 and 8.2 (side by side, system calls included), so there is little that a cleverer model
 could save. Processes would keep more CPUs busy when several clients are: here they share the interpreter's lock, and
 only what the kernel does for them runs side by side. But then every move of an Object, every change of a volume's map
 and every device that comes or goes would have to be told to all of them before the next request. The event loop accepts
