@@ -176,16 +176,19 @@ def test_no_deleted_object_returns(policy: ErasePolicy, placer: Placer, disk_pat
 def test_no_deleted_volume_returns(policy: ErasePolicy, pool: Simulation) -> None:
     store = open_with(pool, policy)
     volumes = Volumes(store, Direct(store))
-    for generation in range(3):
+    for head_count in range(1, 4):  # of which the first, or the second of two slots has the newest
         volumes.create("gone", 400 * CHUNK_BYTES)
         with closing(volumes.open("gone")) as volume:
             for chunk in (0, 1, 300):
                 volume.write(chunk * CHUNK_BYTES, b"written")
                 volume.flush()
-                if generation != chunk:
-                    store.keystore.checkpoint()
+                store.keystore.checkpoint()
+        for number in range(1, head_count):
+            volumes.resize("gone", (400 + number) * CHUNK_BYTES)
+            store.keystore.checkpoint()
         volumes.delete("gone")
     run(store)
+    store.allocator.placer = Behind()  # which leaves alone what the volume had
     fill_journals(store)
     store.close()
     pool.lose_index()
@@ -220,6 +223,23 @@ def test_an_erasure_that_was_cut_short_is_finished(pool: Simulation) -> None:
     assert store.resolve("n") is None
     assert pool.read(0, record.extents[0].block, record.extents[0].count) == bytes(record.extents[0].count * 4096)
     check_sound(store)
+    pool.close()
+
+
+def test_what_waits_for_a_reader_to_be_erased_does_not_return(pool: Simulation) -> None:
+    """Its tombstone is long overwritten in the journal, which says once more what has not been erased."""
+    store = pool.open()
+    old = store.stat(store.put(b"old" * 3000, name="n").uuid)
+    store.pin(old)
+    store.put(b"new", name="n")
+    store.keystore.checkpoint()
+    fill_journals(store)
+    pool.cut_power()
+    pool.lose_index()
+    assert rebuilt(pool).object_count == 2
+    store = pool.open()
+    assert [name for name, _ in store.names()] == ["filler", "n"]
+    assert pool.read(0, old.extents[0].block, old.extents[0].count) == bytes(old.extents[0].count * 4096)
     pool.close()
 
 
