@@ -57,18 +57,23 @@ def lacking() -> str:
     return f"`apt-get install {' '.join(missing)}` brings what is missing" if missing else ""
 
 
+def cache() -> Path:
+    """Where that is kept which takes long to make."""
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rustord-tests"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
 def root_filesystem() -> Path:
     """The directory with the machine's files, which nobody changes. Made when it is needed first; takes a minute."""
     recipe = hashlib.sha256(repr((SUITE, PACKAGES, HOOK, EXCLUDED)).encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rustord-tests"
-    cache.mkdir(parents=True, exist_ok=True)
-    made = cache / f"{SUITE}-{recipe}"
-    with (cache / "lock").open("w") as lock:
+    made = cache() / f"{SUITE}-{recipe}"
+    with (cache() / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.exists():
-            for stale in cache.glob(f"{SUITE}-*"):
+            for stale in cache().glob(f"{SUITE}-*"):
                 shutil.rmtree(stale, ignore_errors=True)
-            bootstrap(unfinished := cache / f"{SUITE}-unfinished", PACKAGES)
+            bootstrap(unfinished := cache() / f"{SUITE}-unfinished", PACKAGES)
             unfinished.rename(made)
     return made
 

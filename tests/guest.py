@@ -1,0 +1,184 @@
+"""A Debian machine with a kernel of its own: QEMU emulates it, so disks can be plugged in, and its power be cut."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tests import container as containers
+
+SECONDS_MAX = 300
+"""Emulated, everything takes ten times as long."""
+
+# A shell on the second serial port, driven by the test through a socket.
+AGENT = """
+[Service]
+ExecStart=/bin/sh -c 'exec </dev/ttyS1 >/dev/ttyS1 2>/dev/null; stty raw -echo; echo AGENT-READY; exec /bin/bash'
+Environment=PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+SendSIGHUP=yes
+TimeoutStopSec=5
+"""
+KERNEL_LINE = (
+    "console=ttyS0 root=/dev/nvme0n1 rootfstype=ext4 rw panic=-1 quiet mitigations=off nokaslr random.trust_cpu=on "
+    "tsc=reliable no_timer_check audit=0 apparmor=0 systemd.show_status=false"
+)
+
+
+def lacking() -> str:
+    """What keeps us from starting a guest; empty if nothing does."""
+    if shutil.which("qemu-system-x86_64") is None:
+        return "`apt-get install qemu-system-x86` brings what is missing"
+    return containers.lacking()
+
+
+def kernel() -> Path:
+    """The directory with the files of Debian's kernel for virtual machines. Fetched when it is needed first."""
+    depends = subprocess.check_output(["apt-cache", "depends", "linux-image-cloud-amd64"], text=True)
+    (package,) = re.findall(r"Depends: (linux-image-\S+)", depends)
+    cache = containers.cache()
+    made = cache / package
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            (unfinished := cache / "kernel-unfinished").mkdir(exist_ok=True)
+            subprocess.run(["apt-get", "--quiet=2", "download", package], cwd=unfinished, check=True)
+            (archive,) = unfinished.glob("*.deb")
+            subprocess.run(["dpkg-deb", "--extract", archive, unfinished], check=True)
+            archive.unlink()
+            unfinished.rename(made)
+    return made
+
+
+def make_image(path: Path, files: dict[str, Path], work: Path) -> None:
+    """A root filesystem that boots, with ``files`` (directories, by where they go) besides. ``work`` is empty."""
+    root = work / "root"
+    subprocess.run(["cp", "--archive", "--reflink=auto", containers.root_filesystem(), root], check=True)
+    (modules,) = (kernel() / "lib" / "modules").iterdir()
+    (root / "usr/lib/modules").mkdir(exist_ok=True)
+    subprocess.run(["cp", "--archive", modules, root / "usr/lib/modules/"], check=True)
+    subprocess.run(["chroot", root, "depmod", modules.name], check=True)
+    for target, source in files.items():
+        shutil.copytree(source, root / target)
+    (root / "etc/fstab").write_text("/dev/nvme0n1 / ext4 rw,noatime 0 0\n")
+    units = root / "etc/systemd/system"
+    (units / "agent.service").write_text(AGENT)
+    (units / "multi-user.target.wants").mkdir(exist_ok=True)
+    (units / "multi-user.target.wants" / "agent.service").symlink_to("../agent.service")
+    with path.open("wb") as image:
+        image.truncate(1500 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-E", "lazy_itable_init=1,nodiscard", "-d", root, path], check=True)
+    shutil.rmtree(root)
+
+
+class Guest:
+    """A machine that runs, with its root filesystem in ``image`` and more disks, given by serial number."""
+
+    def __init__(self, directory: Path, image: Path, disks: dict[str, Path]) -> None:
+        directory.mkdir()
+        self._console, self._buffer = directory / "console", b""
+        boot = kernel() / "boot"
+        (vmlinuz,) = boot.glob("vmlinuz-*")
+        command = ["qemu-system-x86_64", "-nodefaults", "-display", "none", "-no-reboot", "-machine", "q35"]
+        command += ["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1024"]
+        command += ["-kernel", str(vmlinuz), "-append", KERNEL_LINE]
+        command += ["-serial", f"file:{self._console}", "-device", "virtio-rng-pci"]
+        command += ["-chardev", f"socket,id=agent,path={directory}/agent,server=on,wait=off"]
+        command += ["-serial", "chardev:agent", "-qmp", f"unix:{directory}/qmp,server=on,wait=off"]
+        command += ["-drive", f"file={image},format=raw,if=none,id=root", "-device", "nvme,drive=root,serial=root"]
+        for number in range(4):
+            command += ["-device", f"pcie-root-port,id=port{number},chassis={number},slot={number}"]
+        for number, (serial, path) in enumerate(disks.items()):
+            command += ["-drive", f"file={path},format=raw,if=none,id={serial}"]
+            command += ["-device", f"virtio-blk-pci,drive={serial},serial={serial},bus=port{number},id=disk-{serial}"]
+        self._qemu = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command], stdin=subprocess.DEVNULL)
+        self._agent = self._connect(directory / "agent")
+        self._control = self._connect(directory / "qmp")
+        self._qmp = self._control.makefile("rw")
+        self._qmp.readline()
+        self.qmp("qmp_capabilities")
+        self._until(b"AGENT-READY\n")
+
+    def _connect(self, path: Path) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX)
+        deadline = time.monotonic() + SECONDS_MAX
+        while connection.connect_ex(str(path)) != 0:
+            assert self._qemu.poll() is None, "QEMU did not start"
+            assert time.monotonic() < deadline, "QEMU makes no socket"
+            time.sleep(0.05)
+        return connection
+
+    def qmp(self, command: str, **arguments: Any) -> Any:
+        """Ask QEMU itself for something."""
+        self._qmp.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+        self._qmp.flush()
+        while True:
+            answer = json.loads(self._qmp.readline())
+            if "event" not in answer:
+                assert "return" in answer, answer
+                return answer["return"]
+
+    def _until(self, mark: bytes) -> bytes:
+        self._agent.settimeout(1)
+        deadline = time.monotonic() + SECONDS_MAX
+        while mark not in self._buffer:
+            assert time.monotonic() < deadline, self._buffer[-2000:]
+            assert self._qemu.poll() is None, self._console.read_text(errors="replace")[-2000:]
+            with suppress(TimeoutError):
+                self._buffer += self._agent.recv(1 << 16)
+        before, _, self._buffer = self._buffer.partition(mark)
+        return before
+
+    def run(self, script: str) -> tuple[int, str]:
+        """The exit status of a shell script, and what it printed, on either output."""
+        mark = f"DONE{time.time_ns()}"
+        self._agent.settimeout(SECONDS_MAX)
+        self._agent.sendall(f"( set -e; {script}\n) 2>&1 </dev/null; echo; echo {mark}:$?:\n".encode())
+        printed = self._until(f"{mark}:".encode()).decode(errors="replace").removesuffix("\n")
+        return int(self._until(b":")), printed
+
+    def ok(self, script: str) -> str:
+        """What a shell script printed, every command of which must have ended well."""
+        status, printed = self.run(script)
+        assert status == 0, f"{script}\n{printed}"
+        return printed
+
+    def until(self, met: Callable[[], object], what: str) -> None:
+        deadline = time.monotonic() + SECONDS_MAX
+        while not met():
+            assert time.monotonic() < deadline, f"waited in vain until {what}\n{self.ok('journalctl -b -n 40')}"
+            time.sleep(0.5)
+
+    def plug(self, serial: str, path: Path, port: int) -> None:
+        """A disk appears while the machine runs."""
+        file = {"driver": "file", "filename": os.fspath(path)}
+        self.qmp("blockdev-add", **{"driver": "raw", "node-name": serial, "file": file})
+        device = {"driver": "virtio-blk-pci", "drive": serial, "serial": serial, "bus": f"port{port}"}
+        self.qmp("device_add", id=f"disk-{serial}", **device)
+
+    def unplug(self, serial: str) -> None:
+        """A disk is asked back, and goes when the machine has let go of it."""
+        self.qmp("device_del", id=f"disk-{serial}")
+
+    def power_cut(self) -> None:
+        """The machine is gone at once."""
+        self._qemu.kill()
+        self._qemu.wait()
+        for connection in (self._agent, self._qmp, self._control):
+            connection.close()
+
+    def shut_down(self) -> None:
+        """The machine ends as when somebody asks it to."""
+        self._agent.sendall(b"systemctl poweroff\n")
+        with suppress(subprocess.TimeoutExpired):
+            self._qemu.wait(SECONDS_MAX)
+        self.power_cut()
