@@ -238,6 +238,70 @@ def test_an_image_that_is_replaced_stays_below_its_clones(bench: Bench) -> None:
     assert len(live(bench.store)) == 1
 
 
+def is_in_journal(offset: int) -> bool:
+    return MIB <= offset < 5 * MIB
+
+
+def test_a_chunk_is_in_its_old_place_or_whole_in_the_new_one(disk_path: Path) -> None:
+    """The journal may be durable before anything else that was written since the last flush."""
+    image = b"base" * (CHUNK_BYTES // 2)
+    written = b"new!" * 1024 + image[4096:]
+    outcomes = set()
+    for count in range(8):
+        directory = disk_path / str(count)
+        directory.mkdir()
+        bench = Bench(Simulation(directory))
+        bench.store.put(image, name="image")
+        bench.volumes.clone("image", "disk")
+        volume = bench.volumes.open("disk")
+        write(volume, 0, written[:4096])
+        bench.simulation.power.left = count
+        with suppress(PowerCut):
+            volume.flush()
+            outcomes.add("flushed")
+        bench.simulation.power.left = 0
+        bench.simulation.cut_power(is_in_journal)
+        bench.store = bench.simulation.open()
+        bench.volumes = Volumes(bench.store, Direct(bench.store))
+        found = content(bench, "disk")
+        assert found in (image, written)
+        outcomes.add("new" if found == written else "old")
+        bench.check()
+        bench.simulation.close()
+    assert outcomes == {"old", "new", "flushed"}
+
+
+def test_a_volume_that_is_being_frozen_is_a_volume_or_an_object(disk_path: Path) -> None:
+    outcomes = set()
+    for count in range(16):
+        directory = disk_path / str(count)
+        directory.mkdir()
+        bench = Bench(Simulation(directory))
+        bench.volumes.create("disk", SIZE)
+        volume = bench.volumes.open("disk")
+        write(volume, 0, b"content")
+        volume.flush()
+        volume.close()
+        bench.simulation.power.left = count
+        with suppress(PowerCut):
+            bench.volumes.freeze("disk", "image")
+        bench.simulation.power.left = 0
+        bench.simulation.cut_power(lambda offset: True)
+        bench.store = bench.simulation.open()
+        bench.volumes = Volumes(bench.store, Direct(bench.store))
+        uuid = bench.store.resolve("image")
+        assert (bench.volumes.names() == ["disk"]) == (uuid is None)
+        outcomes.add(uuid is None)
+        if uuid is not None:
+            bench.store.delete(uuid)
+            bench.reopen(clean=False)
+            assert bench.volumes.names() == []
+            assert not bench.store.layers.by_uuid
+        bench.check()
+        bench.simulation.close()
+    assert outcomes == {True, False}
+
+
 def test_an_object_on_a_layer_and_one_below_can_be_moved(bench: Bench) -> None:
     image = bench.store.put(b"image" * 50_000, name="image")
     bench.volumes.clone("image", "one")
