@@ -639,6 +639,39 @@ def test_the_devices_alone_bring_back_every_volume(bench: Bench, seed: int, *, c
     assert not bench.store.layers.by_uuid
 
 
+def test_a_page_that_is_torn_has_another_slot(disk_path: Path) -> None:
+    """The journal has nothing any more of what is in the pages, and the power goes off while they are written."""
+    simulation = Simulation(disk_path)
+    bench = Bench(simulation)
+    bench.volumes.create("disk", SIZE)
+    volume = bench.volumes.open("disk")
+    write(volume, 0, b"old")
+    volume.flush()
+    volume.close()
+    for _ in range(700):
+        bench.store.put(b"x", name="filler", text="t" * 7500)
+    bench.volumes.close()
+    simulation.close()
+    before = simulation.paths[0].read_bytes()
+    for count in range(4):
+        simulation.paths[0].write_bytes(before)
+        rebuild_index(simulation)
+        bench = Bench(simulation)
+        volume = bench.volumes.open("disk")
+        write(volume, CHUNK_BYTES, b"new")
+        volume.flush()
+        simulation.power.left = count
+        with suppress(PowerCut):
+            bench.store.keystore.checkpoint()
+        simulation.power.left = 0
+        simulation.cut_power(lambda offset: offset // SECTOR_BYTES % 8 == 7)  # of a page, the last sector
+        rebuild_index(simulation)
+        bench = Bench(simulation)
+        assert content(bench, "disk") == b"old" + bytes(CHUNK_BYTES - 3) + b"new" + bytes(SIZE - CHUNK_BYTES - 3)
+        bench.check()
+        simulation.close()
+
+
 def cut(bench: Bench, run: Run, chance: random.Random) -> None:
     """Cut the power; of what was not flushed all, nothing or some stays. Sometimes the index is lost as well."""
     part = chance.choice((0.0, 0.5, 0.5, 0.9, 1.0))
