@@ -639,6 +639,26 @@ def test_the_devices_alone_bring_back_every_volume(bench: Bench, seed: int, *, c
     assert not bench.store.layers.by_uuid
 
 
+def test_what_was_a_volume_long_ago_is_not_written_when_the_index_is_lost(disk_path: Path) -> None:
+    """That it was erased is known to the index alone, and its blocks are an Object's."""
+    bench = Bench(Simulation(disk_path))
+    bench.volumes.create("disk", SIZE)
+    volume = bench.volumes.open("disk")
+    write(volume, 0, b"content")
+    volume.flush()
+    volume.close()
+    (extent, *_) = bench.store.layers.volumes["disk"].extents(bench.store.layers.chunk_blocks)
+    bench.volumes.delete("disk")
+    bench.store.keystore.checkpoint()
+    bench.reopen(clean=False)
+    record = bench.store.stat(bench.store.put(bytes(range(256)) * 2000).uuid)
+    assert any(own.block <= extent.block < own.end for own in record.extents)
+    bench.reopen(clean=False, lose_index=True)
+    assert bench.volumes.names() == []
+    bench.check()
+    bench.simulation.close()
+
+
 def test_a_page_that_is_torn_has_another_slot(disk_path: Path) -> None:
     """The journal has nothing any more of what is in the pages, and the power goes off while they are written."""
     simulation = Simulation(disk_path)
