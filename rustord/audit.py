@@ -145,18 +145,11 @@ class Audit:
     # Labels and devices
 
     def _check_devices(self) -> None:
-        for member in self._label.members:
-            slot = self._blocks.slots[member.device_index]
+        for slot in self._blocks.slots.values():
             own = self._own.get(slot.index)
             if slot.device is None:
-                self._find("device", f"device {slot.index} ({uuid_text(slot.uuid)}) is missing", "attach it")
-            elif own is not None and own.generation < member.generation:
-                self._find(
-                    "device",
-                    f"{slot.device.path} is an old copy of device {slot.index}: its label is of generation "
-                    f"{own.generation}, the pool last wrote {member.generation} to it",
-                    "put the device itself back, not a copy of it",
-                )
+                what = f"device {slot.index} ({uuid_text(slot.uuid)}) is missing: {slot.why}"
+                self._find("device", what, "attach the device itself, not a copy of it")
             elif own is not None:
                 self._check_label(slot, slot.device, own)
 

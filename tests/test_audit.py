@@ -278,8 +278,9 @@ def test_missing_devices_and_old_copies_are_told(filled: Filled, disk_path: Path
     filled.pool.close()
     (missing,) = findings(filled.pool, paths=filled.pool.paths[:1])
     assert missing.what.startswith("device 1 (")
-    assert missing.what.endswith("is missing")
-    assert "is an old copy of device 1" in findings(filled.pool, paths=[filled.pool.paths[0], old])[0].what
+    assert missing.what.endswith("is missing: not found")
+    (stale,) = findings(filled.pool, paths=[filled.pool.paths[0], old])
+    assert "is an older state of itself" in stale.what
 
 
 def test_the_index_is_not_made_anew_without_a_device(filled: Filled) -> None:
