@@ -476,31 +476,31 @@ def read_label(device: BlockDevice) -> Label | None:
     """
     if device.size < LABEL_BYTES:
         return None
-    copies: list[Label | FormatError | None] = []
-    for offset in label_offsets(device.size):
-        data = bytearray(LABEL_BYTES)
-        try:
-            device.read(offset, (data,))
-            copies.append(decode_label(memoryview(data)))
-        except FormatError as error:
-            copies.append(error)
-        except DeviceError as error:
-            copies.append(FormatError(error.message, hint=error.hint))
-    return choose_label(copies)
+    return choose_label([_read_copy(device, offset) for offset in label_offsets(device.size)])
+
+
+def _read_copy(device: BlockDevice, offset: int) -> Label | FormatError | None:
+    data = bytearray(LABEL_BYTES)
+    try:
+        device.read(offset, (data,))
+        return decode_label(memoryview(data))
+    except FormatError as error:
+        return error
+    except DeviceError as error:
+        return FormatError(error.message, hint=error.hint)
 
 
 def write_label(device: BlockDevice, label: Label) -> None:
-    """Write all copies of the label, the first one durably before the others: a crash leaves at least one good one.
+    """Write all copies of the label, one durably before the next, and first those that are not good.
 
-    Raises DeviceError.
+    So a crash leaves at least one good copy, also one in the middle of mending what another crash has left. Raises
+    DeviceError.
     """
     data = label.encode()
-    head, *others = label.geometry.label_offsets
-    device.write(head, (data,))
-    device.flush()
-    for offset in others:
+    offsets = label.geometry.label_offsets
+    for offset in sorted(offsets, key=lambda offset: isinstance(_read_copy(device, offset), Label)):
         device.write(offset, (data,))
-    device.flush()
+        device.flush()
 
 
 def read_bad_blocks(device: BlockDevice, slot: Slot) -> BadBlocks:

@@ -154,7 +154,7 @@ def open_pool(
         erased = []
         if not problem:
             keystore.begin_to_keep(partial(blocks.keep_pages, label.secret), layers.by_uuid)
-            erased = _finish_erasures(allocator, blocks, keystore, graves, stale, sequence)
+            erased = _finish_erasures(allocator, blocks, keystore, graves, stale)
         label = write_labels(blocks, label)
     except BaseException:
         if backend_open:
@@ -556,7 +556,6 @@ def _finish_erasures(
     keystore: KeyStore,
     graves: Iterable[Grave],
     stale: Sequence[RecordId],
-    sequence: int,
 ) -> list[Grave]:
     """Erase what was deleted before the last stop and not erased yet; what cannot be stays a grave, and not free.
 
@@ -582,7 +581,8 @@ def _finish_erasures(
     erased = [grave for grave in finished if not grave.devices & failed.keys()]
     for grave in erased:
         allocator.release(grave.extents)
-    keystore.learn((), (), (), [*stale, *(grave.id for grave in erased)], sequence)
+    # The index must not know of sequences behind the void that only the labels, which come later, will have.
+    keystore.learn((), (), (), [*stale, *(grave.id for grave in erased)], keystore.indexed_sequence)
     keystore.checkpoint()  # before any of these blocks is used again: the journal does not say that they are free
     return erased
 

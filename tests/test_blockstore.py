@@ -18,7 +18,8 @@ from rustord.label import LABEL_BYTES, Geometry, Label, Member
 from rustord.manifest import CHUNK_BYTES
 from rustord.objkey import ObjKey
 from rustord.record import Record, encode_record
-from tests.simulation import VolatileDevice
+from rustord.testing.device import MemoryDevice, VolatileDevice
+from rustord.testing.recording import Recording, Sectors
 
 MIB = 1 << 20
 BLOCK = 4096
@@ -297,12 +298,34 @@ class TestLabels:
         assert found is not None
         assert found.generation == 2
 
+    def test_a_crash_after_a_crash_leaves_a_good_copy(self, seed: int) -> None:
+        """Though the first one has left only one, and the next ones come while the others are being mended."""
+        chance = random.Random(seed)
+        media = [medium for medium in self.crashed({}, 1, chance) if self.is_good(medium)]
+        for generation in (2, 3):
+            media = [left for medium in media for left in self.crashed(medium, generation, chance)]
+            assert all(map(self.is_good, media))
+            media = chance.sample(media, 60)
+
+    def crashed(self, medium: Sectors, generation: int, chance: random.Random) -> list[Sectors]:
+        """What a crash may leave of the device while a label is written."""
+        recording = Recording({0: medium})
+        device = VolatileDevice(MemoryDevice(SIZE, medium), record=recording)
+        write_label(device, label(device, generation=generation))
+        return [state.media[0] for state in recording.states(chance, 1)]
+
+    def is_good(self, medium: Sectors) -> bool:
+        try:
+            return read_label(MemoryDevice(SIZE, medium)) is not None
+        except FormatError:
+            return False
+
     def test_an_update_writes_the_first_copy_durably_before_the_others(self, device: BlockDevice) -> None:
         write_label(device, label(device, generation=1))
         ordered = Ordered(device)
         write_label(ordered, label(device, generation=2))
-        assert ordered.writes == [(0, 0), (8 * MIB, 1), (15 * MIB, 1)]
-        assert ordered.flush_count == 2
+        assert ordered.writes == [(0, 0), (8 * MIB, 1), (15 * MIB, 2)]
+        assert ordered.flush_count == 3
 
     def test_a_foreign_copy_is_refused(self, device: BlockDevice) -> None:
         write_label(device, label(device))
