@@ -18,14 +18,14 @@ class Proof:
     """Examines states that power cuts leave, and counts what it examined.
 
     ``samples`` of each moment with many unflushed writes, a ``share`` of all these, and ``depth`` more power cuts in
-    what follows upon each.
+    what follows upon each. Of ``losses`` of them, the index is lost as well.
     """
 
     seed: int
     samples: int = 4
     share: float = 1.0
     depth: int = 1
-    rebuilds: bool = False
+    losses: float = 0.3
     counts: Counter[str] = field(default_factory=Counter)
 
     def of(self, scenario: Scenario) -> None:
@@ -65,7 +65,7 @@ class Proof:
         stage.check_zeroed()
         story = Story(stage, stage.open())
         found = stage.check(story.store)
-        if chance.random() < 0.3:
+        if chance.random() < self.losses:
             self._without_index(before, state, chance)
         if older and chance.random() < 0.2:
             self._with_older_index(before, state, chance.choice([older[0], chance.choice(older)]), chance)
@@ -99,8 +99,6 @@ class Proof:
 
     def _rebuild(self, stage: Stage) -> bool:
         """Make the index anew; whether that is possible. A torn copy of a mirrored Object stays for a scrub to mend."""
-        if not self.rebuilds:
-            return False
         try:
             report = stage.rebuild()
         except PoolError as error:  # labels of different generations, as a crash leaves them

@@ -101,6 +101,17 @@ def using_freed_blocks_at_once(stage: Stage) -> None:
         story.delete(story.uuids[-1])
 
 
+def using_freed_blocks_after_a_crash(stage: Stage) -> None:
+    """What the journal says of the time before the crash, nothing proves any more."""
+    story = opened(stage)
+    story.put(some(1, 9000, "a"))
+    story.put(some(2, 9000, "a"))
+    story = stage.restart()
+    story.delete(story.named("a"))
+    story.put(some(3, 5000))
+    story.put(some(4, 5000, "b"))
+
+
 def indexing(stage: Stage) -> None:
     story = opened(stage)
     story.put(some(1, 5000, "a"))
@@ -279,6 +290,7 @@ def _scenarios() -> Any:
         yield Scenario(play, 2, Mirrored(2))
     yield Scenario(replacing_and_deleting, 2, Striped(2))
     yield Scenario(putting, 2, Striped(2))
+    yield Scenario(using_freed_blocks_after_a_crash, 1, OnFirst())
     for play in (using_freed_blocks_at_once, going_around_the_journal, closing_and_opening, crashing_often):
         yield Scenario(play, 1, OnFirst())
     yield Scenario(crashing_often, 2, Mirrored(2))

@@ -11,9 +11,9 @@ from tests.crash.proof import Proof
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_a_mutant_is_caught(mutant: Mutant, seed: int) -> None:
     states = 0
-    for depth in (0, 1):
+    for depth, losses in ((0, 0.3), (1, 1.0)):
         for scenario in mutant.scenarios():
-            proof = Proof(seed, depth=depth)
+            proof = Proof(seed, depth=depth, losses=losses)
             try:
                 with mutant.applied():
                     proof.of(scenario)

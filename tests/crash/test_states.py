@@ -14,7 +14,7 @@ from tests.crash.scenarios import SCENARIOS, Scenario
 def proof(request: pytest.FixtureRequest, seed: int, record_property: Callable[[str, object], None]) -> Proof:
     """A proof that takes seconds, or with --long all states and more power cuts in what follows upon each."""
     long = request.config.getoption("long")
-    return Proof(seed, samples=16, depth=2) if long else Proof(seed, share=0.1)
+    return Proof(seed, samples=16, depth=2) if long else Proof(seed, share=0.08)
 
 
 @pytest.mark.timeout(900)
