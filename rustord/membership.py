@@ -44,6 +44,7 @@ def add_device(store: ObjectStore, device: BlockDevice) -> Member:
     write_label(device, replace(label, generation=generation).for_member(member))
     store.blocks.add(Slot(index, member.device_uuid, geometry, device))
     store.keystore.add_ring(index, Ring(device, member.device_uuid, geometry, label.secret))
+    store.label = replace(store.label, generation=generation)  # theirs are newer, or the new one would be another round
     renew_labels(store, label)
     store.allocator.add(index, FreeList(geometry.data_runs), geometry.data_block_count)
     return member
