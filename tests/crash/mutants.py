@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import rustord.blockstore
 import rustord.journal
+import rustord.membership
 import rustord.pool
 from rustord.blockstore import BlockStore
 from rustord.keystore.ring import Ring
@@ -81,6 +82,7 @@ def _compiled(source: str, function: FunctionType) -> CodeType:
 
 
 pool = rustord.pool
+membership = rustord.membership
 blockstore = rustord.blockstore
 journal = rustord.journal
 cycle = ObjectStore.cycle
@@ -175,7 +177,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "an Object is verified though its blocks are another's by now",
-        (pool._replay, "flushed or gone.get(record.uuid, 0) > entry.sequence", "flushed"),
+        (pool._replay, "was_there = gone.get(record.uuid, 0) > entry.sequence", "was_there = False"),
         by=freed,
     )
     # Moving
@@ -259,9 +261,11 @@ def _mutants() -> Iterator[Mutant]:
     yield mutant(
         "the new device's label is written before the index knows of it",
         (
-            pool.add_device,
-            "store.keystore.note_generation(generation)\n    write_label(device, label.for_member(member))",
-            "write_label(device, label.for_member(member))\n    store.keystore.note_generation(generation)",
+            membership.add_device,
+            "store.keystore.note_generation(generation)\n"
+            "    write_label(device, replace(label, generation=generation).for_member(member))",
+            "write_label(device, replace(label, generation=generation).for_member(member))\n"
+            "    store.keystore.note_generation(generation)",
         ),
         by=(s.adding_a_device,),
     )

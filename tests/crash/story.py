@@ -19,9 +19,10 @@ from rustord.errors import FormatError, NotFound, PoolError, RustordError
 from rustord.extent import Extent, block_count
 from rustord.footer import encode_footer
 from rustord.keygen import HashKeyGen, Uuid7
+from rustord.membership import add_device, prepare_device, remove_device
 from rustord.objectstore import Cycle, ObjectStore
 from rustord.placer import Placer
-from rustord.pool import add_device, create_pool, open_pool, remove_device
+from rustord.pool import create_pool, open_pool
 from rustord.rebuild import Report, rebuild
 from rustord.record import Metadata, Record
 from rustord.testing.device import SECTOR_BYTES, MemoryDevice, VolatileDevice
@@ -228,7 +229,9 @@ class Stage:
 
     def _with_devices(self, act: Callable[[Sequence[VolatileDevice]], T]) -> T:
         numbers = [number for number in self.sizes if self._belongs(number)]
-        with patch("rustord.blockstore.ThreadPoolExecutor", _InTurn):
+        with ExitStack() as stack:
+            stack.enter_context(patch("rustord.blockstore.ThreadPoolExecutor", _InTurn))
+            stack.enter_context(patch("rustord.pool.os.urandom", self.chance.randbytes))
             try:
                 return act([self.device(number) for number in numbers])
             except PoolError as error:
@@ -275,6 +278,7 @@ class Stage:
         assert not store.read_only
         for device, block, length in told.bad:
             assert store.blocks.slots[device].bad.within(block, length), f"block {block} is not bad any more"
+        assert told.members - told.joining <= self.members(store), "a device is missing"
         records = live(store)
         found = {record.uuid: content_of(store, record) for record in records}
         for record in records:
@@ -304,7 +308,8 @@ class Stage:
     def _check_erased(self, store: ObjectStore, gone: Iterable[bytes]) -> None:
         """No free block holds what was deleted."""
         numbers = {id(device): number for number, device in self.devices.items()}
-        memory = {i: self.memory[numbers[id(slot.device)]] for i, slot in store.blocks.slots.items()}
+        slots = store.blocks.slots.items()
+        memory = {i: self.memory[numbers[id(slot.device)]] for i, slot in slots if slot.device is not None}
         free = {index: list(store.allocator._free[index]) for index in memory}
         for uuid in gone:
             for device, block, length in self.told.places[uuid]:
@@ -444,7 +449,10 @@ class Story:
         stage.sizes[number] = size
         stage.memory[number] = MemoryDevice(size)
         stage.tell(told._replace(joining=frozenset({number})))
-        add_device(self.store, stage.device(number))
+        device = stage.device(number)
+        prepare_device(self.store, device)
+        with patch("rustord.pool.os.urandom", stage.chance.randbytes):
+            add_device(self.store, device)
         stage.tell(told._replace(members=told.members | {number}))
 
     def remove(self, number: int) -> None:
