@@ -34,9 +34,10 @@ def played(stage: Stage, steps: list[tuple[str, object]]) -> None:
             puts = enumerate(argument)
             story.put(*(some(number * 7 + at, size, name.strip("-")) for at, (size, name) in puts))
         elif isinstance(argument, int):
-            if not story.uuids:
+            uuids = [uuid for uuid in story.uuids if uuid not in stage.told.deleting]
+            if not uuids:
                 continue
-            uuid = story.uuids[argument % len(story.uuids)]
+            uuid = uuids[argument % len(uuids)]
             if what == "move":
                 story.move(uuid)
             else:
