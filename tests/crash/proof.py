@@ -101,9 +101,10 @@ class Proof:
         """Make the index anew; whether that is possible. A torn copy of a mirrored Object stays for a scrub to mend."""
         try:
             report = stage.rebuild()
-        except PoolError as error:  # labels of different generations, as a crash leaves them
-            if "old copy" not in error.message:
+        except PoolError as error:  # a new, empty device whose label a crash left alone: to be added anew
+            if "used without the other devices" not in error.message or len(stage.told.members) == len(stage.sizes):
                 raise
+            self.counts["rebuild refused"] += 1
             return False
         assert not report.losses, report.losses
         self.counts["rebuilt"] += 1
