@@ -38,7 +38,7 @@ def add_device(store: ObjectStore, device: BlockDevice) -> Member:
     label = store.label
     geometry = Geometry.of_device(device.size, label.block_size)
     index, generation = label.next_index, label.generation + 1
-    member = Member(store.keygen.uuid(), index, geometry.block_count, generation)
+    member = Member(store.keygen.uuid(), index, geometry.block_count, generation, round=label.round)
     label = replace(label, next_index=index + 1, members=(*label.members, member))
     store.keystore.note_generation(generation)
     write_label(device, replace(label, generation=generation).for_member(member))

@@ -167,6 +167,33 @@ class TestLeaving:
         assert list(pair.open(without=[1]).blocks.slots) == [0]
 
 
+class TestJoining:
+    def test_a_crash_never_leaves_a_new_device_that_is_refused(
+        self, simulate: Callable[..., Simulation], make_image: Callable[[int], Path]
+    ) -> None:
+        for left in range(40):
+            simulation, new = simulate(), make_image(16 * MIB)
+            store = simulation.open()
+            device = VolatileDevice(open_device(new), simulation.power)
+            prepare_device(store, device)
+            simulation.devices.append(device)
+            simulation.power.left = left
+            try:
+                add_device(store, device)
+            except PowerCut:
+                simulation.cut_power()
+            else:
+                simulation.power.left = None
+                return
+            with closing(open_device(new)) as after:
+                if read_label(after):
+                    simulation.paths.append(new)
+            store = simulation.open()
+            assert [slot.state for slot in store.blocks.slots.values()] == ["online"] * len(simulation.paths)
+            simulation.close()
+        pytest.fail("the power never went off")
+
+
 class TestFaults:
     """One device that is not as it should be keeps nobody from the others."""
 
