@@ -295,11 +295,6 @@ def _mutants() -> Iterator[Mutant]:
         by=(s.failing_flush,),
     )
     yield mutant(
-        "durable goes on behind a flush that failed",
-        (ObjectStore._settle, "self._all_flushed = False", "self._durable = self._sequence"),
-        by=(s.failing_flush_of_one,),
-    )
-    yield mutant(
         "blocks are free though the flush of their erasure failed",
         (
             ObjectStore._bury,
