@@ -47,7 +47,7 @@ from rustord.label import (
 )
 from rustord.layer import Layers
 from rustord.objectstore import ObjectStore, Stock
-from rustord.objkey import uuid_text
+from rustord.objkey import ObjectId, uuid_text
 from rustord.page import LayerEntry
 from rustord.placer import Placer
 from rustord.record import Grave, Record, RecordId
@@ -300,16 +300,17 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
     changes = {entry.sequence: entry for entry in entries if entry.sequence}
     undone = {id for entry in entries if entry.kind is Kind.UNDO for id in decode_record_ids(entry.payload)}
     buried = {grave.id for grave in keystore.graves()}  # dropped before, while one of their devices was missing
-    # What was deleted or replaced was there. Its blocks are not asked: they have been erased since, or given to others.
-    gone = {entry.payload[:16]: sequence for sequence, entry in sorted(changes.items()) if entry.kind is not Kind.UNDO}
     durable = sorted({batch.durable for batch in batches})
     ordered = [entry for _, entry in sorted(changes.items())]
     dropped: set[int] = set()
-    for entry in ordered:
+    # What a change that counts has deleted or replaced was there. Its blocks are not asked: they have been erased
+    # since, or given to others. A change that does not count shows only that its Object was somewhere.
+    gone: set[ObjectId] = set()
+    for entry in reversed(ordered):
         flushed = was_flushed(entry.sequence, durable, label)
         if entry.kind is Kind.PUT and (undone or buried or not flushed):
             record = Record(entry.payload[16:])
-            was_there = gone.get(record.uuid, 0) > entry.sequence
+            was_there = record.uuid in gone
             if record.id in undone or not (
                 was_there
                 or (
@@ -318,6 +319,9 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
                 )
             ):
                 dropped.add(entry.sequence)
+                continue
+        if entry.kind is not Kind.UNDO:
+            gone.add(entry.payload[:16])
     kept = [entry for entry in ordered if entry.sequence not in dropped]
     if ordered:
         log.info("replayed %d changes of the journal, dropped %d that were never acknowledged", len(kept), len(dropped))
@@ -367,18 +371,18 @@ def _is_believed(
     are not erased before the index knows of the move.
     """
     is_whole = _is_whole(record, blocks, label)
-    if not is_whole and entry.payload[:16] == record.uuid and (old := _before(entry, ordered, keystore)):
-        return not _has_footer(old, blocks, label)
+    if not is_whole and entry.payload[:16] == record.uuid and (earlier := _before(entry, ordered, keystore)):
+        return not any(_has_footer(old, blocks, label) for old in earlier)
     return is_whole is not False
 
 
-def _before(move: Entry, ordered: Sequence[Entry], keystore: KeyStore) -> Record | None:
-    """The Record of an Object before it was moved."""
+def _before(move: Entry, ordered: Sequence[Entry], keystore: KeyStore) -> list[Record]:
+    """The Records that an Object had before it was moved; some of them may never have counted."""
     uuid = move.payload[:16]
-    for entry in ordered[: ordered.index(move)][::-1]:
-        if entry.kind is Kind.PUT and (record := Record(entry.payload[16:])).uuid == uuid:
-            return record
-    return keystore.get(uuid)
+    puts = [entry for entry in ordered if entry.kind is Kind.PUT and entry.sequence < move.sequence]
+    earlier = [record for entry in puts if (record := Record(entry.payload[16:])).uuid == uuid]
+    indexed = keystore.get(uuid)
+    return [*earlier, indexed] if indexed and indexed.sequence < move.sequence else earlier
 
 
 def _has_footer(record: Record, blocks: BlockStore, label: Label) -> bool:

@@ -177,13 +177,13 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "an Object is verified though its blocks are another's by now",
-        (pool._replay, "was_there = gone.get(record.uuid, 0) > entry.sequence", "was_there = False"),
+        (pool._replay, "was_there = record.uuid in gone", "was_there = False"),
         by=freed,
     )
     # Moving
     yield mutant(
         "a move that was torn is believed",
-        (pool._is_believed, "return not _has_footer(old, blocks, label)", "return True"),
+        (pool._is_believed, "return not any(_has_footer(old, blocks, label) for old in earlier)", "return True"),
         by=(s.moving,),
     )
     yield mutant(
