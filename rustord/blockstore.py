@@ -491,16 +491,21 @@ def _read_copy(device: BlockDevice, offset: int) -> Label | FormatError | None:
 
 
 def write_label(device: BlockDevice, label: Label) -> None:
-    """Write all copies of the label, one durably before the next, and first those that are not good.
+    """Write all copies of the label, one durably before the next, the newest that is there last.
 
-    So a crash leaves at least one good copy, also one in the middle of mending what another crash has left. Raises
-    DeviceError.
+    So a crash leaves the newest label or this one, also if it comes in the middle of mending what another crash has
+    left. Raises DeviceError.
     """
     data = label.encode()
-    offsets = label.geometry.label_offsets
-    for offset in sorted(offsets, key=lambda offset: isinstance(_read_copy(device, offset), Label)):
+    for offset in sorted(label.geometry.label_offsets, key=lambda offset: _generation_at(device, offset)):
         device.write(offset, (data,))
         device.flush()
+
+
+def _generation_at(device: BlockDevice, offset: int) -> int:
+    """The generation of a copy of the label, 0 if it is not good."""
+    copy = _read_copy(device, offset)
+    return copy.generation if isinstance(copy, Label) else 0
 
 
 def read_bad_blocks(device: BlockDevice, slot: Slot) -> BadBlocks:
