@@ -155,7 +155,6 @@ def open_pool(
         if not problem:
             keystore.begin_to_keep(partial(blocks.keep_pages, label.secret), layers.by_uuid)
             erased = _finish_erasures(allocator, blocks, keystore, graves, stale)
-        label = write_labels(blocks, label)
     except BaseException:
         if backend_open:
             backend.close()
@@ -327,14 +326,17 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
         log.info("replayed %d changes of the journal, dropped %d that were never acknowledged", len(kept), len(dropped))
     settled = max([keystore.indexed_sequence, *durable])
     generation = max(label.generation, keystore.generation) + 1
-    keystore.replay(ordered, dropped, erased, generation)
     last = max([*changes, keystore.indexed_sequence, *(end - 1 for _, end in label.voids)])
     voids = label.voids
     if label.state is State.OPEN:  # of the last cycle, one device may have what is newer than what another one lost
         voids = merge_voids([*voids, (settled + 1, last + 1 + VOID_LENGTH)])
         last += VOID_LENGTH
     voids = tuple(_without(voids, kept)[-VOID_COUNT_MAX:])
-    return replace(label, generation=generation, state=State.OPEN, voids=voids), last
+    # The labels come first: once the index has moved on, nobody can tell any more what the last cycle never committed.
+    keystore.expect_generation(generation)
+    label = write_labels(blocks, replace(label, generation=generation, state=State.OPEN, voids=voids))
+    keystore.replay(ordered, dropped, erased)
+    return label, last
 
 
 def was_flushed(sequence: int, durable: Sequence[int], label: Label) -> bool:

@@ -155,9 +155,7 @@ class KeyStore:
     def _note_rings(self) -> None:
         self.batch_bytes_max = min((ring.batch_bytes_max for ring in self._rings.values()), default=0)
 
-    def replay(
-        self, entries: Iterable[Entry], dropped: Collection[int], erased: Iterable[Entry], generation: int
-    ) -> None:
+    def replay(self, entries: Iterable[Entry], dropped: Collection[int], erased: Iterable[Entry]) -> None:
         """Learn what the journal holds beyond the index, in the order given, and put it into the index.
 
         ``dropped`` are the sequences of PUTs that were never acknowledged and are not whole or were undone: they become
@@ -182,7 +180,12 @@ class KeyStore:
                     if (raw := self._raw(gone.uuid)) and Record(raw).id == gone:
                         self._learn_delete(overlay, Record(raw), gone.sequence)
                     self._learn_erased(overlay, gone)
-        self.note_generation(generation)
+        self.note_generation(self.generation)
+
+    def expect_generation(self, generation: int) -> None:
+        """Remember the generation that the labels are about to have, and change nothing else in the index."""
+        self.generation = generation
+        self._backend.commit({_STATE: STATE.pack(self.indexed_sequence, generation, self._pool_uuid)}, ())
 
     def note_generation(self, generation: int) -> None:
         """Remember the generation that the labels are about to have, and put everything into the index."""
