@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rustord.errors import FormatError
-from rustord.extent import Extent
+from rustord.extent import LAYERS, Extent
 from rustord.manifest import CHUNK_BYTES, chunk_count
 from rustord.objkey import ObjKey
 from rustord.record import RECORD, Metadata, Record, encode_metadata, encode_record, record_length
 
-extents = st.builds(Extent, st.integers(0, 2**16 - 1), st.integers(0, 2**40), st.integers(1, 2**32 - 1))
+extents = st.builds(Extent, st.integers(0, LAYERS - 1), st.integers(0, 2**40), st.integers(1, 2**32 - 1))
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 metadata = st.builds(Metadata, texts, texts, st.dictionaries(texts, texts, max_size=4))
 keys = st.builds(

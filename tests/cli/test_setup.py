@@ -81,7 +81,7 @@ def complete_in_bash(rustorctl: Command, *words: str) -> list[str]:
 
 def test_bash_completes_commands_options_and_names(daemon: object, rustorctl: Command) -> None:
     assert complete_in_bash(rustorctl, "sta") == ["stat", "status"]
-    assert complete_in_bash(rustorctl, "device", "") == ["add", "list", "remove"]
+    assert complete_in_bash(rustorctl, "device", "") == ["add", "fail", "list", "remove", "replace"]
     assert complete_in_bash(rustorctl, "put", "--no") == ["--no-clobber"]
     rustorctl.ok("put", "-", "--name", "logs/one", input="")
     rustorctl.ok("put", "-", "--name", "logs/two", input="")

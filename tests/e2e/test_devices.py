@@ -212,8 +212,8 @@ def check_without_one_device(machine: Machine, files: dict[str, bytes]) -> None:
         assert [device["path"] for device in status["devices"] if device["path"]] == there
         check_all(machine, files)
         machine.daemon.config.write_text(whole)
-    machine.daemon.restart()
-    assert machine.status()["state"] == "ok"
+        machine.daemon.restart()  # it rejoins: two that are used without each other, one after the other, would not
+        assert machine.status()["state"] == "ok"
 
 
 # Devices that join and leave
@@ -274,10 +274,10 @@ def test_a_device_leaves_when_it_is_empty(machine: Machine, make_loop: LoopDevic
     machine.ok("device", "add", added)
     uuid = machine.ok("put", "-", input=os.urandom(40 * MIB), text=False).decode().strip()  # has room there alone
     status, said = machine.refused("device", "remove", added)
-    assert status == 11
-    assert f"device 1 ({added}) holds Objects" in said
+    assert status == 6
+    assert "device 1 holds 32.0 MiB, and the 1 others that take data have 17.9 MiB free" in said
     machine.ok("delete", uuid)
-    assert "no longer belongs to the pool" in machine.ok("device", "remove", "1")
+    machine.ok("device", "remove", "1", "--wait")
     assert machine.free() == free
     assert machine.refused("device", "remove", "0")[0] == 2
     assert machine.refused("device", "remove", "1")[0] == 3
