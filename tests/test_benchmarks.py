@@ -85,6 +85,7 @@ def test_bad_replies_void_a_measurement(tmp_path: Path, wrong_server: Path) -> N
 
 
 @pytest.mark.root
+@pytest.mark.timeout(300)
 def test_every_work_is_measured(tmp_path: Path) -> None:
     installed = ["redis"] if shutil.which("redis-server") else []
     works = [work for work in WORKS if work != "nbd" or shutil.which("qemu-nbd")]

@@ -255,7 +255,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "the labels' generation is not in the index",
-        (pool._replay, "erased, generation)", "erased, generation - 1)"),
+        (pool._replay, "expect_generation(generation)", "expect_generation(generation - 1)"),
         by=(s.closing_and_opening,),
     )
     yield mutant(

@@ -11,9 +11,9 @@ from tests.crash.proof import Proof
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_a_mutant_is_caught(mutant: Mutant, seed: int) -> None:
     states = 0
-    for depth, losses in ((0, 0.3), (1, 1.0)):
+    for number, (depth, losses) in enumerate(((0, 0.3), (1, 1.0), (1, 0.3), (1, 0.6), (2, 1.0))):
         for scenario in mutant.scenarios():
-            proof = Proof(seed, depth=depth, losses=losses)
+            proof = Proof(seed + number, depth=depth, losses=losses)
             try:
                 with mutant.applied():
                     proof.of(scenario)
