@@ -116,11 +116,6 @@ def _mutants() -> Iterator[Mutant]:
         (pool._finish_erasures, "blocks.flush(touched)", "{}"),
         by=(s.crashing_often, s.closing_and_opening),
     )
-    yield mutant(
-        "what an opening repairs is not flushed",
-        (pool._is_whole, "blocks.flush(record.devices)"),
-        by=(s.putting, s.crashing_often),
-    )
     # PUT
     yield mutant(
         "the last batch is not verified",
