@@ -301,25 +301,26 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
     buried = {grave.id for grave in keystore.graves()}  # dropped before, while one of their devices was missing
     durable = sorted({batch.durable for batch in batches})
     ordered = [entry for _, entry in sorted(changes.items())]
-    dropped: set[int] = set()
     # What a change that counts has deleted or replaced was there. Its blocks are not asked: they have been erased
     # since, or given to others. A change that does not count shows only that its Object was somewhere.
     gone: set[ObjectId] = set()
+
+    def counts(put: Entry) -> bool:
+        flushed = was_flushed(put.sequence, durable, label)
+        if flushed and not undone and not buried:
+            return True
+        record = Record(put.payload[16:])
+        if record.id in undone:
+            return False
+        if record.uuid in gone:
+            return True
+        return record.id not in buried and (flushed or _is_believed(put, record, ordered, keystore, blocks, label))
+
+    dropped: set[int] = set()
     for entry in reversed(ordered):
-        flushed = was_flushed(entry.sequence, durable, label)
-        if entry.kind is Kind.PUT and (undone or buried or not flushed):
-            record = Record(entry.payload[16:])
-            was_there = record.uuid in gone
-            if record.id in undone or not (
-                was_there
-                or (
-                    record.id not in buried
-                    and (flushed or _is_believed(entry, record, ordered, keystore, blocks, label))
-                )
-            ):
-                dropped.add(entry.sequence)
-                continue
-        if entry.kind is not Kind.UNDO:
+        if entry.kind is Kind.PUT and not counts(entry):
+            dropped.add(entry.sequence)
+        elif entry.kind is not Kind.UNDO:
             gone.add(entry.payload[:16])
     kept = [entry for entry in ordered if entry.sequence not in dropped]
     if ordered:
@@ -401,7 +402,8 @@ def _has_footer(record: Record, blocks: BlockStore, label: Label) -> bool:
 def _is_whole(record: Record, blocks: BlockStore, label: Label) -> bool | None:
     """Whether any copy of an Object reached its devices whole; None if none did that is on devices that can be asked.
 
-    If some did, the others are made from them: an Object that is kept has all of its copies.
+    If some did, the others are made from them: an Object that is kept has all of its copies. They are durable once the
+    labels have been written, which is before the index knows of the Object.
     """
     if not record.devices <= blocks.slots.keys():
         return None  # it was on a device that has been removed, so it has been deleted or moved
@@ -411,7 +413,6 @@ def _is_whole(record: Record, blocks: BlockStore, label: Label) -> bool | None:
             for number in range(len(whole)):
                 if not whole[number]:
                     blocks.repair(record, number, footer_of(record, number, blocks, label))
-            blocks.flush(record.devices)
     except DeviceError as error:
         uuid = uuid_text(record.uuid)
         log.warning("Object %s could not be verified or repaired: %s", uuid, error, extra=fields(uuid=uuid))

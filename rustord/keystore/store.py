@@ -180,7 +180,8 @@ class KeyStore:
                     if (raw := self._raw(gone.uuid)) and Record(raw).id == gone:
                         self._learn_delete(overlay, Record(raw), gone.sequence)
                     self._learn_erased(overlay, gone)
-        self.note_generation(self.generation)
+            self._note_positions(overlay)
+        self.checkpoint()
 
     def expect_generation(self, generation: int) -> None:
         """Remember the generation that the labels are about to have, and change nothing else in the index."""

@@ -172,7 +172,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "an Object is verified though its blocks are another's by now",
-        (pool._replay, "was_there = record.uuid in gone", "was_there = False"),
+        (pool._replay, "if record.uuid in gone:", "if False:"),
         by=freed,
     )
     # Moving
