@@ -8,7 +8,6 @@ watched directly, so that a wake-up costs one recv and one send, and a large bod
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import socket
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from time import monotonic
 
 from rustord.errors import Unavailable
 from rustord.frontends.connection import Connection
+from rustord.frontends.listener import Listener
 from rustord.frontends.operations import Admin, Submit
 from rustord.frontends.peer import Peer, Roles, peer_of
 from rustord.frontends.service import Service
@@ -28,8 +28,6 @@ from rustord.wire.problem import problem
 
 log = logging.getLogger(__name__)
 
-_ACCEPT_AGAIN_S = 1.0
-"""After the process ran out of file descriptors."""
 _TICK_S = 0.5
 """How often deadlines are looked at. They are seconds, and nobody relies on them to the tenth."""
 
@@ -56,7 +54,7 @@ class HttpServer:
         self._service = Service(store, writer, admin, self._limits, slow_request_s)
         self._loop = asyncio.get_running_loop()
         self._connections: set[Connection] = set()
-        self._sockets: list[socket.socket] = []
+        self._listeners: list[Listener] = []
         self._ticking: asyncio.TimerHandle | None = None
         self._empty = asyncio.Event()
         self._empty.set()
@@ -79,28 +77,7 @@ class HttpServer:
 
     async def serve(self, sock: socket.socket) -> None:
         """Accept connections from a listening Unix socket from now on, until `close`, which closes it."""
-        sock.setblocking(False)
-        self._sockets.append(sock)
-        self._loop.add_reader(sock, self._accept, sock)
-
-    def _accept(self, listening: socket.socket) -> None:
-        for _ in range(64):  # then others first
-            try:
-                sock, _ = listening.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    raise
-                log.error("no further connection can be accepted: %s", error.strerror)
-                self._loop.remove_reader(listening)
-                self._loop.call_later(_ACCEPT_AGAIN_S, self._accept_again, listening)
-                return
-            self._admit(sock)
-
-    def _accept_again(self, listening: socket.socket) -> None:
-        if listening in self._sockets:
-            self._loop.add_reader(listening, self._accept, listening)
+        self._listeners.append(Listener(sock, self._admit))
 
     def _admit(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -141,10 +118,9 @@ class HttpServer:
     async def close(self, grace_s: float = 10.0) -> None:
         """Accept nothing more, let what has begun end for up to ``grace_s`` seconds, then cut off what is left."""
         self._service.draining = True
-        for sock in self._sockets:
-            self._loop.remove_reader(sock)
-            sock.close()
-        self._sockets = []
+        for listener in self._listeners:
+            listener.close()
+        self._listeners = []
         for connection in list(self._connections):
             connection.drain()
         try:

@@ -14,7 +14,6 @@ two buffers for each (see `rustord.wire.transmission`). One that reads no replie
 from __future__ import annotations
 
 import asyncio
-import errno
 import ipaddress
 import logging
 import socket
@@ -24,11 +23,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rustord.errors import ConfigError, RustordError
 from rustord.frontends.exports import Exports, Offered
+from rustord.frontends.listener import Listener
 from rustord.frontends.peer import Peer, Roles, peer_of
 from rustord.wire.api import Role, created_text
 from rustord.wire.limits import NbdLimits
@@ -37,8 +38,6 @@ from rustord.wire.transmission import Transmission
 
 log = logging.getLogger(__name__)
 
-_ACCEPT_AGAIN_S = 1.0
-"""After the process ran out of file descriptors."""
 _FOLLOW_S = 2.0
 """How often Objects that were moved are looked for."""
 _SEND_BUFFER_BYTES = 4 << 20
@@ -214,7 +213,7 @@ class NbdServer:
         self._offer = exports
         self._limits = limits or NbdLimits()
         self._loop = asyncio.get_running_loop()
-        self._listening: dict[socket.socket, ssl.SSLContext | None] = {}
+        self._listeners: list[Listener] = []
         self._connections: dict[_Connection, threading.Thread] = {}
         """In the order of their coming."""
         self._lock = threading.Lock()
@@ -225,31 +224,14 @@ class NbdServer:
 
     async def serve(self, sock: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         """Accept connections from a listening socket from now on, until `close`; with ``tls`` only secured ones."""
-        sock.setblocking(False)
-        self._listening[sock] = tls
-        self._loop.add_reader(sock, self._accept, sock)
+        self._listeners.append(Listener(sock, partial(self._admit_or_refuse, tls)))
 
-    def _accept(self, listening: socket.socket) -> None:
+    def _admit_or_refuse(self, tls: ssl.SSLContext | None, sock: socket.socket) -> None:
         try:
-            sock, _ = listening.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                raise
-            log.error("no further connection can be accepted: %s", error.strerror)
-            self._loop.remove_reader(listening)
-            self._loop.call_later(_ACCEPT_AGAIN_S, self._accept_again, listening)
-            return
-        try:
-            self._admit(sock, self._listening[listening])
+            self._admit(sock, tls)
         except (RustordError, OSError) as error:
             log.warning("a connection was refused: %s", error)
             sock.close()
-
-    def _accept_again(self, listening: socket.socket) -> None:
-        if listening in self._listening:
-            self._loop.add_reader(listening, self._accept, listening)
 
     def _admit(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
         client = self._identify(sock)
@@ -315,10 +297,9 @@ class NbdServer:
 
     async def close(self, grace_s: float = 10.0) -> None:
         """Accept nothing more, let requests that have come be answered for up to ``grace_s`` seconds, then cut."""
-        for sock in self._listening:
-            self._loop.remove_reader(sock)
-            sock.close()
-        self._listening.clear()
+        for listener in self._listeners:
+            listener.close()
+        self._listeners = []
         self._following.cancel()
         await asyncio.to_thread(self._end, grace_s)
 
