@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from rustord.change import Change, Move
+from rustord.change import Move
 from rustord.errors import DeviceError, InvalidRequest, NoSpace, NotFound, PreconditionFailed, RustordError
 from rustord.event import DEVICE_REMOVED, fields
 from rustord.extent import Extent, block_count
@@ -274,17 +273,10 @@ class Mover:
         batch, self._batch, self._batch_bytes = self._batch, [], 0
         if not batch:
             return
-        done = threading.Event()
-        outcomes: list[tuple[Change, Record | RustordError]] = []
-
-        def deliver(finished: Sequence[tuple[Change, Record | RustordError]]) -> None:
-            outcomes.extend(finished)
-            if len(outcomes) == len(batch):
-                done.set()
-
-        self._writer.submit(batch, deliver)
-        if not done.wait(_COMMIT_S):
-            raise DeviceError("a cycle did not end in time", hint="see 'rustorctl status', and dmesg")
+        try:
+            outcomes = self._writer.make(batch, _COMMIT_S)
+        except TimeoutError as error:
+            raise DeviceError("a cycle did not end in time", hint="see 'rustorctl status', and dmesg") from error
         for change, outcome in outcomes:
             if isinstance(outcome, Record):
                 self.moved += 1

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, Full, Queue
@@ -27,7 +26,7 @@ from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
 from rustord.page import ZEROS, extent_at
 from rustord.record import Record, RecordId
-from rustord.writer import Outcome, Writer
+from rustord.writer import Writer
 
 log = logging.getLogger(__name__)
 
@@ -314,9 +313,6 @@ class Repairer:
             )
 
     def _move(self, record: Record, leave: Sequence[Extent], pace: Pace) -> None:
-        move = self._store.relocate(record, leave, pace=pace)
-        future: Future[Outcome] = Future()
-        self._writer.submit([move], lambda outcomes: future.set_result(outcomes[0][1]))
-        outcome = future.result(MOVE_S)
+        ((_, outcome),) = self._writer.make([self._store.relocate(record, leave, pace=pace)], MOVE_S)
         if isinstance(outcome, RustordError):
             raise outcome

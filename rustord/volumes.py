@@ -47,10 +47,8 @@ log = logging.getLogger(__name__)
 class Writer(Protocol):
     """What is needed of a `rustord.writer.Writer`."""
 
-    def submit(
-        self, changes: Sequence[Change], deliver: Callable[[Sequence[tuple[Change, Record | RustordError]]], None]
-    ) -> None:
-        """Make the changes in the next cycles."""
+    def make(self, changes: Sequence[Change], timeout_s: float) -> Sequence[tuple[Change, Record | RustordError]]:
+        """Make the changes in the next cycles. Raises TimeoutError; they may be made nevertheless."""
 
     def call(self, function: Callable[[], T], timeout_s: float = ...) -> T:
         """Run ``function`` between two cycles. Raises TimeoutError; it may run nevertheless."""
@@ -337,9 +335,7 @@ class Volumes:
         hasher = self._store.keygen.hasher()
         sums = self._sum(layer, hasher)
         put = Put(Frozen(layer, hasher.digest(), sums), Metadata(object_name), if_none_match=bool(object_name))
-        stored: Future[Record | RustordError] = Future()
-        self._writer.submit([put], lambda outcomes: stored.set_result(outcomes[0][1]))
-        outcome = stored.result(_CHANGE_S)
+        ((_, outcome),) = self._writer.make([put], _CHANGE_S)
         if isinstance(outcome, RustordError):
             raise outcome
         return outcome

@@ -80,6 +80,24 @@ class Writer:
         for first in range(0, len(changes), CHANGE_COUNT_MAX):
             self._queue.put(changes[first : first + CHANGE_COUNT_MAX])
 
+    def make(self, changes: Sequence[Change], timeout_s: float) -> list[tuple[Change, Outcome]]:
+        """Have ``changes`` made, and wait for all outcomes. Raises TimeoutError; they may be made all the same then.
+
+        Not for the writer's own thread.
+        """
+        outcomes: list[tuple[Change, Outcome]] = []
+        done = threading.Event()
+
+        def deliver(finished: Sequence[tuple[Change, Outcome]]) -> None:
+            outcomes.extend(finished)
+            if len(outcomes) == len(changes):
+                done.set()
+
+        self.submit(changes, deliver)
+        if not done.wait(timeout_s):
+            raise TimeoutError(f"{len(changes) - len(outcomes)} changes were not made in {timeout_s:.0f} s")
+        return outcomes
+
     def call(self, function: Callable[[], T], timeout_s: float = 60.0) -> T:
         """Run ``function`` on the writer's thread between two cycles, and return or raise what it does."""
         future: Future[T] = Future()

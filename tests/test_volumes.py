@@ -35,10 +35,9 @@ class Direct:
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
 
-    def submit(
-        self, changes: Sequence[Change], deliver: Callable[[Sequence[tuple[Change, Record | RustordError]]], None]
-    ) -> None:
-        deliver(list(zip(changes, run(self._store, *changes), strict=True)))
+    def make(self, changes: Sequence[Change], timeout_s: float) -> list[tuple[Change, Record | RustordError]]:
+        del timeout_s
+        return list(zip(changes, run(self._store, *changes), strict=True))
 
     def call(self, function: Callable[[], T], timeout_s: float = 60.0) -> T:
         del timeout_s

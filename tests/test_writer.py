@@ -8,16 +8,19 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 
 import rustord
+import rustord.writer as writer_module
 from rustord.change import Change, Delete, Put
 from rustord.errors import DeviceError, NotFound, ReadOnly, RustordError, Unavailable
-from rustord.objectstore import ObjectStore
+from rustord.objectstore import Cycle, ObjectStore
 from rustord.record import Metadata, Record
 from rustord.writer import CHANGE_COUNT_MAX, Writer
 from tests.simulation import MIB, Simulation, check_sound, free_blocks, live, stored
@@ -132,6 +135,50 @@ def test_what_arrives_together_shares_a_cycle(store: ObjectStore) -> None:
     assert all(isinstance(outcome, Record) for outcome in outcomes)
     assert cycles[:2] == [CHANGE_COUNT_MAX, 100]
     assert writer.change_count == sum(cycles)
+
+
+def test_a_cycle_waits_for_those_whom_the_last_one_has_answered(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = [0.0]  # a cycle takes minutes by the writer's clock, so that its patience outlasts this test
+    monkeypatch.setattr(writer_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late[0]))
+    monkeypatch.setattr(writer_module, "GATHER_S", 2.0 * SECONDS_MAX)
+    make_cycle = store.cycle
+
+    def cycle(changes: Iterable[Change]) -> Cycle:
+        late[0] += 4.0 * SECONDS_MAX
+        return make_cycle(changes)
+
+    monkeypatch.setattr(store, "cycle", cycle)
+    sizes: list[int] = []
+    writer = Writer(store, lambda count, seconds: sizes.append(count))
+    assert len(writer.make([Put(b"1"), Put(b"2")], SECONDS_MAX)) == 2
+    answers = Answers()
+    writer.submit([Put(b"3")], answers)
+    while not writer._queue.empty():  # until the writer has taken it
+        threading.Event().wait(0.001)
+    writer.submit([Put(b"4")], answers)
+    assert isinstance(answers.get(), Record)
+    assert isinstance(answers.get(), Record)
+    assert writer.close(SECONDS_MAX)
+    assert sizes[:2] == [2, 2]
+
+
+def test_changes_are_made_while_somebody_waits(writer: Writer) -> None:
+    put, delete = Put(b"data"), Delete(bytes(16))
+    outcomes = dict(writer.make([put, delete], SECONDS_MAX))
+    assert isinstance(outcomes[put], Record)
+    assert isinstance(outcomes[delete], NotFound)
+
+
+def test_nobody_waits_for_changes_without_end(writer: Writer) -> None:
+    hold = threading.Event()
+    holder = threading.Thread(target=writer.call, args=(lambda: hold.wait(SECONDS_MAX),))
+    holder.start()
+    with pytest.raises(TimeoutError, match="1 changes were not made in 0 s"):
+        writer.make([Put(b"data")], 0.1)
+    hold.set()
+    holder.join()
 
 
 def test_a_function_runs_between_two_cycles(writer: Writer) -> None:
