@@ -272,7 +272,8 @@ class _Daemon:
         self._volumes = Volumes(store, self._writer)
         exports = Exports(store, self._writer, self._volumes)
         tcp_role = Role[config.nbd.tcp_role.upper()]
-        self._nbd = NbdServer(exports, roles(config), config.nbd.limits(), tcp_role)
+        who = roles(config)
+        self._nbd = NbdServer(exports, who, config.nbd.limits(), tcp_role)
         self._mover = Mover(store, self._writer, config.mover.rate, config.pool.directory / "mover.json")
         self._admin = Admin(
             store,
@@ -289,7 +290,7 @@ class _Daemon:
             self._writer,
             self._admin,
             limits=config.limits.of_frontend(),
-            roles=roles(config),
+            roles=who,
             slow_request_s=config.log.slow_request,
         )
         self._metrics.watch(store, self._server.traffic, self._scrub)
