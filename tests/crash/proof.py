@@ -106,7 +106,9 @@ class Proof:
                 raise
             self.counts["rebuild refused"] += 1
             return False
-        assert not report.losses, report.losses
+        # A move that was cut short may leave half a footer, which nobody can tell from that of an Object that is lost.
+        torn = bool(stage.told.moving) and all("half a footer" in loss for loss in report.losses)
+        assert torn or not report.losses, report.losses
         self.counts["rebuilt"] += 1
         return True
 
@@ -135,14 +137,14 @@ def opened_if_whole(stage: Stage) -> ObjectStore | None:
 
 def work_on(story: Story, chance: random.Random) -> None:
     """Some more of everything, on what a power cut left."""
-    at = chance.randrange(100, 900)
-    story.put(some(at, chance.choice([0, 100, 5000, 9000]), chance.choice(["", "a", "new"])), some(at + 7, 6000))
+    at = chance.getrandbits(64)
+    story.put(some(at, chance.choice([0, 100, 5000, 9000]), chance.choice(["", "a", "new"])), some(at + 1, 6000))
     if chance.random() < 0.5:
         story.move(chance.choice(story.uuids))
     if chance.random() < 0.5:
         story.checkpoint()
     story.delete(chance.choice(story.uuids))
-    story.put(some(at + 20, 4000, "a"))
+    story.put(some(at + 2, 4000, "a"))
 
 
 def sampled(states: list[State], count: int, chance: random.Random) -> list[State]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from itertools import count
 from typing import Any, NamedTuple
 
 from rustord.extent import Extent
 from rustord.placer import Contiguous, FreeView, Mirrored, Placer, Striped
-from tests.crash.story import DATA, Content, Stage, Story
+from tests.crash.story import Content, Stage, Story
 from tests.simulation import MIB
 
 DEVICE_BYTES = 16 * MIB
@@ -58,9 +60,10 @@ class OnDevice:
         return [[Extent(self.number, block, count)]]
 
 
-def some(at: int, length: int, name: str = "", **attributes: str) -> Content:
-    """A Content whose data is nobody else's."""
-    return Content(DATA[at * 4099 : at * 4099 + length], name, "text/plain" if name else "", tuple(attributes.items()))
+def some(number: int, length: int, name: str = "", **attributes: str) -> Content:
+    """A Content; each ``number`` has data of its own, so that what is left of it on a device can be told."""
+    data = random.Random(number).randbytes(length)
+    return Content(data, name, "text/plain" if name else "", tuple(attributes.items()))
 
 
 def making_a_pool(stage: Stage) -> None:
@@ -147,12 +150,13 @@ def nearly_around(stage: Stage, *, indexing: bool) -> Story:
     story = Story(stage, stage.open())
     story.put(*(some(number, 600, f"early{number}") for number in range(5)))
     ring = story.store.keystore._rings[0]
+    number = count(100)
     while ring.block < RING_BLOCKS - 60:  # records of 8 KiB, 20 in a batch
-        story.put(*(some(number, 10, f"often{number}", pad="x" * 8000) for number in range(20)))
+        story.put(*(some(next(number), 10, f"often{turn}", pad="x" * 8000) for turn in range(20)))
         if indexing:
             story.checkpoint()
     while ring.block < RING_BLOCKS - 3:
-        story.put(some(30, 10, "often"))
+        story.put(some(next(number), 10, "often"))
     stage.recording.mark()
     return story
 

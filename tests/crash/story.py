@@ -33,7 +33,6 @@ T = TypeVar("T")
 
 BLOCK = 4096
 NOWHERE = Path("nowhere")
-DATA = random.Random(3).randbytes(4 * MIB)
 
 
 class Content(NamedTuple):
@@ -62,9 +61,9 @@ class Told(NamedTuple):
     """What users have been told until now, and what they are waiting for.
 
     ``objects`` were acknowledged, ``putting`` and ``deleting`` were not answered, or with an error of a device.
-    ``deleted`` were acknowledged, as replaced ones too. ``members`` are the numbers of the pool's devices, with
-    ``joining`` those that are being added or removed. ``made``: whether the pool was. ``bad`` are blocks that are never
-    to be used again.
+    ``deleted`` were acknowledged, as replaced ones too. ``moving`` are Objects whose moves began and did not end, even
+    before an earlier power cut. ``members`` are the numbers of the pool's devices, with ``joining`` those that
+    are being added or removed. ``made``: whether the pool was. ``bad`` are blocks that are never to be used again.
     ``places`` are all blocks that Objects are known to have had; those of the ``erased`` were to be zeroed.
     """
 
@@ -72,6 +71,7 @@ class Told(NamedTuple):
     putting: tuple[Content, ...] = ()
     deleting: frozenset[bytes] = frozenset()
     deleted: Mapping[bytes, Content] = {}
+    moving: frozenset[bytes] = frozenset()
     members: frozenset[int] = frozenset()
     joining: frozenset[int] = frozenset()
     made: bool = False
@@ -432,7 +432,10 @@ class Story:
     def move(self, uuid: bytes) -> None:
         """Move an Object to other blocks."""
         record = self.store.stat(uuid)
+        moving = self.stage.told.moving
+        self.stage.tell(self.stage.told._replace(moving=moving | {uuid}))
         self.follow([self.store.relocate(record, record.extents)])
+        self.stage.tell(self.stage.told._replace(moving=moving))
 
     def condemn(self, *extents: Extent) -> None:
         """Have free blocks never used again."""
