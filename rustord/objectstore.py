@@ -14,30 +14,30 @@ what was deleted.
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from operator import itemgetter
 from time import perf_counter
 from typing import NamedTuple
 
 from rustord.allocator import Allocator
-from rustord.blockstore import BlockStore, chunk_sums
+from rustord.blockstore import BlockStore
 from rustord.change import Change, Delete, Erase, Move, Put, Undo, check_match
 from rustord.distribution import Distribution
-from rustord.errors import DeviceError, InUse, NoSpace, NotFound, PreconditionFailed, ReadOnly, RustordError
-from rustord.extent import Extent, block_count, extend, trim, without
-from rustord.footer import encode_footer, footer_blocks
-from rustord.journal import NOTHING, Entry, Kind
+from rustord.erasures import Erasures
+from rustord.errors import DeviceError, InUse, NotFound, PreconditionFailed, ReadOnly, RustordError
+from rustord.extent import Extent
+from rustord.journal import Entry, Kind
 from rustord.keygen import KeyGen
 from rustord.keystore.store import KeyStore
 from rustord.label import Label
-from rustord.layer import Frozen, Layers
+from rustord.layer import Layers
 from rustord.manifest import Data
 from rustord.objkey import ObjectId, ObjKey, uuid_text
 from rustord.page import LayerEntry, MapEntry
-from rustord.record import Grave, Metadata, Record, RecordId, encode_record, record_length
+from rustord.placement import Placement, Placements, writes
+from rustord.record import Grave, Metadata, Record, RecordId
 from rustord.relocation import Relocation
 from rustord.upload import Upload
 
@@ -69,40 +69,10 @@ class Cycle(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Placed:
-    """A Put or Move whose blocks are chosen: ``data`` and its tail go to each copy, behind its first ``skip`` blocks.
-
-    ``replaced`` is what its Object, or its name, had before.
-    """
-
-    put: Put | Move
-    record: Record
-    copies: list[list[Extent]]
-    skip: int
-    data: Data
-    tails: list[bytes]
-    replaced: Record | None = None
-
-    def failure(self, failed: Mapping[int, RustordError]) -> RustordError | None:
-        """Why the Object did not reach all of its devices; None if it did."""
-        if not failed:
-            return None
-        return next((failed[device] for device in self.record.devices if device in failed), None)
-
-    @property
-    def replaced_uuid(self) -> ObjectId:
-        return self.replaced.uuid if self.replaced else NOTHING
-
-    def remains(self, record: Record, keeper: Record | None) -> Sequence[Extent]:
-        """The blocks of ``record`` to erase: not those that ``keeper`` has too, which a Move has left in place."""
-        return without(record.extents, keeper.extents) if keeper and isinstance(self.put, Move) else record.extents
-
-
-@dataclass(slots=True)
 class _Batch:
     """A cycle in the making."""
 
-    puts: list[_Placed] = field(default_factory=list)
+    puts: list[Placement] = field(default_factory=list)
     deletes: list[tuple[Delete, Record, int]] = field(default_factory=list)
     undos: list[tuple[Undo, int]] = field(default_factory=list)
     erases: list[Erase] = field(default_factory=list)
@@ -144,13 +114,11 @@ class ObjectStore:
         self.read_only = read_only
         self._sequence = self._durable = sequence
         self._all_flushed = True
-        self._layout = allocator.placer.name.encode("ascii")
+        self._placements = Placements(label.secret, blocks, allocator, keygen, layers)
+        self._erasures = Erasures(keystore)
         self._erased: dict[int, list[RecordId]] = {}  # erased on that device, and its journal does not say so yet
-        self._abandoned: deque[Erase] = deque()
-        self._held: list[Erase] = []
-        self._pins: Counter[RecordId] = Counter()
         self._exports: Counter[ObjectId] = Counter()
-        self._pinning = threading.Lock()
+        self._exporting = threading.Lock()
         self._on_close = on_close
 
     # The library's calls; the daemon's Writer makes cycles itself
@@ -233,15 +201,11 @@ class ObjectStore:
 
         A reader of a long Object is not cut off by a writer of the same name. An explicit DELETE does not wait.
         """
-        with self._pinning:
-            self._pins[record.id] += 1
+        self._erasures.pin(record.id)
 
     def unpin(self, record: Record) -> None:
         """Undo one `pin`."""
-        with self._pinning:
-            self._pins[record.id] -= 1
-            if self._pins[record.id] <= 0:
-                del self._pins[record.id]
+        self._erasures.unpin(record.id)
 
     def begin_export(self, uuid: ObjectId) -> Record:
         """Keep an Object from being deleted, and its blocks from being erased, until `end_export`.
@@ -249,7 +213,7 @@ class ObjectStore:
         Called on the thread that changes the pool, between two cycles: no deletion is half done then. Raises NotFound.
         """
         record = self.stat(uuid)
-        with self._pinning:
+        with self._exporting:
             self._exports[uuid] += 1
         self.pin(record)
         return record
@@ -265,7 +229,7 @@ class ObjectStore:
     def end_export(self, record: Record) -> None:
         """Undo one `begin_export`; any thread may."""
         self.unpin(record)
-        with self._pinning:
+        with self._exporting:
             self._exports[record.uuid] -= 1
             if self._exports[record.uuid] <= 0:
                 del self._exports[record.uuid]
@@ -279,19 +243,7 @@ class ObjectStore:
         """
         self.check_changeable()
         self._check_name(put)
-        hasher = self.keygen.hasher()
-        needed = 0
-        if size is not None:
-            key = ObjKey(NOTHING, self.keygen.algorithm, hasher.digest(), size)
-            needed = self._blocks_needed(put, key, self.allocator.placer.copies)
-        upload = Upload(self.allocator, self.blocks, hasher, size, needed, self._abandon)
-        if size is not None:
-            try:
-                self._fit(put, key, upload.copies)
-            except RustordError:
-                upload.abort()
-                raise
-        put.source = upload
+        put.source = upload = self._placements.upload(put, size, self._abandon)
         return upload
 
     def relocate(
@@ -352,14 +304,14 @@ class ObjectStore:
         """
         erase = Erase(extents)
         erase.finished = finished
-        self._abandoned.append(erase)
+        self._erasures.add(erase)
 
     def sweep(self, finished: Callable[[RustordError | None], None] | None = None) -> None:
         """Erase the Layers that nobody needs, in later cycles; ``finished`` is told then. Called between cycles."""
         erases = self._sweep()
         for erase in erases:
             erase.finished = finished
-        self._abandoned.extend(erases)
+            self._erasures.add(erase)
         if finished is not None and not erases:
             finished(None)
 
@@ -393,11 +345,11 @@ class ObjectStore:
     def _abandon(self, used: list[Extent], unused: list[Extent]) -> None:
         self.allocator.release(unused)
         if used:
-            self._abandoned.append(Erase(used))
+            self._erasures.add(Erase(used))
 
     def idle_work(self) -> bool:
         """Whether an empty cycle would have something to do."""
-        return bool(self._abandoned) or not all(map(self._is_held, self._held))
+        return self._erasures.are_due()
 
     def cycle(self, changes: Iterable[Change]) -> Cycle:
         """Make a batch of changes and all that they need durable with one flush per device; see the module.
@@ -422,7 +374,7 @@ class ObjectStore:
         return cycle
 
     def _place_all(self, changes: Iterable[Change]) -> _Batch:
-        batch = _Batch(following=self._due())
+        batch = _Batch(following=self._erasures.take())
         refusal = self._refusal()
         for change in changes:
             try:
@@ -434,20 +386,6 @@ class ObjectStore:
                 if isinstance(change, Put | Move) and isinstance(change.source, Upload | Relocation):
                     change.source.abort()
         return batch
-
-    def _due(self) -> list[Change]:
-        """Erasures that nobody asked for: what was abandoned, and what was replaced and is read no more."""
-        due: list[Change] = [self._abandoned.popleft() for _ in range(len(self._abandoned))]
-        if self._held:
-            held, self._held = self._held, []
-            for erase in held:
-                (self._held if self._is_held(erase) else due).append(erase)
-        return due
-
-    def _is_held(self, erase: Erase) -> bool:
-        if erase.after > self.keystore.indexed_sequence:
-            return True
-        return erase.cause is None and any(id in self._pins for id in erase.ids)
 
     def _stage(self, change: Change, batch: _Batch) -> None:
         """Decide what the change comes to; nothing is written yet."""
@@ -466,9 +404,7 @@ class ObjectStore:
             self._sequence += 1
             batch.undos.append((change, self._sequence))
             batch.length += 40
-        elif self._is_held(change):
-            self._held.append(change)
-        else:
+        elif not self._erasures.hold(change):
             batch.erases.append(change)
 
     def _stage_put(self, put: Put, batch: _Batch) -> None:
@@ -478,15 +414,9 @@ class ObjectStore:
                 batch.following.append(put)  # it will see that the name is free
                 return
             self._check_erasable(replaced)
-        if isinstance(put.source, Upload):
-            placed = self._place_upload(put, put.source)
-        elif isinstance(put.source, Frozen):
-            placed = self._place_frozen(put, put.source)
-        else:
-            placed = self._place(put, put.source)
+        placed = self._placements.put(put, self._sequence + 1, self.keystore.batch_bytes_max // 2)
         placed.replaced = replaced
-        batch.puts.append(placed)
-        batch.length += len(placed.record.raw) + 64
+        self._add(placed, batch)
         if put.name:
             batch.names.add(put.name)
         if replaced is not None:
@@ -502,98 +432,14 @@ class ObjectStore:
             raise PreconditionFailed(
                 f"Object {uuid_text(old.uuid)} has been moved meanwhile", hint="move it from where it is now"
             )
-        source.finish()
-        record = self._numbered(old.moved(self._sequence + 1, source.copies))
-        placed = self._with_footers(move, record, source.commit(), source.body_block_count, source.rest)
-        placed.replaced = old
-        batch.puts.append(placed)
-        batch.length += len(record.raw) + 64
+        placed = self._placements.move(move, old, self._sequence + 1, self.keystore.batch_bytes_max // 2)
+        self._add(placed, batch)
         batch.gone.add(old.uuid)
 
-    def _place(self, put: Put, data: Data) -> _Placed:
-        hasher = self.keygen.hasher()
-        hasher.update(data)
-        key = ObjKey(self.keygen.uuid(), self.keygen.algorithm, hasher.digest(), len(data))
-        copies = self.allocator.place(self._blocks_needed(put, key, self.allocator.placer.copies))
-        try:
-            if any(len(copy) > 1 for copy in copies):
-                self._fit(put, key, copies)
-            record = self._record(put, key, copies, chunk_sums(data))
-        except RustordError:
-            self.allocator.release(extent for copy in copies for extent in copy)
-            raise
-        return self._with_footers(put, record, copies, 0, data)
-
-    def _place_upload(self, put: Put, upload: Upload) -> _Placed:
-        upload.finish()
-        key = ObjKey(self.keygen.uuid(), self.keygen.algorithm, upload.hasher.digest(), upload.size)
-        self._fit(put, key, upload.copies)
-        record = self._record(put, key, upload.copies, upload.sums)
-        copies, upload.copies = upload.copies, []  # they are the Object's now: to abort must not give them back
-        return self._with_footers(put, record, copies, upload.written_block_count, upload.rest)
-
-    def _place_frozen(self, put: Put, frozen: Frozen) -> _Placed:
-        """Only a footer is written; the data is where it was."""
-        layer = self.layers.numbered(frozen.layer.head.number)
-        data = self.layers.object_extent(layer)
-        key = ObjKey(self.keygen.uuid(), self.keygen.algorithm, frozen.digest, layer.head.size)
-        copies = [[data] for _ in range(self.allocator.placer.copies)]
-        try:
-            self._fit(put, key, copies)
-            record = self._record(put, key, copies, frozen.sums)
-        except RustordError:
-            self.allocator.release(extent for copy in copies for extent in copy)
-            raise
-        return self._with_footers(put, record, copies, data.count, b"")
-
-    def _blocks_needed(self, put: Put, key: ObjKey, extent_count: int) -> int:
-        """Blocks for the data and the footer of one copy, if all copies have ``extent_count`` extents together."""
-        block_size = self.label.block_size
-        length = record_length(
-            key, self._layout, put.name_bytes, put.metadata, self.allocator.placer.copies, extent_count
-        )
-        return -(-key.size // block_size) + footer_blocks(key.size, length, block_size)
-
-    def _fit(self, put: Put, key: ObjKey, copies: list[list[Extent]]) -> None:
-        """Make each copy just as long as it has to be: more extents make a longer Record, and so a longer footer."""
-        while True:
-            have = block_count(copies[0])
-            need = self._blocks_needed(put, key, sum(map(len, copies)))
-            if have == need:
-                return
-            if have < need:
-                for copy, more in zip(copies, self.allocator.place(need - have), strict=True):
-                    extend(copy, more)
-            else:
-                for copy in copies:
-                    self.allocator.release(trim(copy, have - need))
-
-    def _record(self, put: Put, key: ObjKey, copies: Sequence[Sequence[Extent]], sums: Data) -> Record:
-        raw = encode_record(
-            key, self._sequence + 1, put.created_ns, copies, sums, self._layout, put.name_bytes, put.metadata
-        )
-        return self._numbered(raw)
-
-    def _numbered(self, raw: bytes) -> Record:
-        """A new Record, whose sequence is the next one from now on. Raises NoSpace if no journal takes it."""
-        record = Record(raw)
-        if len(raw) > self.keystore.batch_bytes_max // 2:
-            raise NoSpace(
-                f"the Record of an Object of {record.size} bytes in {len(record.extents)} extents is too long",
-                hint="the free space is too fragmented, or the device too small, for an Object of this size",
-            )
-        self._sequence += 1
-        return record
-
-    def _with_footers(
-        self, put: Put | Move, record: Record, copies: list[list[Extent]], skip: int, data: Data
-    ) -> _Placed:
-        secret, block_size = self.label.secret, self.label.block_size
-        tails = [
-            encode_footer(record.raw, record.size, copy, self.blocks.device_uuids, secret, block_size)
-            for copy in copies
-        ]
-        return _Placed(put, record, copies, skip, data, tails)
+    def _add(self, placed: Placement, batch: _Batch) -> None:
+        self._sequence = placed.record.sequence
+        batch.puts.append(placed)
+        batch.length += len(placed.record.raw) + 64
 
     def _stage_delete(self, delete: Delete, batch: _Batch) -> None:
         record = self.stat(delete.uuid)
@@ -647,22 +493,13 @@ class ObjectStore:
 
     def _write(self, batch: _Batch) -> dict[int, RustordError]:
         """Write data and footers, adjoining ones in one call. Returns the devices that failed."""
-        block_size = self.label.block_size
-        writes: list[tuple[int, int, int, Sequence[Data]]] = []
-        for placed in batch.puts:
-            for copy, tail in zip(placed.copies, placed.tails, strict=True):
-                if len(copy) == 1 and not placed.skip:
-                    device, block, count = copy[0]
-                    writes.append((device, block, count, (placed.data, tail)))
-                else:
-                    writes.extend(_split(copy, placed.skip, memoryview(b"".join((placed.data, tail))), block_size))
         failed: dict[int, RustordError] = {}
-        for device, block, count, buffers in _joined(writes):
-            if device not in failed:
+        for extent, buffers in writes(batch.puts, self.label.block_size):
+            if extent.device not in failed:
                 try:
-                    self.blocks.write(Extent(device, block, count), buffers)
+                    self.blocks.write(extent, buffers)
                 except DeviceError as error:
-                    failed[device] = error
+                    failed[extent.device] = error
         return failed
 
     def _erase(self, batch: _Batch) -> set[int]:
@@ -733,7 +570,8 @@ class ObjectStore:
                     if replaced.uuid in self.layers.users:  # a Layer builds on it: it is erased with the last one
                         continue
                 erase = Erase(placed.remains(replaced, record), (replaced.id,), after=after, layer=replaced.layer)
-                (self._held if self._is_held(erase) else batch.following).append(erase)
+                if not self._erasures.hold(erase):
+                    batch.following.append(erase)
         return puts
 
     def _settle_deletes(
@@ -750,18 +588,12 @@ class ObjectStore:
             if record.uuid in self.layers.users:  # a Layer builds on it: it is erased with the last one
                 batch.outcomes.append((change, record))
             else:
-                left = self._left_behind(record.uuid)
+                left = self._erasures.take_left_behind(record.uuid)
                 extents = [*record.extents, *(extent for erase in left for extent in erase.extents)]
                 ids = (record.id, *(id for erase in left for id in erase.ids))
                 batch.following.append(Erase(extents, ids, change, layer=record.layer))
             deletes.append((record, sequence))
         return deletes
-
-    def _left_behind(self, uuid: ObjectId) -> list[Erase]:
-        """What a deleted Object left when it was moved: that need not wait for the index any more."""
-        left = [erase for erase in self._held if erase.after and erase.ids[0].uuid == uuid] if self._held else []
-        self._held = [erase for erase in self._held if erase not in left] if left else self._held
-        return left
 
     def _settle_undos(self, batch: _Batch) -> list[tuple[Grave, int]]:
         batch.following += [Erase(undo.extents, (undo.record.id,)) for undo, _ in batch.undos]
@@ -809,33 +641,3 @@ class ObjectStore:
     def close(self) -> None:
         """Put everything in order and let go of the devices."""
         self._on_close(self)
-
-
-def _split(
-    copy: Sequence[Extent], skip: int, data: memoryview, block_size: int
-) -> Iterator[tuple[int, int, int, Sequence[Data]]]:
-    """(device, block, count, buffers) for ``data`` in the blocks of ``copy`` behind its first ``skip``."""
-    for device, block, count in copy:
-        if skip >= count:
-            skip -= count
-            continue
-        length = (count - skip) * block_size
-        yield device, block + skip, count - skip, (data[:length],)
-        data, skip = data[length:], 0
-
-
-def _joined(writes: list[tuple[int, int, int, Sequence[Data]]]) -> Iterator[tuple[int, int, int, list[Data]]]:
-    """The same in the order of the devices, with what adjoins made one."""
-    writes.sort(key=itemgetter(0, 1))
-    device, block, count = -1, 0, 0
-    buffers: list[Data] = []
-    for next_device, next_block, next_count, more in writes:
-        if next_device == device and next_block == block + count:
-            count += next_count
-        else:
-            if buffers:
-                yield device, block, count, buffers
-            device, block, count, buffers = next_device, next_block, next_count, []
-        buffers.extend(more)
-    if buffers:
-        yield device, block, count, buffers

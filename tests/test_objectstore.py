@@ -6,7 +6,6 @@ import random
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from rustord.errors import (
     ReadOnly,
     RustordError,
 )
-from rustord.extent import Extent, block_count
+from rustord.extent import Extent
 from rustord.keygen import HASHES, find_hash
 from rustord.objectstore import ObjectStore
 from rustord.placer import Contiguous, FirstFit, FreeView, Mirrored, Placer, Striped
@@ -294,52 +293,6 @@ class TestDelete:
         with pytest.raises(NotFound):
             store.read(record, 0, record.size)
         assert store.read_now(record, 0, record.size) is None
-
-
-class TestPins:
-    def test_a_reader_is_not_cut_off_by_who_replaces_the_name(self, store: ObjectStore) -> None:
-        record = store.stat(store.put(DATA[:3_000_000], name="name").uuid)
-        free = free_count(store)
-        store.pin(record)
-        store.pin(record)
-        new = store.put(b"new", name="name")
-        run(store)
-        assert store.read(record, 0, record.size) == DATA[:3_000_000]
-        store.unpin(record)
-        assert not store.idle_work()
-        assert store.read(record, 0, record.size) == DATA[:3_000_000]
-        store.unpin(record)
-        assert store.idle_work()
-        run(store)
-        assert free_count(store) == free + block_count(record.extents) - 1
-        assert store.get(new.uuid) == b"new"
-        check_sound(store)
-
-    def test_who_deletes_does_not_wait(self, store: ObjectStore) -> None:
-        key = store.put(b"x")
-        record = store.stat(key.uuid)
-        store.pin(record)
-        store.delete(key.uuid)
-        store.unpin(record)
-        check_sound(store)
-
-    def test_what_is_held_at_the_end_is_erased_at_the_next_start(self, simulation: Simulation) -> None:
-        store = simulation.open()
-        record = store.stat(store.put(DATA[:BLOCK], name="name").uuid)
-        store.pin(record)
-        store.put(b"new", name="name")
-        store = reopened(simulation)
-        assert simulation.read(0, record.extents[0].block, 2) == bytes(2 * BLOCK)
-        check_sound(store)
-
-    def test_a_reader_that_never_ends_does_not_fill_the_journal(self, store: ObjectStore) -> None:
-        record = store.stat(store.put(b"read", name="name").uuid)
-        store.pin(record)
-        for number in range(1200):
-            store.put(bytes([number % 256]), name="name")
-        store.unpin(record)
-        run(store)
-        check_sound(store)
 
 
 class TestFull:
@@ -787,12 +740,6 @@ class TestFailingDevices:
             store.delete(store.put(b"x").uuid)
         two.cut_power()
         check_sound(two.open())
-
-
-def test_objects_are_laid_out_side_by_side(store: ObjectStore) -> None:
-    records = [store.stat(store.put(DATA[:10_000]).uuid) for _ in range(5)]
-    extents = [record.extents[0] for record in records]
-    assert all(first.end == second.block for first, second in pairwise(extents))
 
 
 class Life(RuleBasedStateMachine):

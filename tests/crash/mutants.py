@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import rustord.blockstore
 import rustord.journal
 import rustord.membership
+import rustord.placement
 import rustord.pool
 from rustord.blockstore import BlockStore
 from rustord.keystore.ring import Ring
@@ -140,7 +141,7 @@ def _mutants() -> Iterator[Mutant]:
     yield mutant(
         "the footer is not written",
         (
-            ObjectStore._write,
+            rustord.placement.writes,
             "zip(placed.copies, placed.tails, strict=True)",
             "zip(placed.copies, [bytes(len(tail)) for tail in placed.tails])",
         ),
@@ -162,7 +163,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "the journal does not say what is replaced",
-        (ObjectStore._journal, "placed.replaced_uuid", "NOTHING"),
+        (ObjectStore._journal, "placed.replaced_uuid", "bytes(16)"),
         by=(s.replacing_and_deleting,),
     )
     yield mutant(
@@ -183,7 +184,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "a DELETE is answered while the blocks are not erased that the Object was moved from",
-        (ObjectStore._settle_deletes, "left = self._left_behind(record.uuid)", "left = []"),
+        (ObjectStore._settle_deletes, "left = self._erasures.take_left_behind(record.uuid)", "left = []"),
         by=(s.moving,),
     )
     # DELETE

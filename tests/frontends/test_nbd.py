@@ -215,7 +215,7 @@ def test_clients_that_vanish_in_the_middle_of_anything(served: NbdServed) -> Non
         with served.connect().go() as peer:
             peer.send(said)
     until(lambda: not served.server._connections, "they are gone")
-    assert not served.store._pins
+    assert not served.store._erasures._pins
     assert served.works()
 
 
@@ -238,7 +238,7 @@ def test_a_fault_of_ours_ends_one_connection_only(served: NbdServed, caplog: pyt
         assert other.read(0, 512).data == served.data[:512]
     until(lambda: not served.server._connections, "they are gone")
     assert "has failed" in caplog.text
-    assert not served.store._pins
+    assert not served.store._erasures._pins
 
 
 # The end

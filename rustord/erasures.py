@@ -1,0 +1,69 @@
+"""Erasures: what has to be erased, and is held back while it is read, or while the index may lead there."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+
+from rustord.change import Change, Erase
+from rustord.keystore.store import KeyStore
+from rustord.objkey import ObjectId
+from rustord.record import RecordId
+
+
+class Erasures:
+    """Erasures that wait for a cycle to take them. `add`, `pin` and `unpin` are for any thread, the rest for one."""
+
+    def __init__(self, keystore: KeyStore) -> None:
+        self._keystore = keystore
+        self._new: deque[Erase] = deque()
+        self._held: list[Erase] = []
+        self._pins: Counter[RecordId] = Counter()
+        self._pinning = threading.Lock()
+
+    def pin(self, record: RecordId) -> None:
+        """Hold the blocks of a Record, unless somebody waits for their erasure, until `unpin`."""
+        with self._pinning:
+            self._pins[record] += 1
+
+    def unpin(self, record: RecordId) -> None:
+        """Undo one `pin`."""
+        with self._pinning:
+            self._pins[record] -= 1
+            if self._pins[record] <= 0:
+                del self._pins[record]
+
+    def add(self, erase: Erase) -> None:
+        """Have a later cycle take it."""
+        self._new.append(erase)
+
+    def hold(self, erase: Erase) -> bool:
+        """Keep it if it has to wait; whether that is so. Otherwise it is the caller's."""
+        if not self._has_to_wait(erase):
+            return False
+        self._held.append(erase)
+        return True
+
+    def _has_to_wait(self, erase: Erase) -> bool:
+        if erase.after > self._keystore.indexed_sequence:
+            return True
+        return erase.cause is None and any(id in self._pins for id in erase.ids)
+
+    def are_due(self) -> bool:
+        """Whether `take` would return any."""
+        return bool(self._new) or not all(map(self._has_to_wait, self._held))
+
+    def take(self) -> list[Change]:
+        """What was added, and what need not wait any more."""
+        due: list[Change] = [self._new.popleft() for _ in range(len(self._new))]
+        if self._held:
+            held, self._held = self._held, []
+            due += [erase for erase in held if not self.hold(erase)]
+        return due
+
+    def take_left_behind(self, uuid: ObjectId) -> list[Erase]:
+        """What an Object left when it was moved: once that is deleted, it need not wait for the index any more."""
+        left = [erase for erase in self._held if erase.after and erase.ids[0].uuid == uuid]
+        if left:
+            self._held = [erase for erase in self._held if erase not in left]
+        return left
