@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -44,44 +44,49 @@ def find_devices(config: Config) -> list[str]:
         log.warning("%s is not there", path, extra=fields(device=path))
     if named and not there:
         raise PoolError(f"none of {', '.join(named)} is there", hint="see whether the devices are attached")
-    there = _without_faulty(there)
+    looks = {path: _look_at(path) for path in there}
+    labels = {path: look for path, look in looks.items() if isinstance(look, Label)}
     taken = {os.path.realpath(path) for path in there}
     found = {path: label for path, label in _labelled(config) if path not in taken}
-    pools = {label.pool_uuid for label in found.values()}
-    if there:
-        pools = {label.pool_uuid for label in map(peek, there) if label}
-    elif len(pools) > 1:
+    pools = {label.pool_uuid for label in (labels or found).values()}
+    if not labels and len(pools) > 1:
         raise ConfigError(
             f"the [[device]] rules find devices of {len(pools)} pools: {', '.join(map(uuid_text, sorted(pools)))}",
             hint="make the rules narrower, or name one device of the pool in pool.devices",
         )
-    if not there and not found:
+    if not pools:
+        if there:
+            return there  # to open them will say what is wrong
         raise PoolError("no device that a [[device]] rule means bears a label", hint="see 'rustorctl pool create'")
-    return there + [path for path, label in found.items() if label.pool_uuid in pools]
+    labels |= {path: label for path, label in found.items() if label.pool_uuid in pools}
+    left_out = {path: look for path, look in looks.items() if isinstance(look, str)} | _let_go(labels)
+    for path, why in left_out.items():
+        log.error("%s is left out: %s", path, why, extra=DEVICE_REFUSED(device=path))
+    return [path for path in labels if path not in left_out]
 
 
-def _without_faulty(paths: list[str]) -> list[str]:
-    """Those whose label can be read or that bear none; all of them if that is true of none.
+def _look_at(path: str) -> Label | str:
+    """The label of a device that is named, or why it is none of the pool's.
 
     A disk that has died is not there, as one that was taken out: the pool does without it.
     """
-    faults = {path: fault for path in paths if (fault := _fault(path))}
-    if len(faults) == len(paths):
-        return paths
-    for path, fault in faults.items():
-        log.error("%s is left out: %s", path, fault, extra=DEVICE_REFUSED(device=path))
-    return [path for path in paths if path not in faults]
-
-
-def _fault(path: str) -> str:
-    """Why nobody can tell what the device is; "" if one can."""
     try:
         with closing(open_device(path, read_only=True, exclusive=False)) as device:
             require_ours(device)
-            read_label(device)
+            return read_label(device) or "it bears no rustord label"
     except RustordError as error:
         return str(error)
-    return ""
+
+
+def _let_go(labels: Mapping[str, Label]) -> dict[str, str]:
+    """Those that the pool has let go of and that are still plugged in, perhaps with their labels since they failed."""
+    newest = max(labels.values(), key=lambda label: label.generation)
+    members = {member.device_uuid for member in newest.members}
+    return {
+        path: "it was removed from the pool"
+        for path, label in labels.items()
+        if label.pool_uuid == newest.pool_uuid and label.device_uuid not in members
+    }
 
 
 def _labelled(config: Config) -> Iterable[tuple[str, Label]]:

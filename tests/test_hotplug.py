@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import rustord
+from rustord.client import Client
 from rustord.config import Config, PoolTable
 from rustord.discovery import DeviceRemoved, Watcher, candidates
 from rustord.hotplug import Hotplug
@@ -255,6 +256,39 @@ def test_a_disk_that_has_died_is_done_without(
     assert states(daemon) == ["online", "online"]
     assert daemon.pool()["state"] == "ok"
     assert {uuid: daemon.get(uuid) for uuid in objects} == objects
+
+
+@pytest.mark.parametrize("how", ["detached", "blank"])
+def test_a_node_without_its_disk_is_done_without(
+    make_daemon: MakeDaemon, disks: Disks, pair: list[Path], make_loop: LoopDevices, how: str
+) -> None:
+    daemon = make_daemon(*pair, config=MIRRORED).start()
+    uuid = daemon.put(b"data")
+    daemon.stop()
+    if how == "detached":
+        disks.detach(pair[0])  # but the node stays, and can be opened
+    else:
+        make_loop.image(pair[0]).write_bytes(bytes(disks.size))
+    daemon.start()
+    assert states(daemon) == ["missing", "online"]
+    assert f"{pair[0]} is left out: it bears no rustord label" in daemon.log
+    assert daemon.get(uuid) == b"data"
+
+
+def test_a_disk_that_was_given_up_and_stays_plugged_in_is_done_without(
+    make_loop: LoopDevices, faulty_loop: FaultyLoop, make_daemon: MakeDaemon
+) -> None:
+    devices = [faulty_loop.path, make_loop(16 * MIB)]
+    make_pool(*devices)
+    daemon = make_daemon(*devices).start()
+    with faulty_loop.failing():
+        until(lambda: daemon.request("POST", "/v1/objects", bytes(5000)).status == 503, "it fails")
+    with Client(daemon.socket) as client:
+        client.remove_device("0", give_up=True)
+    until(lambda: len(daemon.devices()) == 1, "it is given up")
+    daemon.restart()
+    assert [device["state"] for device in daemon.devices()] == ["online"]
+    assert f"{devices[0]} is left out: it was removed from the pool" in daemon.log
 
 
 def test_a_disk_that_somebody_else_took_meanwhile_is_left_to_him(
