@@ -175,7 +175,8 @@ class Allocator:
         return self._offered
 
     def free_count(self, device: int) -> int:
-        return self._free[device].free_count
+        free = self._free.get(device)
+        return 0 if free is None else free.free_count  # who counts what is free may have seen one that has just left
 
     def largest(self, device: int) -> int:
         return self._free[device].largest()

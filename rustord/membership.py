@@ -131,11 +131,11 @@ def remove_device(store: ObjectStore, index: int) -> None:
         raise DeviceError(f"device {index} holds Objects", hint="it is emptied first: 'rustorctl device remove'")
     store.keystore.checkpoint()
     members = tuple(member for member in store.label.members if member.device_index != index)
+    store.blocks.remove(index)
     store.allocator.remove(index)
     if slot.device is not None:
         store.keystore.remove_ring(index)
     store.keystore.forget_device(index)
-    store.blocks.remove(index)
     renew_labels(store, replace(store.label, members=members))
     if device is None:
         return

@@ -194,3 +194,9 @@ def test_who_finds_no_device_is_told_why() -> None:
         full.place(10)
     with pytest.raises(NoSpace, match="no device may take"):
         full.place_on(1, lambda device: device != 0)
+
+
+def test_a_device_that_has_just_left_has_nothing_free() -> None:
+    allocator = make(Contiguous())
+    allocator.remove(1)
+    assert free(allocator) == [BLOCKS, 0]
