@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -20,6 +21,7 @@ import hypothesis
 import pytest
 
 from tests import container as containers
+from tests import faultydisk
 from tests.container import Container
 from tests.daemon import Daemon
 from tests.simulation import Simulation
@@ -212,44 +214,53 @@ def loop_device(make_loop: LoopDevices) -> Path:
 
 
 class FaultyLoop:
-    """A loop device that fails on demand: nbdkit's error filter, mounted by nbdfuse, under a loop device of 16 MiB."""
+    """A loop device of 16 MiB over a `FaultyDisk`, which nbdfuse shows as a file."""
 
     def __init__(self, directory: Path, stack: ExitStack) -> None:
-        self._switch = directory / "fail"
-        self._socket, self._mount, self._file = directory / "socket", directory / "mount", directory / "mount" / "disk"
-        self._mount.mkdir()
-        self._file.touch()
-        stack.enter_context(_running("nbdkit", *self._server(directory)))
-        _until(self._socket.exists)
-        stack.enter_context(_running("nbdfuse", self._file, "--unix", self._socket))
-        stack.callback(_run, "umount", "--lazy", self._file)
-        _until(lambda: self._file.stat().st_size > 0)
-        self.path = Path(_run("losetup", "--find", "--show", "--direct-io=on", self._file))
+        self._directory = directory / "faulty"
+        self._mount = self._directory / "disk"
+        self._directory.mkdir()
+        self._mount.touch()
+        server = [sys.executable, faultydisk.__file__, self._directory, str(16 * MIB)]
+        self._server = stack.enter_context(_running(*server, stdin=subprocess.PIPE))
+        _until((self._directory / "socket").exists)
+        stack.enter_context(_running("nbdfuse", self._mount, "--unix", self._directory / "socket"))
+        stack.callback(_run, "umount", "--lazy", self._mount)
+        _until(lambda: self._mount.stat().st_size > 0)
+        self.path = Path(_run("losetup", "--find", "--show", "--direct-io=on", self._mount))
         stack.callback(_run, "losetup", "--detach", self.path)
 
-    def _server(self, directory: Path) -> list[str]:
-        image = directory / "backing.img"
-        with image.open("xb") as file:
-            file.truncate(16 * MIB)
-        fault = ["error=EIO", "error-rate=100%", f"error-file={self._switch}"]
-        return ["--foreground", "--unix", str(self._socket), "--filter=error", "file", str(image), *fault]
-
     @contextmanager
-    def failing(self) -> Iterator[None]:
-        """Everything that reaches the device now gets EIO."""
-        self._switch.touch()
+    def failing(self, *operations: str) -> Iterator[None]:
+        """What reaches the device now gets EIO: all of it, or these of "read", "write" and "flush".
+
+        A write reaches it when the page cache is written back, so it is a flush that fails. What the page cache holds
+        is not read from the device; `forget` empties it.
+        """
+        switches = [self._directory / f"fail-{operation}" for operation in operations or faultydisk.OPERATIONS]
+        for switch in switches:
+            switch.touch()
         try:
             yield
         finally:
-            self._switch.unlink()
+            for switch in switches:
+                switch.unlink()
+
+    def forget(self) -> None:
+        """Write back what the page cache holds of the device, and drop it."""
+        _run("blockdev", "--flushbufs", self.path)
+
+    def die(self) -> None:
+        """Everything gets EIO from now on, and what was not flushed is lost."""
+        self._server.kill()
+        self._server.wait(10)
 
 
 @pytest.fixture
 def faulty_loop(disk_path: Path) -> Iterator[FaultyLoop]:
     """A loop device of 16 MiB; `with faulty_loop.failing():` all I/O of `faulty_loop.path` is answered with EIO."""
-    for program in ("nbdkit", "nbdfuse"):
-        if shutil.which(program) is None:
-            pytest.skip(f"there is no {program}; `apt-get install nbdkit libnbd-bin fuse3` brings it")
+    if shutil.which("nbdfuse") is None:
+        pytest.skip("there is no nbdfuse; `apt-get install libnbd-bin fuse3` brings it")
     with ExitStack() as stack:
         yield FaultyLoop(disk_path, stack)
 
@@ -259,10 +270,10 @@ def _run(*command: str | os.PathLike[str]) -> str:
 
 
 @contextmanager
-def _running(*command: str | os.PathLike[str]) -> Iterator[None]:
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+def _running(*command: str | os.PathLike[str], stdin: int | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(command, stdin=stdin, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            yield
+            yield process
         finally:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):

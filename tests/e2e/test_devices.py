@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from rustord.client import Client
-from rustord.errors import DeviceError, NoSpace, RustordError
+from rustord.errors import NoSpace, RustordError
 from tests.conftest import FaultyLoop, LoopDevices
 from tests.daemon import MIB, Daemon, until
 
@@ -513,36 +513,6 @@ def test_a_device_that_fails_takes_no_writes_and_loses_nothing(faulty: Machine, 
     assert {uuid: there.pop(uuid) for uuid in stored} == stored
     assert all(data == b"lost" for data in there.values())  # never acknowledged: whole or absent
     assert faulty.daemon.put(b"works again")
-
-
-@pytest.fixture
-def half_faulty(faulty_loop: FaultyLoop, make_loop: LoopDevices, make_daemon: MakeDaemon) -> Machine:
-    """A pool on a device that can be made to fail, and a good one; Objects go to them in turn."""
-    return Machine(make_daemon, [faulty_loop.path, make_loop(16 * MIB)], Layout(2, "striped")).create()
-
-
-def test_a_device_that_fails_costs_no_others(half_faulty: Machine, faulty_loop: FaultyLoop) -> None:
-    stored = {half_faulty.daemon.put(data): data for data in (os.urandom(2000) for _ in range(20))}
-    refused = []
-    with faulty_loop.failing(), half_faulty.client() as client:
-        for _ in range(20):
-            data = os.urandom(2000)
-            try:
-                stored[client.put(data).uuid] = data
-            except DeviceError as error:
-                refused.append(error.message)
-    assert len(refused) == 1, "only what was on its way to the device may fail"
-    assert str(half_faulty.devices[0]) in refused[0]
-    status = half_faulty.status()
-    assert [device["state"] for device in status["devices"]] == ["failed", "online"]
-    assert half_faulty.daemon.stop(signal.SIGKILL)
-    half_faulty.daemon.start()
-    assert half_faulty.status()["state"] == "ok"
-    with half_faulty.client() as client:
-        assert {uuid: client.get(uuid) for uuid in stored} == stored
-        for found in list(client.objects()):
-            assert len(client.get(found.uuid)) == 2000
-            client.delete(found.uuid)
 
 
 def test_a_device_that_fails_while_the_daemon_ends_is_put_in_order_at_the_next_start(
