@@ -22,6 +22,7 @@ from rustord.extent import Extent, block_count, without
 from rustord.journal import NOTHING, Batch, Kind, decode_record_ids
 from rustord.keystore.backend import Backend
 from rustord.keystore.ring import Ring
+from rustord.keystore.state import verify
 from rustord.keystore.store import Contents, owner_of, read_contents, replace_index
 from rustord.label import LABEL_BYTES, Label, State, decode_label
 from rustord.layer import Layers
@@ -171,6 +172,7 @@ class Audit:
                     hint="name the directory of this pool's index",
                 )
             if is_whole:
+                verify(self._backend, directory)
                 return read_contents(self._backend)
             what = (
                 f"a rebuild of the index at {directory} was cut short" if owner else f"there is no index at {directory}"

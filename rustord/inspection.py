@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from rustord.audit import Finding, label_problems, overlaps
 from rustord.blockstore import read_label
-from rustord.errors import FormatError
+from rustord.errors import Damaged, FormatError
 from rustord.objectstore import ObjectStore
 from rustord.objkey import ObjectId, uuid_text
 
@@ -25,6 +25,10 @@ def inspect(
 
     What looks wrong is looked at once more by a function that ``between_cycles`` calls while nothing changes.
     """
+    try:
+        store.keystore.verify()
+    except Damaged as error:
+        return [Finding("index", error.message, error.hint)]
     names, uuids, pairs = _suspects(store)
 
     def look_again() -> list[Finding]:

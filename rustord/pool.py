@@ -141,7 +141,10 @@ def open_pool(
         label, blocks = assemble(devices, erase_policy)
         backend.open(directory)
         backend_open = True
-        keystore = KeyStore(backend, label.pool_uuid)
+        progress("checking the index")
+        keystore = KeyStore(
+            backend, label.pool_uuid, directory, lambda count: progress(f"checking the index: {count} entries")
+        )
         _check_generation(keystore, label)
         progress("replaying the journal")
         label, sequence = _replay(label, blocks, keystore)

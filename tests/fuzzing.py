@@ -20,7 +20,8 @@ from xxhash import xxh3_64_digest
 from rustord import badblocks, footer, journal, label, page
 from rustord.errors import FormatError, RustordError
 from rustord.extent import Extent
-from rustord.keystore.store import STATE, KeyStore
+from rustord.keystore.state import IndexState, Tally, digest
+from rustord.keystore.store import KeyStore
 from rustord.objkey import ObjKey
 from rustord.record import Metadata, Record, RecordId, decode_extents, encode_metadata, encode_record
 from rustord.wire.api import read_new_device, read_request
@@ -134,8 +135,10 @@ def _decode_index(data: bytes) -> None:
         return
     length = 1 + data[0] % 20
     key, value = data[1 : 1 + length], data[1 + length :]
-    backend: Any = _Index({b"s": STATE.pack(1, 1, UUID)} | ({key: value} if key else {}))
-    keystore = KeyStore(backend, UUID)
+    entries = {key: value} if key else {}
+    tally = Tally(len(entries), sum(digest(key, value) for key, value in entries.items()))
+    backend: Any = _Index({b"s": IndexState(1, 1, UUID, tally).encode()} | entries)
+    keystore = KeyStore(backend, UUID, Path("index"))
     asked: list[Callable[[], object]] = [
         lambda: [record.key for record in keystore.indexed()],
         keystore.graves,
@@ -154,7 +157,7 @@ def _index_seeds() -> Iterator[bytes]:
         (b"o" + UUID, _record()),
         (b"g" + UUID + bytes(8), b""),
         (b"nname", UUID),
-        (b"s", STATE.pack(1, 2, UUID)),
+        (b"s", IndexState(1, 2, UUID).encode()),
     ]
     for key, value in entries:
         yield bytes([len(key) - 1]) + key + value

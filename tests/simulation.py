@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from rustord.badblocks import BadBlocks, BadRun
@@ -14,6 +15,7 @@ from rustord.extent import LAYERS
 from rustord.keygen import HashKeyGen, KeyGen
 from rustord.keystore.backend import Backend
 from rustord.keystore.lmdb import LmdbBackend
+from rustord.keystore.state import commit, state_of
 from rustord.objectstore import ObjectStore
 from rustord.placer import Contiguous, Placer
 from rustord.pool import create_pool, open_pool
@@ -100,6 +102,15 @@ class Simulation:
     def lose_index(self) -> None:
         """Remove the index of a pool that is not open."""
         shutil.rmtree(self.index)
+
+    def change_index(self, puts: Mapping[bytes, bytes], deletes: Sequence[bytes] = ()) -> None:
+        """Change the index of a pool that is not open, as a rustord would that is wrong: the database is whole."""
+        backend = self._backend()
+        backend.open(self.index)
+        with closing(backend):
+            state = state_of(backend)
+            assert state is not None
+            commit(backend, puts, deletes, state)
 
     def read(self, device: int, block: int, count: int) -> bytes:
         """What an image file holds; blocks have 4 KiB."""

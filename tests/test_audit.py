@@ -55,13 +55,6 @@ def write(path: Path, offset: int, data: bytes) -> None:
         file.write(data)
 
 
-def change_index(pool: Simulation, puts: dict[bytes, bytes], deletes: tuple[bytes, ...] = ()) -> None:
-    backend = LmdbBackend()
-    backend.open(pool.index)
-    with closing(backend):
-        backend.commit(puts, deletes)
-
-
 class Filled:
     """A pool that was closed in order, what is in it, and where."""
 
@@ -137,24 +130,24 @@ def wipe_both_footers(filled: Filled) -> None:
 
 
 def forget_object(filled: Filled) -> None:
-    change_index(filled.pool, {}, (b"o" + filled.records[3].uuid, b"nname 3"))
+    filled.pool.change_index({}, (b"o" + filled.records[3].uuid, b"nname 3"))
 
 
 def forget_name(filled: Filled) -> None:
-    change_index(filled.pool, {}, (b"nname 3",))
+    filled.pool.change_index({}, (b"nname 3",))
 
 
 def name_of_nobody(filled: Filled) -> None:
-    change_index(filled.pool, {b"nnobody": bytes(16)})
+    filled.pool.change_index({b"nnobody": bytes(16)})
 
 
 def name_of_another(filled: Filled) -> None:
-    change_index(filled.pool, {b"nname 3": filled.records[4].uuid})
+    filled.pool.change_index({b"nname 3": filled.records[4].uuid})
 
 
 def damage_record(filled: Filled) -> None:
     record = filled.records[3]
-    change_index(filled.pool, {b"o" + record.uuid: record.raw[:-1] + b"?"})
+    filled.pool.change_index({b"o" + record.uuid: record.raw[:-1] + b"?"})
 
 
 def object_twice(filled: Filled) -> None:
@@ -163,7 +156,7 @@ def object_twice(filled: Filled) -> None:
     key = record.key._replace(uuid=bytes(15) + b"\1")
     sums = record.sums(0, 5)
     raw = encode_record(key, record.sequence - 1, 0, record.copies, sums, b"mirrored", b"", b"")
-    change_index(filled.pool, {b"o" + key.uuid: raw})
+    filled.pool.change_index({b"o" + key.uuid: raw})
 
 
 def leave_something_free(filled: Filled) -> None:
@@ -353,7 +346,7 @@ def test_records_are_compared_byte_by_byte(filled: Filled) -> None:
         encode_record(record.key, record.sequence, 1, record.copies, record.sums(0, 1), b"mirrored", b"name 2", b"")
     )
     assert other.raw != record.raw
-    change_index(filled.pool, {b"o" + record.uuid: other.raw})
+    filled.pool.change_index({b"o" + record.uuid: other.raw})
     (finding,) = findings(filled.pool)
     assert "is not in the index as on the devices" in finding.what
     assert mend(filled.pool) == [Mend.INDEX]
@@ -397,7 +390,7 @@ def test_a_pool_with_volumes_that_is_well(with_volumes: WithVolumes) -> None:
 
 def test_a_page_that_the_index_has_lost(with_volumes: WithVolumes) -> None:
     page = with_volumes.head()
-    change_index(with_volumes.pool, {}, (b"l" + page.layer + bytes(4),))
+    with_volumes.pool.change_index({}, (b"l" + page.layer + bytes(4),))
     (finding,) = findings(with_volumes.pool)
     assert "page 0 of the map of layer" in finding.what
     assert mend(with_volumes.pool) == [Mend.INDEX]

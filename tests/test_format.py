@@ -24,7 +24,7 @@ from tests.simulation import Simulation, live
 
 PACKAGE = Path(rustord.__file__).parent
 TEXT = (PACKAGE / "FORMAT.md").read_text()
-MODULES = {"ring": "keystore.ring", "store": "keystore.store"}
+MODULES = {"ring": "keystore.ring", "state": "keystore.state", "store": "keystore.store"}
 CODES = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
 
 
@@ -68,7 +68,7 @@ def module_of(name: str) -> Any:
 def structs_of_the_code() -> dict[str, str]:
     """What is said under each struct.Struct of the modules that write to a device or to the index, by name."""
     found = {}
-    for path in ("label", "badblocks", "journal", "record", "footer", "page", "keystore/ring", "keystore/store"):
+    for path in ("label", "badblocks", "journal", "record", "footer", "page", "keystore/ring", "keystore/state"):
         body = ast.parse((PACKAGE / f"{path}.py").read_text()).body
         for number, node in enumerate(body):
             if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("struct.Struct("):
@@ -122,7 +122,7 @@ def test_every_kind_of_key_is_listed() -> None:
     (rows,) = [rows for _, head, rows in tables() if head[0] == "Key"]
     store = module_of("store")
     keys = [store._OBJECT, store._GRAVE, store._BASE, store._PAGE, store._UNKEPT, store._NAME]
-    keys += [store._POSITION, store._REBUILDING, store._STATE]
+    keys += [store._POSITION, store.REBUILDING_KEY, store.STATE_KEY]
     assert [re.findall("`(.)`", row[0])[0].encode() for row in rows] == keys
     assert f"A name of up to {store._NAME_KEY_BYTES} bytes" in TEXT
 

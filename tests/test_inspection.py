@@ -12,7 +12,6 @@ import pytest
 from rustord.audit import Finding
 from rustord.change import Put
 from rustord.inspection import inspect
-from rustord.keystore.lmdb import LmdbBackend
 from rustord.record import Metadata, Record, encode_record
 from rustord.writer import Writer
 from tests.simulation import MIB, Simulation, live
@@ -30,13 +29,6 @@ def pool(disk_path: Path) -> Simulation:
         store.put(bytes(3000), name=f"name {number}")
     pool.close()
     return pool
-
-
-def change_index(pool: Simulation, puts: dict[bytes, bytes], deletes: tuple[bytes, ...] = ()) -> None:
-    backend = LmdbBackend()
-    backend.open(pool.index)
-    backend.commit(puts, deletes)
-    backend.close()
 
 
 def found(pool: Simulation) -> list[tuple[str, str]]:
@@ -68,9 +60,9 @@ def test_a_label_that_is_damaged(pool: Simulation) -> None:
 
 def test_names_that_lead_astray(pool: Simulation) -> None:
     one, other, *_ = records(pool)
-    change_index(pool, {b"nnobody": bytes(16), b"n" + one.name.encode(): other.uuid})
+    pool.change_index({b"nnobody": bytes(16), b"n" + one.name.encode(): other.uuid})
     assert [kind for kind, _ in found(pool)] == ["name"] * 3
-    change_index(pool, {b"n" + one.name.encode(): one.uuid}, (b"nnobody", b"n" + other.name.encode()))
+    pool.change_index({b"n" + one.name.encode(): one.uuid}, (b"nnobody", b"n" + other.name.encode()))
     ((kind, what),) = found(pool)
     assert kind == "name"
     assert f"the name {other.name!r} is that of Object" in what
@@ -80,7 +72,7 @@ def test_a_block_of_two_objects(pool: Simulation) -> None:
     record = records(pool)[0]
     key = record.key._replace(uuid=bytes(15) + b"\1")
     raw = encode_record(key, record.sequence, 0, record.copies, record.sums(0, 1), b"contiguous", b"", b"")
-    change_index(pool, {b"o" + key.uuid: raw})
+    pool.change_index({b"o" + key.uuid: raw})
     ((kind, what),) = found(pool)
     assert kind == "blocks"
     assert "have a block in common" in what

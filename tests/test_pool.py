@@ -331,7 +331,7 @@ class TestOpening:
         at = bytes(forged).index(records[1].extents[0].block.to_bytes(8, "little"))
         forged[at : at + 8] = records[0].extents[0].block.to_bytes(8, "little")
         grave = {b"g" + RECORD_ID.pack(*deleted.id): encode_extents(deleted.extents)}
-        _forge(simulation, {b"o" + records[1].uuid: _summed(forged)} | grave)
+        simulation.change_index({b"o" + records[1].uuid: _summed(forged)} | grave)
         store = simulation.open()
         assert "two Objects claim block 1280 of device 0" in store.read_only
         with pytest.raises(RustordError, match="read-only"):
@@ -344,15 +344,6 @@ def _summed(raw: bytearray) -> bytes:
     from xxhash import xxh3_64_digest
 
     return xxh3_64_digest(memoryview(raw)[8:]) + bytes(raw[8:])
-
-
-def _forge(simulation: Simulation, puts: dict[bytes, bytes]) -> None:
-    from rustord.keystore.lmdb import LmdbBackend
-
-    backend = LmdbBackend()
-    backend.open(simulation.index)
-    backend.commit(puts, ())
-    backend.close()
 
 
 class TestDevices:

@@ -7,11 +7,9 @@ import fcntl
 import os
 from pathlib import Path
 
-from rustord.errors import DeviceBusy, DeviceError, NoSpace, NotFound, RustordError
+from rustord.errors import Damaged, DeviceBusy, DeviceError, NoSpace, NotFound, RustordError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
-DAMAGED_HINT = "put back the index directory that was last used with this pool; the devices themselves are not affected"
 
 
 class LockedDirectory:
@@ -80,6 +78,12 @@ def file_error(error: OSError, path: Path) -> RustordError:
 
 def no_space(path: Path) -> NoSpace:
     return NoSpace(f"no space left for the index at {path}", hint="make room on the filesystem that holds it")
+
+
+def damaged(path: Path, what: str) -> Damaged:
+    """The error for an index of which ``what`` is not as it was written."""
+    hint = f"move {path} away, then 'rustorctl pool rebuild' makes a new one from the devices, which are not affected"
+    return Damaged(f"the index at {path} is damaged: {what}", hint=hint)
 
 
 def no_index(path: Path) -> NotFound:

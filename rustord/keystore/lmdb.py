@@ -11,14 +11,15 @@ import errno
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
 import lmdb
 
-from rustord.errors import Damaged, DeviceError, RustordError
+from rustord.errors import DeviceError, RustordError
 from rustord.keystore.backend import check_batch
-from rustord.keystore.directory import DAMAGED_HINT, LockedDirectory, no_index, no_space
+from rustord.keystore.directory import LockedDirectory, damaged, no_index, no_space
 
 _MAP_BYTES: Final = 1 << 40
 """Address space that is reserved for the map: 1 TiB, the records of some billions of Objects. The file grows with what
@@ -31,6 +32,9 @@ _READERS_MAX: Final = 1022
 
 _SPARE_MAX: Final = 16
 """Ended read transactions that py-lmdb keeps, so that beginning one takes neither a lock nor a search for a slot."""
+
+_CHECKED_COUNT: Final = 10_000
+"""Keys that are in memory at a time while an index is opened."""
 
 _FULL_BYTES: Final = 1 << 20
 """A filesystem with less room than this is full; some keep a little back for themselves."""
@@ -72,6 +76,7 @@ class LmdbBackend:
                 lock=not read_only,  # a shared lock on the directory keeps every writer away
             )
             self._check_length(directory / "data.mdb")
+            self._check_search(directory)
             if not read_only:
                 self._directory.sync()
         except (lmdb.Error, OSError) as error:
@@ -88,7 +93,26 @@ class LmdbBackend:
         needed = (self._environment.info()["last_pgno"] + 1) * self._environment.stat()["psize"]
         size = file.stat().st_size
         if size < needed:
-            raise Damaged(f"{file} has {size} bytes, it should have {needed}", hint=DAMAGED_HINT)
+            raise damaged(file.parent, f"{file.name} has {size} bytes, it should have {needed}")
+
+    def _check_search(self, directory: Path) -> None:
+        """Raises `Damaged` unless `get` finds all that `scan` shows.
+
+        The keys by which a search turns to one page or another stand in pages that a scan does not look at. If a search
+        leads to the first and to the last key of each page, it leads to those between them as well; and a cursor
+        that is on the page of a key finds it there, without a search from the root. So one goes forwards and finds
+        each first key by a search, and one backwards, which finds each last key so. It takes 0.5 s for a million
+        entries.
+        """
+        assert self._environment is not None
+        left = self._environment.stat()["entries"]
+        with self._environment.begin() as transaction, transaction.cursor() as cursor, transaction.cursor() as forwards:
+            keys = cursor.iternext(keys=True, values=False)
+            while some := list(islice(keys, _CHECKED_COUNT)):
+                left -= len(some)
+                with transaction.cursor() as backwards:  # a new one: this one is on the page of the last key
+                    if left < 0 or not (all(map(forwards.set_key, some)) and all(map(backwards.set_key, some[::-1]))):
+                        raise damaged(directory, "its pages do not lead to all entries")
 
     def get(self, key: bytes) -> bytes | None:
         try:
@@ -176,7 +200,7 @@ class LmdbBackend:
         if isinstance(error, _FULL) or (os.strerror(errno.EIO) in str(error) and _is_full(path)):
             return no_space(path)
         if isinstance(error, _DAMAGED):
-            return Damaged(f"the index at {path} is damaged: {error}", hint=DAMAGED_HINT)
+            return damaged(path, str(error))
         return DeviceError(f"the index at {path} failed: {error}", hint="see the kernel's log for that device")
 
 

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from rustord.errors import Damaged, DeviceError, RustordError
+from rustord.errors import DeviceError, RustordError
 from rustord.keystore.backend import check_batch
-from rustord.keystore.directory import DAMAGED_HINT, LockedDirectory, no_index, no_space
+from rustord.keystore.directory import LockedDirectory, damaged, no_index, no_space
 
 _TABLE: Final = "CREATE TABLE IF NOT EXISTS entries (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID"
 _GET: Final = "SELECT value FROM entries WHERE key = ?"
@@ -78,7 +78,11 @@ class SqliteBackend:
     def get(self, key: bytes) -> bytes | None:
         with self._reading() as connection:
             row = connection.execute(_GET, (key,)).fetchone()
-            return None if row is None else bytes(row[0])
+            if row is None:
+                return None
+            self._check_types(row)
+            value: bytes = row[0]
+            return value
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -97,7 +101,15 @@ class SqliteBackend:
 
     def scan(self, first: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
         with self._reading() as connection, contextlib.closing(connection.cursor()) as cursor:
-            yield from cursor.execute(_SCAN, (first, end))
+            for entry in cursor.execute(_SCAN, (first, end)):
+                self._check_types(entry)
+                yield entry
+
+    def _check_types(self, row: tuple[object, ...]) -> None:
+        """Raises Damaged unless all are blobs: SQLite keeps the type of each value beside it."""
+        if any(type(part) is not bytes for part in row):
+            assert self._directory is not None
+            raise damaged(self._directory.path, "it has an entry that is not bytes")
 
     def commit(self, puts: Mapping[bytes, bytes], deletes: Iterable[bytes]) -> None:
         assert self._writer is not None, "not open for writing"
@@ -152,5 +164,5 @@ class SqliteBackend:
         if code == sqlite3.SQLITE_FULL:
             return no_space(path)
         if code in _DAMAGED:
-            return Damaged(f"the index at {path} is damaged: {error}", hint=DAMAGED_HINT)
+            return damaged(path, str(error))
         return DeviceError(f"the index at {path} failed: {error}", hint="see the kernel's log for that device")

@@ -17,19 +17,20 @@ The index is an ordered store of byte keys (`rustord.keystore.backend`). FORMAT.
                             the whole name follows the uuid
 ``p`` device uuid           where the index's knowledge of that device's journal ends
 ``r``                       the pool's uuid; only while a rebuild is putting an index together
-``s``                       the newest sequence that the index knows, the label's generation, the pool's uuid
+``s``                       the newest sequence that the index knows, the label's generation, the pool's uuid, and
+                            how many other entries there are, with a sum of them (`rustord.keystore.state`)
 ==========================  ===========================================================================
 """
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from heapq import merge
 from itertools import islice
+from pathlib import Path
 
 from rustord.errors import FormatError, PoolError, RustordError, Unavailable
 from rustord.extent import without
@@ -48,6 +49,7 @@ from rustord.journal import (
 )
 from rustord.keystore.backend import Backend
 from rustord.keystore.ring import Ring, RingFull
+from rustord.keystore.state import REBUILDING_KEY, STATE_KEY, IndexState, Tally, commit, state_of, verify
 from rustord.objkey import ObjectId, uuid_text
 from rustord.page import (
     Page,
@@ -60,9 +62,6 @@ from rustord.page import (
 from rustord.record import EXTENT, RECORD_ID, Grave, Record, RecordId, decode_extents, encode_extents
 
 _OBJECT, _GRAVE, _BASE, _PAGE, _UNKEPT, _NAME, _POSITION = b"o", b"g", b"b", b"l", b"k", b"n", b"p"
-_REBUILDING, _STATE = b"r", b"s"
-STATE = struct.Struct("<QQ16s")
-"""sequence, generation, pool_uuid"""
 _NAME_KEY_BYTES = 480
 _BATCH = 50_000
 """Entries in one commit of a rebuild: about 20 MiB."""
@@ -89,10 +88,22 @@ class _Overlay:
 class KeyStore:
     """Reads may come from any thread; all changes from one at a time, and `checkpoint` from another beside it."""
 
-    def __init__(self, backend: Backend, pool_uuid: bytes) -> None:
-        """Over an opened ``backend``. Raises PoolError if that belongs to another pool, or is half a rebuilt one."""
+    def __init__(
+        self,
+        backend: Backend,
+        pool_uuid: bytes,
+        directory: Path,
+        progress: Callable[[int], object] = lambda entry_count: None,
+    ) -> None:
+        """Over a ``backend`` that is opened in ``directory``; every entry is read.
+
+        Raises PoolError if it belongs to another pool, or is half a rebuilt one, and Damaged if it has not what was put
+        into it.
+        """
         self._backend = backend
         self._pool_uuid = pool_uuid
+        self._directory = directory
+        self.verify(progress)
         self._rings: dict[int, Ring] = {}
         self._fresh = _Overlay()
         self._draining = _Overlay()
@@ -111,10 +122,10 @@ class KeyStore:
         """The longest batch that every journal can take, in bytes."""
         self.generation = 0
         """The label's generation when the index was last opened for writing; 0 for a new index."""
-        if backend.get(_REBUILDING):
+        if backend.get(REBUILDING_KEY):
             raise PoolError("a rebuild of the index was cut short", hint="run 'rustorctl pool rebuild' once more")
-        if state := backend.get(_STATE):
-            self.indexed_sequence, self.generation, owner = _decode_state(state)
+        if state := state_of(backend):
+            self.indexed_sequence, self.generation, owner, _ = state
             if owner != pool_uuid:
                 raise PoolError(
                     f"the index belongs to pool {uuid_text(owner)}, not to {uuid_text(pool_uuid)}",
@@ -186,7 +197,7 @@ class KeyStore:
     def expect_generation(self, generation: int) -> None:
         """Remember the generation that the labels are about to have, and change nothing else in the index."""
         self.generation = generation
-        self._backend.commit({_STATE: STATE.pack(self.indexed_sequence, generation, self._pool_uuid)}, ())
+        self._commit({}, [], self.indexed_sequence)
 
     def note_generation(self, generation: int) -> None:
         """Remember the generation that the labels are about to have, and put everything into the index."""
@@ -498,9 +509,8 @@ class KeyStore:
                 self._keep_pages([page for page in pages if page.layer not in self._retired])
             elif any(pages):
                 puts[_UNKEPT] = b""
-            puts[_STATE] = STATE.pack(sequence, self.generation, self._pool_uuid)
             try:
-                self._backend.commit(puts, deletes)
+                self._commit(puts, deletes, sequence)
             except BaseException:
                 with self._learning:
                     self._fresh = _merged(overlay, self._fresh)
@@ -512,6 +522,9 @@ class KeyStore:
                 for ring in self._rings.values():
                     number = int.from_bytes(overlay.positions.get(ring.device_uuid, bytes(8))[:8], "little")
                     ring.release(number, unerased - 1)
+
+    def _commit(self, puts: dict[bytes, bytes], deletes: list[bytes], sequence: int) -> None:
+        commit(self._backend, puts, deletes, IndexState(sequence, self.generation, self._pool_uuid))
 
     # Reading
 
@@ -599,6 +612,10 @@ class KeyStore:
         """The fullest journal's used part, 0.0 to 1.0."""
         return max((ring.used for ring in self._rings.values()), default=0.0)
 
+    def verify(self, progress: Callable[[int], object] = lambda entry_count: None) -> None:
+        """Read every entry of the index, beside all other work. Raises Damaged unless it has what was put into it."""
+        verify(self._backend, self._directory, progress)
+
     def info(self) -> Mapping[str, int | str]:
         """What the backend says of itself."""
         return self._backend.info()
@@ -613,13 +630,6 @@ def _decode_name(key: bytes, value: bytes) -> str:
     except UnicodeDecodeError as error:
         hint = "put back the index, or rebuild it from the devices"
         raise FormatError("a name in the index is damaged", hint=hint) from error
-
-
-def _decode_state(state: bytes) -> tuple[int, int, bytes]:
-    if len(state) != STATE.size:
-        raise FormatError("the state in the index is damaged", hint="rebuild the index from the devices")
-    sequence, generation, owner = STATE.unpack(state)
-    return sequence, generation, owner
 
 
 def _grave(key: bytes, table: bytes) -> Grave:
@@ -674,13 +684,14 @@ def replace_index(
     bases: Iterable[Record] = (),
     pages: Iterable[Page] = (),
 ) -> None:
-    """Put these into an opened ``backend`` in place of all that it holds; ``state`` is that of `STATE`.
+    """Put these into an opened ``backend`` in place of all that it holds; ``state`` is that of `IndexState`.
 
     It is done in many commits, and the last one makes an index of it: a crash before leaves one that is refused.
     """
-    backend.commit({_REBUILDING: state[2]}, (_STATE,))
-    while keys := [key for key, _ in islice(backend.scan(b"", _REBUILDING), _BATCH)]:
+    backend.commit({REBUILDING_KEY: state[2]}, (STATE_KEY,))
+    while keys := [key for key, _ in islice(backend.scan(b"", REBUILDING_KEY), _BATCH)]:
         backend.commit({}, keys)
+    tally = Tally()
     batch: dict[bytes, bytes] = {}
     for record in objects:
         batch[_OBJECT + record.uuid] = record.raw
@@ -688,6 +699,7 @@ def replace_index(
             key, tail = _name_key(name)
             batch[key] = record.uuid + tail
         if len(batch) >= _BATCH:
+            tally = tally.after(backend, batch, ())
             backend.commit(batch, ())
             batch = {}
     batch |= {_GRAVE + RECORD_ID.pack(*grave.id): encode_extents(grave.extents) for grave in graves}
@@ -695,14 +707,15 @@ def replace_index(
     batch[_UNKEPT] = b""
     batch |= {page_key(page.layer, page.number): page.encode() for page in pages}
     batch |= {_POSITION + device_uuid: position for device_uuid, position in positions.items()}
-    backend.commit(batch | {_STATE: STATE.pack(*state)}, (_REBUILDING,))
+    tally = tally.after(backend, batch, ())
+    backend.commit(batch | {STATE_KEY: IndexState(*state, tally).encode()}, (REBUILDING_KEY,))
 
 
 def owner_of(backend: Backend) -> tuple[bytes, bool]:
     """The uuid of the pool whose index an opened ``backend`` holds, empty if none; and whether that index is whole."""
-    if state := backend.get(_STATE):
-        return _decode_state(state)[2], True
-    return backend.get(_REBUILDING) or b"", False
+    if state := state_of(backend):
+        return state.pool_uuid, True
+    return backend.get(REBUILDING_KEY) or b"", False
 
 
 def page_key(layer: bytes, number: int) -> bytes:

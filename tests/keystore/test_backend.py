@@ -139,7 +139,7 @@ def test_damaged_database_says_how_to_make_it_anew(backend: Backend, tmp_path: P
     with pytest.raises(Damaged) as caught:  # noqa: PT012 - at the latest when it is read
         backend.open(tmp_path)
         list(backend.scan(b"", LAST))
-    assert "put back the index directory" in caught.value.hint
+    assert "rustorctl pool rebuild" in caught.value.hint
     assert str(tmp_path) in caught.value.message
 
 

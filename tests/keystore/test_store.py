@@ -47,7 +47,7 @@ class Keys:
     def __init__(self, device: BlockDevice, directory: Path) -> None:
         self.backend = Backend()
         self.backend.open(directory)
-        self.store = KeyStore(self.backend, POOL)
+        self.store = KeyStore(self.backend, POOL, directory)
         self.ring = Ring(device, b"d" * 16, GEOMETRY, bytes(32))
         batches = self.store.add_ring(0, self.ring)
         entries = [entry for batch in batches for entry in batch.entries]
@@ -300,7 +300,7 @@ class TestReplay:
 
     def test_an_index_of_another_pool_is_refused(self, keys: Keys) -> None:
         with pytest.raises(PoolError, match="belongs to pool"):
-            KeyStore(keys.backend, b"q" * 16)
+            KeyStore(keys.backend, b"q" * 16, Path("index"))
 
     def test_a_new_index_needs_the_whole_journal(self, keys: Keys, device: BlockDevice, disk_path: Path) -> None:
         for _ in range(3):
