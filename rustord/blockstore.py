@@ -77,6 +77,8 @@ class BlockStore:
         """Told by readers, on their threads, of bytes of an Object of which a copy was wrong or could not be read."""
         self.read_layer: Callable[[int, memoryview], None] = _no_layer
         """Fills a buffer from an offset in bytes on what stands for a device with index `LAYERS`."""
+        self.read_layer_now: Callable[[int, memoryview], bool] = lambda offset, buffer: False
+        """The same from the page cache; False if that is not possible."""
         self._retired: list[BlockDevice] = []
         self._condemning = threading.Lock()
         self._flushers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="flush")
@@ -316,6 +318,10 @@ class BlockStore:
     def _fill_now(self, copy: Copy, start: int, buffer: memoryview) -> bool:
         """Fill ``buffer`` from the page cache; False if that is not possible."""
         for index, offset, piece in self._pieces(copy, start, buffer):
+            if index == LAYERS:
+                if not self.read_layer_now(offset, piece):
+                    return False
+                continue
             slot = self.slots.get(index)
             if slot is None or slot.device is None or not slot.device.read_now(offset, (piece,)):
                 return False

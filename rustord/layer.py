@@ -17,6 +17,7 @@ from rustord.blockstore import BlockStore
 from rustord.errors import NotFound, RustordError
 from rustord.extent import LAYER_SHIFT, LAYERS, Extent, extend
 from rustord.journal import NOTHING
+from rustord.objectreader import ObjectReader
 from rustord.objkey import ObjectId, uuid_text
 from rustord.page import (
     BASE,
@@ -126,7 +127,8 @@ class Layers:
         self._blocks = blocks
         self._record_of = record_of
         self._by_number: dict[int, Layer] = {}
-        self._records: dict[ObjectId, Record] = {}
+        self._bases: dict[ObjectId, ObjectReader] = {}
+        """Of the Objects that are read as bases."""
 
     def load(self, pages: Iterable[Page]) -> None:
         """Take over all pages of the index."""
@@ -202,7 +204,14 @@ class Layers:
         self.users[uuid] -= 1
         if self.users[uuid] <= 0:
             del self.users[uuid]
-            self._records.pop(uuid, None)
+            self._bases.pop(uuid, None)
+
+    def leave(self, records: Iterable[RecordId]) -> None:
+        """Read no more where Objects were before they were moved: it is erased next. The KeyStore knows better."""
+        for record in records:
+            reader = self._bases.get(record.uuid)
+            if reader is not None and reader.record.id == record:
+                self._bases.pop(record.uuid, None)
 
     def chain(self, layer: Layer) -> list[Layer]:
         """The Layer and those below it."""
@@ -222,6 +231,22 @@ class Layers:
         number, skip = divmod(offset, self._blocks.block_size << LAYER_SHIFT)
         self.fill(self.chain(self.numbered(number)), skip, buffer)
 
+    def read_object_now(self, offset: int, buffer: memoryview) -> bool:
+        """The same from the page cache; False if it cannot be."""
+        number, skip = divmod(offset, self._blocks.block_size << LAYER_SHIFT)
+        layer = self._by_number.get(number)
+        if layer is None:
+            return False
+        chain = self.chain(layer)
+        runs = list(self._runs(chain, skip, len(buffer)))
+        at = 0
+        for address, begin, length in runs:
+            if not self._fill_run_now(chain, address, begin, buffer[at : at + length]):
+                return False
+            at += length
+        # Blocks are erased only when no map leads there any more, so those that it still leads to had not been.
+        return runs == list(self._runs(chain, skip, len(buffer)))
+
     def find(self, chain: Sequence[Layer], chunk: int) -> int:
         """The address of a chunk: of the first Layer that has it; `BASE` if none has."""
         for layer in chain:
@@ -232,7 +257,7 @@ class Layers:
     def base_size(self, chain: Sequence[Layer]) -> int:
         """The size of the Object below all Layers; 0 if there is none."""
         base = chain[-1].head.base
-        return self._record(base).size if base != NOTHING else 0
+        return self._base(base).record.size if base != NOTHING else 0
 
     def shared_count(self, chain: Sequence[Layer]) -> int:
         """How many chunks the top Layer has from those below it."""
@@ -256,49 +281,90 @@ class Layers:
 
     def fill(self, chain: Sequence[Layer], offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with what the volume has from ``offset`` on. Raises DeviceError, Damaged or NotFound."""
-        at, end = 0, len(buffer)
-        while at < end:
-            chunk, skip = divmod(offset + at, CHUNK_BYTES)
-            address = self.find(chain, chunk)
-            step = self.chunk_blocks if address > ZEROS else 0
-            stop, following = at + CHUNK_BYTES - skip, address + step
-            while stop < end and self.find(chain, chunk + 1) == following:
-                stop, following, chunk = stop + CHUNK_BYTES, following + step, chunk + 1
-            self._fill_run(chain, address, skip, offset + at, buffer[at:stop])
-            at = stop
+        at = 0
+        for address, begin, length in self._runs(chain, offset, len(buffer)):
+            self._fill_run(chain, address, begin, buffer[at : at + length])
+            at += length
 
-    def _fill_run(self, chain: Sequence[Layer], address: int, skip: int, offset: int, buffer: memoryview) -> None:
+    def _runs(self, chain: Sequence[Layer], offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """(address of the first chunk, offset, length) of each part of a range that lies in one place."""
+        end = offset + length
+        while offset < end:
+            begin, chunk = offset, offset // CHUNK_BYTES
+            address = following = self.find(chain, chunk)
+            step = self.chunk_blocks if address > ZEROS else 0
+            while (offset := (chunk + 1) * CHUNK_BYTES) < end:
+                chunk, following = chunk + 1, following + step
+                if self.find(chain, chunk) != following:
+                    break
+            yield address, begin, min(offset, end) - begin
+
+    def _place(self, address: int, offset: int) -> tuple[int, int]:
+        """The device of a chunk, and where on it the byte at ``offset`` of the volume is."""
+        device, block, _ = extent_at(address, 1)
+        return device, block * self._blocks.block_size + offset % CHUNK_BYTES
+
+    def _fill_run(self, chain: Sequence[Layer], address: int, offset: int, buffer: memoryview) -> None:
         if address > ZEROS:
-            device, block, _ = extent_at(address, 1)
-            self._blocks.device(device).read(block * self._blocks.block_size + skip, (buffer,))
+            device, place = self._place(address, offset)
+            self._blocks.device(device).read(place, (buffer,))
             return
-        base = chain[-1].head.base
         done = 0
-        if address == BASE and base != NOTHING:
-            done = self._fill_from_object(base, offset, buffer)
+        if address == BASE and chain[-1].head.base != NOTHING:
+            done = self._fill_from_object(chain[-1].head.base, offset, buffer)
         buffer[done:] = bytes(len(buffer) - done)
+
+    def _fill_run_now(self, chain: Sequence[Layer], address: int, offset: int, buffer: memoryview) -> bool:
+        if address > ZEROS:
+            device, place = self._place(address, offset)
+            slot = self._blocks.slots.get(device)
+            return slot is not None and slot.device is not None and slot.device.read_now(place, (buffer,))
+        done = 0
+        if address == BASE and chain[-1].head.base != NOTHING:
+            reader = self._base(chain[-1].head.base)
+            done = max(0, min(reader.record.size - offset, len(buffer)))
+            if done and not self._read_base_now(reader, offset, buffer[:done]):
+                return False
+        buffer[done:] = bytes(len(buffer) - done)
+        return True
 
     def _fill_from_object(self, uuid: ObjectId, offset: int, buffer: memoryview) -> int:
         """Read from an Object, verified; how many bytes it has there."""
         while True:
-            record = self._record(uuid)
+            reader = self._base(uuid)
+            record = reader.record
             length: int = min(record.size - offset, len(buffer))
             if length <= 0:
                 return 0
+            if self._read_base_now(reader, offset, buffer[:length]):
+                return length
             try:
                 data = self._blocks.read(record, offset, length)
             except RustordError:
-                del self._records[uuid]
-                if self._record(uuid).sequence == record.sequence:  # it has not been moved meanwhile
+                self.leave((record.id,))
+                if self._base(uuid).record.id == record.id:  # it has not been moved meanwhile
                     raise
             else:
                 assert data is not None
                 buffer[:length] = data
                 return length
 
+    def _read_base_now(self, reader: ObjectReader, offset: int, buffer: memoryview) -> bool:
+        # What was compared counts only as long as nobody has been told to leave; see there.
+        return reader.read_now(offset, buffer) and self._bases.get(reader.record.uuid) is reader
+
+    def _base(self, uuid: ObjectId) -> ObjectReader:
+        reader = self._bases.get(uuid)
+        while reader is None:
+            record = self._record(uuid)
+            self._bases[uuid] = reader = ObjectReader(self._blocks, record)
+            if self._record(uuid).id != record.id:  # moved before there was a reader that could be told to leave
+                self.leave((record.id,))
+                reader = self._bases.get(uuid)
+        return reader
+
     def _record(self, uuid: ObjectId) -> Record:
-        record = self._records.get(uuid) or self._record_of(uuid)
+        record = self._record_of(uuid)
         if record is None:
             raise NotFound(f"Object {uuid_text(uuid)}, on which a volume builds, is gone", hint="see 'rustord check'")
-        self._records[uuid] = record
         return record

@@ -505,6 +505,8 @@ class ObjectStore:
     def _erase(self, batch: _Batch) -> set[int]:
         """Erase what earlier cycles deleted. Returns the devices that need a flush for it."""
         waiting = [erase for erase in batch.erases if not erase.erased]
+        for erase in waiting:
+            self.layers.leave(erase.ids)
         try:
             self.blocks.erase(extent for erase in waiting for extent in erase.extents)
             for erase in waiting:
@@ -517,6 +519,7 @@ class ObjectStore:
 
     def erase(self, erase: Erase) -> None:
         """Write over the blocks; a cycle makes it durable. What a device cannot do is done at the next start."""
+        self.layers.leave(erase.ids)
         try:
             self.blocks.erase(erase.extents)
             erase.erased = True

@@ -152,7 +152,7 @@ def open_pool(
         allocator = Allocator(placer, blocks.accepting_indices, blocks.refusals)
         layers = Layers(blocks, keystore.base)
         layers.load(keystore.pages())
-        blocks.read_layer = layers.read_object
+        blocks.read_layer, blocks.read_layer_now = layers.read_object, layers.read_object_now
         stock, graves, stale, problem = _take_stock(allocator, blocks, keystore, layers, progress)
         erased = []
         if not problem:
