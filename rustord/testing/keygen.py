@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -37,9 +38,14 @@ class KeyGenContract:
         assert len(set(uuids)) == len(uuids)
 
     def test_uuids_of_many_threads_are_never_the_same(self, keygen: KeyGen) -> None:
+        together = threading.Barrier(8)
+
+        def make(_: int) -> list[bytes]:
+            together.wait(60)  # or one thread might be done before the next begins, and do its work as well
+            return [keygen.uuid() for _ in range(2_000)]
+
         with ThreadPoolExecutor(8) as threads:
-            made = threads.map(lambda _: [keygen.uuid() for _ in range(2_000)], range(8))
-            assert len({uuid for uuids in made for uuid in uuids}) == 16_000
+            assert len({uuid for uuids in threads.map(make, range(8)) for uuid in uuids}) == 16_000
 
     def test_uuids_of_two_instances_are_never_the_same(self, options: Mapping[str, object]) -> None:
         one, other = self.factory(options), self.factory(options)
