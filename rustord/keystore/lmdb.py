@@ -36,6 +36,10 @@ _SPARE_MAX: Final = 16
 _CHECKED_COUNT: Final = 10_000
 """Keys that are in memory at a time while an index is opened."""
 
+_PAGES_PER_CHANGE: Final = 8
+"""More than a change of one key takes anew: the pages from the root to the key, a half of one that is split, some for
+the list of free pages. What a long value takes comes on top."""
+
 _FULL_BYTES: Final = 1 << 20
 """A filesystem with less room than this is full; some keep a little back for themselves."""
 
@@ -62,6 +66,7 @@ class LmdbBackend:
     def open(self, directory: Path, *, read_only: bool = False) -> None:
         assert self._environment is None, "opened twice"
         self._failed = ""
+        self._commits = 0
         self._directory = LockedDirectory(directory, read_only=read_only)
         try:
             if read_only and not (directory / "data.mdb").exists():
@@ -89,8 +94,7 @@ class LmdbBackend:
 
     def _check_length(self, file: Path) -> None:
         """Raises `Damaged` for a file that was cut short: to read a page behind the end would kill the process."""
-        assert self._environment is not None
-        needed = (self._environment.info()["last_pgno"] + 1) * self._environment.stat()["psize"]
+        needed = self._length()
         size = file.stat().st_size
         if size < needed:
             raise damaged(file.parent, f"{file.name} has {size} bytes, it should have {needed}")
@@ -113,6 +117,24 @@ class LmdbBackend:
                 with transaction.cursor() as backwards:  # a new one: this one is on the page of the last key
                     if left < 0 or not (all(map(forwards.set_key, some)) and all(map(backwards.set_key, some[::-1]))):
                         raise damaged(directory, "its pages do not lead to all entries")
+
+    def _length(self) -> int:
+        """Where the last page ends that LMDB has ever taken, in bytes."""
+        assert self._environment is not None
+        return int((self._environment.info()["last_pgno"] + 1) * self._environment.stat()["psize"])
+
+    def _lengthen(self, change_count: int, value_bytes: int) -> None:
+        """Have the file end behind every page that a commit may take.
+
+        LMDB does not write a page that a commit takes and gives back, as deletions do by the dozen. If that is the last
+        one, the file would end before it, and look as if it had been cut short. The length costs no space.
+        """
+        assert self._environment is not None
+        assert self._directory is not None
+        file = self._directory.path / "data.mdb"
+        more = (change_count + 1) * _PAGES_PER_CHANGE * self._environment.stat()["psize"] + 2 * value_bytes
+        if file.stat().st_size < self._length() + more:
+            os.truncate(file, self._length() + 2 * more)  # so much that it is seldom done
 
     def get(self, key: bytes) -> bytes | None:
         try:
@@ -156,6 +178,9 @@ class LmdbBackend:
         check_batch(puts)
         if self._failed:
             raise DeviceError(self._failed, hint="find out what failed, then restart rustord")
+        deletes = list(deletes)
+        with contextlib.suppress(OSError):  # what the filesystem cannot do now, the commit will say
+            self._lengthen(len(puts) + len(deletes), sum(map(len, puts.values())))
         try:
             with self._environment.begin(write=True) as transaction, transaction.cursor() as cursor:
                 for key in deletes:
@@ -187,11 +212,19 @@ class LmdbBackend:
     def close(self) -> None:
         self._end_idle()
         if self._environment is not None:
+            if self._commits:
+                self._shorten()
             self._environment.close()
             self._environment = None
         if self._directory is not None:
             self._directory.close()
             self._directory = None
+
+    def _shorten(self) -> None:
+        """Have the file end where its pages do, so that a copy of it is no longer than it has to be."""
+        assert self._directory is not None
+        with contextlib.suppress(OSError, lmdb.Error):
+            os.truncate(self._directory.path / "data.mdb", self._length())
 
     def _translated(self, error: Exception) -> RustordError:
         """The error of the tree that LMDB's ``error`` amounts to."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import resource
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +62,27 @@ def test_threads_that_read_once_and_sleep_do_not_make_the_file_grow(backend: Lmd
 def test_file_takes_what_is_stored_not_what_is_mapped(backend: LmdbBackend, tmp_path: Path) -> None:
     backend.commit({b"key": b"value"}, ())
     assert (tmp_path / "data.mdb").stat().st_size < 1 << 20
+
+
+def test_pages_that_a_commit_gave_back_do_not_make_the_file_look_cut_short(tmp_path: Path, seed: int) -> None:
+    """LMDB does not write them, and as often as not they are the last ones of the file."""
+    source = random.Random(seed)
+    backend, crashed = LmdbBackend(), LmdbBackend()
+    (tmp_path / "copy").mkdir()
+    for _ in range(4):
+        backend.open(tmp_path / "index")
+        kept: list[bytes] = []
+        for _ in range(5):
+            new = {source.randbytes(8): bytes(source.randrange(500)) for _ in range(100)}
+            backend.commit(new, ())
+            kept += new
+        backend.commit({}, source.sample(kept, len(kept)))
+        shutil.copy(tmp_path / "index/data.mdb", tmp_path / "copy")  # as a crash would leave it
+        crashed.open(tmp_path / "copy")
+        assert not list(crashed.scan(b"", b"\xff" * 9))
+        crashed.close()
+        backend.close()
+        assert (tmp_path / "index/data.mdb").stat().st_size < 1 << 20
 
 
 def test_map_that_does_not_fit_into_memory_limits_is_an_error(tmp_path: Path) -> None:
