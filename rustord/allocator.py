@@ -59,20 +59,26 @@ class Allocator:
                 raise
             except (Exception, SystemExit) as error:
                 raise self._blame(f"failed: {error!r}") from error
-            return self._take(chosen, count)
+            return self._take(chosen, count, self.placer.copies)
 
     def place_on(self, count: int, may: Callable[[int], bool]) -> list[Extent]:
-        """``count`` blocks for one copy of an Object that moves, on devices that ``may`` allows, best fit.
+        """``count`` blocks for one copy of an Object that moves, on devices that ``may`` allows.
 
-        Raises NoSpace; nothing has changed then.
+        A Placer of single copies chooses them; one of several cannot be asked for one, which goes where it fits best.
+        Raises NoSpace, or PluginError for a bad choice; nothing has changed then.
         """
         with self._lock:
             self._offered = [index for index in self._writable() if index in self._free and may(index)]
             if not self._offered:
                 raise NoSpace("no device may take what has to move", hint="add a device")
-            (extents,) = self._mover.place(count, self)
-            for device, block, length in extents:
-                self._free[device].take(block, length)
+            placer = self.placer if self.placer.copies == 1 else self._mover
+            try:
+                chosen = placer.place(count, self)
+            except NoSpace:
+                raise
+            except (Exception, SystemExit) as error:
+                raise self._blame(f"failed: {error!r}") from error
+            (extents,) = self._take(chosen, count, placer.copies)
             shorter: list[Extent] = []
             extend(shorter, extents)
             return shorter
@@ -95,12 +101,12 @@ class Allocator:
             hint="delete Objects or volumes, trim what a volume does not use, or add a device",
         )
 
-    def _take(self, chosen: Sequence[Sequence[Extent]], count: int) -> list[list[Extent]]:
+    def _take(self, chosen: Sequence[Sequence[Extent]], count: int, copy_count: int) -> list[list[Extent]]:
         taken: list[Extent] = []
         try:
             copies = [list(copy) for copy in chosen]  # it is asked once: the next time it might say something else
-            if len(copies) != self.placer.copies:
-                raise ValueError(f"{len(copies)} copies instead of {self.placer.copies}")
+            if len(copies) != copy_count:
+                raise ValueError(f"{len(copies)} copies instead of {copy_count}")
             for copy in copies:
                 for extent in copy:
                     if extent.device not in self._offered:

@@ -15,6 +15,7 @@ from rustord.extent import Extent, block_count, cut, extend, trim
 from rustord.footer import footer_blocks
 from rustord.manifest import CHUNK_BYTES, Data
 from rustord.objkey import uuid_text
+from rustord.placer import Striped
 from rustord.record import Record
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,8 @@ class Relocation:
     def _place(self, leave: Sequence[Extent], avoid: Collection[int]) -> list[tuple[int, int, Extent]]:
         """Take blocks, and make up ``copies``. Returns (number of the copy, offset in bytes, blocks) of what leaves.
 
-        What is new of a copy goes to the devices that the copy stays on, if these have room.
+        What is new of a copy goes to the devices that the copy stays on, if these have room; but what is new of a
+        striped Object goes to those that have nothing of it yet: a device stands in for the one that is left.
         """
         plans = [self._plan(copy, leave) for copy in self.record.copies]
         layouts = [_Layout((extent, start) for extent, start, leaves in plan if not leaves) for plan in plans]
@@ -87,6 +89,8 @@ class Relocation:
         moves = []
         for number, plan in enumerate(plans):
             best = stays[number] - {*avoid}
+            if self.record.layout == Striped.name:
+                best = {*self._blocks.accepting_indices()} - stays[number] - {*avoid}
             ranges = [(start, start + extent.count) for extent, start, leaves in plan if leaves]
             places = self._take([*ranges, tail], layouts[:number] + layouts[number + 1 :], best, avoid)
             for extent, start, leaves in plan:

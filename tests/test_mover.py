@@ -76,6 +76,14 @@ def check(store: ObjectStore, contents: dict[ObjectId, bytes]) -> None:
     check_sound(store)
 
 
+def shares(store: ObjectStore, uuid: ObjectId) -> dict[int, int]:
+    """How many blocks of an Object each device has."""
+    share: dict[int, int] = {}
+    for extent in store.stat(uuid).extents:
+        share[extent.device] = share.get(extent.device, 0) + extent.count
+    return share
+
+
 class TestEmptying:
     @pytest.mark.parametrize("placer", [Contiguous(), Striped(4), Mirrored(2)], ids=lambda placer: placer.name)
     def test_a_device_that_leaves(
@@ -96,6 +104,38 @@ class TestEmptying:
         gone = [0, 1] if placer.copies == 1 else [1]
         store = simulation.open(without=gone)
         check(store, contents)
+
+    @pytest.mark.parametrize("placer", [Striped(4), Mirrored(3)], ids=lambda placer: placer.name)
+    def test_a_new_device_stands_in_for_one_that_leaves(
+        self, simulate: Callable[..., Simulation], moving: Callable[..., Moving], placer: Any
+    ) -> None:
+        """As in a replacement: what was spread over three devices is so afterwards."""
+        simulation = simulate(*[16 * MIB] * 4, placer=placer)
+        store = simulation.open()
+        set_standing(store, 3, Standing.LEAVING)
+        contents = fill(store, (300_000, 70_000, 500_000))
+        before = {uuid: shares(store, uuid) for uuid in contents}
+        set_standing(store, 3, Standing.IN_USE)
+        one = moving(store)
+        one.leave(1)
+        assert one.mover.task.state == "done"
+        one.end()
+        check(store, contents)
+        for uuid, share in before.items():
+            moved = shares(store, uuid)
+            assert moved.keys() == {0, 2, 3}
+            assert max(moved.values()) - min(moved.values()) <= max(share.values()) - min(share.values()) + 2
+
+    def test_what_is_striped_is_spread_over_those_that_stay(
+        self, simulate: Callable[..., Simulation], moving: Callable[..., Moving]
+    ) -> None:
+        store = simulate(*[16 * MIB] * 3, placer=Striped(4)).open()
+        (uuid,) = contents = fill(store, (2 * MIB,))
+        one = moving(store)
+        one.leave(1)
+        one.end()
+        check(store, contents)
+        assert abs(shares(store, uuid)[0] - shares(store, uuid)[2]) <= 6
 
     def test_it_takes_no_new_data_also_after_a_restart(
         self, simulate: Callable[..., Simulation], moving: Callable[..., Moving]
