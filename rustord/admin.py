@@ -94,6 +94,8 @@ class Admin:
         problems = [f"device {slot.index} is {slot.state}: {slot.reason}" for slot in slots if slot.state != "online"]
         if self._store.read_only:
             problems.append(f"the pool takes no changes: {self._store.read_only}")
+        if trouble := self._store.keystore.trouble():
+            problems.append(f"the index takes no changes: {trouble}")
         if warning := self.volumes.warning():
             problems.append(warning)
         if lost := self._scrub.report.lost:

@@ -369,12 +369,19 @@ class _Daemon:
     def _tell_state(self) -> None:
         busy_since = self._writer.busy_since
         stuck = busy_since and time.monotonic() - busy_since > STUCK_S
-        if self._writer.is_alive() and not stuck:
+        transfers = self._server.stuck(STUCK_S)
+        for where in transfers:
+            log.critical("a transfer has not moved for a minute: it is in %s", where)
+        if trouble := self._store.keystore.trouble():
+            log.critical("the index takes no changes: %s", trouble)
+        if self._writer.is_alive() and not stuck and len(transfers) < self._config.limits.transfer_threads:
             self._supervisor.alive(self._admin.summary())
-        else:
+        elif stuck or not self._writer.is_alive():
             where = self._writer.whereabouts()
             log.critical("no change of the pool has come to its end for a minute: the writer is in %s", where)
             self._supervisor.status(f"no change of the pool has come to its end for a minute, in {where}")
+        else:
+            self._supervisor.status("no transfer has moved for a minute")
 
     def _apply(self) -> None:
         """Read the configuration again, and apply what can be applied."""

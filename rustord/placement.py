@@ -54,9 +54,7 @@ class Placement:
 class Placements:
     """Makes the Placements of a pool. Changes go through one thread; `upload` may be called by any."""
 
-    def __init__(
-        self, secret: bytes, blocks: BlockStore, allocator: Allocator, keygen: KeyGen, layers: Layers
-    ) -> None:
+    def __init__(self, secret: bytes, blocks: BlockStore, allocator: Allocator, keygen: KeyGen, layers: Layers) -> None:
         self._secret = secret
         self._block_size = blocks.block_size
         self._device_uuids = blocks.device_uuids

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from rustord.errors import RustordError, Unavailable
 from rustord.event import FAULT, POOL_READ_ONLY
 from rustord.objectstore import ERASE_BYTES_MAX, ObjectStore
 from rustord.record import Record
+from rustord.whereabouts import whereabouts
 
 log = logging.getLogger(__name__)
 
@@ -116,11 +116,8 @@ class Writer:
         return all(thread.is_alive() for thread in self._threads)
 
     def whereabouts(self) -> str:
-        """Where in the code the writer is at this moment: if it does not get on, this tells whose fault it is."""
-        frame = sys._current_frames().get(self._threads[0].ident or 0)
-        if frame is None:
-            return "no code any more"
-        return f"{frame.f_code.co_filename}, line {frame.f_lineno}, {frame.f_code.co_name}"
+        """Where in the code the writer is at this moment."""
+        return whereabouts(self._threads[0].ident)
 
     def close(self, timeout_s: float = 30.0) -> bool:
         """Finish what has been submitted, and stop; whether that was done within ``timeout_s``."""

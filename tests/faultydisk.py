@@ -52,7 +52,7 @@ class FaultyDisk:
 
     def _answer(self, kind: int, where: slice, data: bytes) -> tuple[int, bytes]:
         """The error and what is read."""
-        fails = (self._directory / f"fail-{({_READ: 'read', _WRITE: 'write', _FLUSH: 'flush'}[kind])}").exists()
+        fails = (self._directory / f"fail-{ ({_READ: 'read', _WRITE: 'write', _FLUSH: 'flush'}[kind]) }").exists()
         if kind == _FLUSH:
             target, source = (self.cache, self.medium) if fails else (self.medium, self.cache)
             for written in self._unflushed:

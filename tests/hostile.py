@@ -35,6 +35,11 @@ def fail_if(*moods: str) -> None:
         raise ArithmeticError("I do not feel like it")
 
 
+def hang_while(bad: str) -> None:
+    while mood() == bad:
+        time.sleep(0.01)
+
+
 class HostileKeyGen:
     algorithm = "hostile"
 
@@ -61,6 +66,7 @@ class HostileHasher:
 
     def update(self, data: Any) -> None:
         fail_if("update raises", "update exits")
+        hang_while("update hangs")
         self._hash.update(data)
 
     def digest(self) -> Any:
@@ -82,8 +88,7 @@ class HostilePlacer:
     def place(self, count: int, free: FreeView) -> Any:
         fail_if("place raises", "place exits")
         chosen = Contiguous().place(count, free)
-        while mood() == "place hangs":
-            time.sleep(0.01)
+        hang_while("place hangs")
         first = chosen[0][0]
         taken = first._replace(block=300 * 4096)
         strange: dict[str, Any] = {
@@ -128,6 +133,7 @@ class HostileBackend(LmdbBackend):
 
     def commit(self, puts: Mapping[bytes, bytes], deletes: Iterable[bytes]) -> None:
         fail_if("commit raises")
+        hang_while("commit hangs")
         if mood() == "commit is slow":
             time.sleep(0.5)
         if mood() != "commit does nothing":

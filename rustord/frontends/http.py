@@ -73,6 +73,10 @@ class HttpServer:
     def slow_request_s(self, seconds: float) -> None:
         self._service.slow_request_s = seconds
 
+    def stuck(self, limit_s: float) -> list[str]:
+        """Where in the code transfers are that have not moved for ``limit_s`` seconds. None waits for its peer."""
+        return self._service.stuck(limit_s)
+
     # Connections
 
     async def serve(self, sock: socket.socket) -> None:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from threading import get_ident
 from time import monotonic, time
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from rustord.frontends.traffic import SlowRequest, Traffic
 from rustord.frontends.transfer import Slots
 from rustord.objectstore import ObjectStore
 from rustord.record import Record
+from rustord.whereabouts import whereabouts
 from rustord.wire.api import ROUTES
 from rustord.wire.http1 import Reply
 from rustord.wire.limits import Limits
@@ -64,6 +66,8 @@ class Service:
         self._submitted: dict[Change, Done] = {}
         self._outcomes: deque[Callable[[], None]] = deque()
         self._woken = False
+        self._working: dict[int, float] = {}
+        """Since when each thread for transfers, by its ident, does what it does."""
         self._answered: set[Exchanging] = set()
         """Connections that have been answered in this wake-up."""
         self._phase_s: Sequence[float] = ()
@@ -96,7 +100,18 @@ class Service:
 
     def in_thread(self, work: Callable[[], Outcome], done: Callable[[Outcome | BaseException], None]) -> None:
         """Do ``work`` in a thread, then call ``done`` with what it returned or raised, on the event loop."""
-        self._threads.submit(self._run, work, done)
+        self._threads.submit(self._transfer, work, done)
+
+    def _transfer(self, work: Callable[[], Outcome], done: Callable[[Outcome | BaseException], None]) -> None:
+        thread = get_ident()
+        self._working[thread] = monotonic()
+        self._run(work, done)
+        del self._working[thread]
+
+    def stuck(self, limit_s: float) -> list[str]:
+        """Where those threads for transfers are that have moved nothing for ``limit_s`` seconds."""
+        since = monotonic() - limit_s
+        return [whereabouts(thread) for thread, began in list(self._working.items()) if began < since]
 
     def _in_admin_thread(self, work: Callable[[], Outcome], done: Callable[[Outcome | BaseException], None]) -> None:
         self._admin_threads.submit(self._run, work, done)

@@ -26,11 +26,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from heapq import merge
 from itertools import islice
 from pathlib import Path
+from time import monotonic
 
 from rustord.errors import FormatError, PoolError, RustordError, Unavailable
 from rustord.extent import without
@@ -60,11 +62,15 @@ from rustord.page import (
     decode_page,
 )
 from rustord.record import EXTENT, RECORD_ID, Grave, Record, RecordId, decode_extents, encode_extents
+from rustord.whereabouts import whereabouts
 
 _OBJECT, _GRAVE, _BASE, _PAGE, _UNKEPT, _NAME, _POSITION = b"o", b"g", b"b", b"l", b"k", b"n", b"p"
 _NAME_KEY_BYTES = 480
 _BATCH = 50_000
 """Entries in one commit of a rebuild: about 20 MiB."""
+COMMIT_S_MAX = 30.0
+"""How long the index may take for a commit until nobody waits for it any more, and changes are refused."""
+_TROUBLE_HINT = "see rustord's log, and the database of the index; what has been acknowledged is in the journal"
 _OVERLAY_MAX = 50_000
 """Changes that wait in memory before a cycle waits for the index: about 20 MiB."""
 
@@ -109,6 +115,9 @@ class KeyStore:
         self._draining = _Overlay()
         self._learning = threading.Lock()  # held while the overlay changes hands, and for each `learn`
         self._checkpointing = threading.Lock()
+        self._commit_since = 0.0  # monotonic time, 0 if none is under way
+        self._committer = 0
+        self._commit_error = ""  # of the last one
         self._unerased: dict[RecordId, int] = {}  # sequence of each tombstone whose blocks are not erased yet
         self._bases = {page.layer: decode_head(page.content).base for page in self.pages() if not page.number}
         """What each Layer builds on."""
@@ -423,7 +432,7 @@ class KeyStore:
 
         Like a tombstone at ``sequence`` it keeps the journal until then. Waits for a `checkpoint` under way.
         """
-        with self._checkpointing:
+        with self._one_commit():
             self._retired.add(layer.uuid)
         self._unerased[layer] = sequence
 
@@ -493,9 +502,35 @@ class KeyStore:
             self._kept.discard(gone)
             overlay.bases[gone.uuid] = None
 
+    @contextmanager
+    def _one_commit(self) -> Iterator[None]:
+        """Wait until no commit is under way, and keep others away. Raises Unavailable if that takes too long.
+
+        A backend that hangs is not waited for again and again: the time since it began counts.
+        """
+        since = self._commit_since
+        left_s = COMMIT_S_MAX if not since else max(0.0, since + COMMIT_S_MAX - monotonic())
+        if not self._checkpointing.acquire(timeout=left_s):
+            raise Unavailable("the index takes no changes: " + (self.trouble() or "it is busy"), hint=_TROUBLE_HINT)
+        try:
+            yield
+        finally:
+            self._checkpointing.release()
+
+    def trouble(self) -> str:
+        """Why the index does not take what waits for it; empty as long as it does."""
+        since = self._commit_since
+        waited_s = monotonic() - since if since else 0.0
+        if waited_s <= COMMIT_S_MAX:
+            return self._commit_error
+        return f"a commit has not ended for {waited_s:.0f} s, in {whereabouts(self._committer)}"
+
     def checkpoint(self) -> None:
-        """Put what has been learnt into the index, durably, and let go of the journal that holds it."""
-        with self._checkpointing:
+        """Put what has been learnt into the index, durably, and let go of the journal that holds it.
+
+        Raises what the backend raises, and Unavailable if another commit does not end; it can be tried again then.
+        """
+        with self._one_commit():
             with self._learning:
                 overlay = self._fresh
                 if not overlay.positions:
@@ -524,7 +559,16 @@ class KeyStore:
                     ring.release(number, unerased - 1)
 
     def _commit(self, puts: dict[bytes, bytes], deletes: list[bytes], sequence: int) -> None:
-        commit(self._backend, puts, deletes, IndexState(sequence, self.generation, self._pool_uuid))
+        self._committer = threading.get_ident()
+        self._commit_since = monotonic()
+        try:
+            commit(self._backend, puts, deletes, IndexState(sequence, self.generation, self._pool_uuid))
+            self._commit_error = ""
+        except RustordError as error:
+            self._commit_error = error.message
+            raise
+        finally:
+            self._commit_since = 0.0
 
     # Reading
 

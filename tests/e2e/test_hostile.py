@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,59 @@ def test_a_placer_that_hangs_is_named_and_reading_goes_on(
     host.feel("")
     daemon.start()
     host.check_whole({uuid: SMALL})
+
+
+def test_an_index_that_hangs_is_told_and_work_goes_on_as_far_as_it_can(
+    make_daemon: Callable[..., Daemon], image: Path, tmp_path: Path
+) -> None:
+    make_pool(image)
+    patch = "import rustord.keystore.store as store; store.COMMIT_S_MAX = 0.2; store._OVERLAY_MAX = 10"
+    daemon = make_daemon(image, patch=patch)
+    daemon.environment["WATCHDOG_USEC"] = "400000"
+    host = Host(daemon, tmp_path, "keystore")
+    stored = {daemon.put(SMALL): SMALL}
+    host.feel("commit hangs")
+    stored[daemon.put(b"first")] = b"first"
+    daemon.wait_for_log(f" s, in {hostile.__file__}, line")
+    refused = None
+    for number in range(40):  # as many as may wait for the index, and one more
+        data = b"%d" % number
+        reply = daemon.request("POST", "/v1/objects", data)
+        if reply.status != 201:
+            refused = reply
+            break
+        stored[reply.json()["uuid"]] = data
+    assert refused is not None
+    assert (refused.status, refused.json()["code"]) == (503, "unavailable")
+    assert "the index takes no changes: a commit has not ended for" in refused.problem
+    assert len(stored) > 10
+    assert "the index takes no changes" in daemon.pool()["problems"][0]
+    assert all(daemon.get(uuid) == data for uuid, data in stored.items())
+    daemon.stop(signal.SIGKILL)  # what waited for the index is in the journal
+    host.feel("")
+    daemon.start()
+    host.check_whole(stored)
+
+
+def test_a_hash_that_hangs_is_named_and_reading_goes_on(
+    make_daemon: Callable[..., Daemon], image: Path, tmp_path: Path
+) -> None:
+    make_pool(image)
+    daemon = make_daemon(image, patch="daemon.STUCK_S = 0.1")
+    daemon.environment["WATCHDOG_USEC"] = "400000"
+    host = Host(daemon, tmp_path, "keygen")
+    stored = {daemon.put(SMALL): SMALL}
+    host.feel("update hangs")
+    with ThreadPoolExecutor() as threads:
+        hanging = {data: threads.submit(daemon.put, data) for data in (LARGE, b"another")}
+        try:
+            daemon.wait_for_log(f"a transfer has not moved for a minute: it is in {hostile.__file__}, line")
+            daemon.wait_for_log(f"the writer is in {hostile.__file__}, line")
+            assert all(daemon.get(uuid) == data for uuid, data in stored.items())
+        finally:
+            host.feel("")
+        stored |= {put.result(): data for data, put in hanging.items()}
+    host.check_whole(stored)
 
 
 @pytest.mark.parametrize("role", ["keygen", "placer"])

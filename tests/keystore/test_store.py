@@ -14,6 +14,7 @@ from rustord.blockdevice import BlockDevice, open_device
 from rustord.errors import NoSpace, PoolError, RustordError, Unavailable
 from rustord.extent import Extent
 from rustord.journal import NOTHING, Entry, Kind
+from rustord.keystore import store as store_module
 from rustord.keystore.lmdb import LmdbBackend
 from rustord.keystore.ring import Ring
 from rustord.keystore.store import KeyStore
@@ -447,3 +448,45 @@ class TestListing:
         finally:
             stop.set()
             changer.join()
+
+
+class TestHanging:
+    def test_nobody_waits_for_ever_for_a_commit_that_hangs(
+        self, keys: Keys, open_keys: Callable[[], Keys], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(store_module, "COMMIT_S_MAX", 0.05)
+        monkeypatch.setattr(store_module, "_OVERLAY_MAX", 3)
+        hanging, go_on = threading.Event(), threading.Event()
+
+        def hang() -> None:
+            hanging.set()
+            go_on.wait()
+
+        records = [keys.put(f"before {number}") for number in range(3)]
+        keys.backend.meanwhile = hang
+        thread = threading.Thread(target=keys.store.checkpoint)
+        thread.start()
+        hanging.wait()
+        records += [keys.put(f"beside {number}") for number in range(4)]
+        with pytest.raises(Unavailable, match="a commit has not ended for"):
+            keys.store.make_room()
+        assert "a commit has not ended" in keys.store.trouble()
+        with pytest.raises(Unavailable):
+            keys.store.retire(RecordId(b"l" * 16, 1), 9)
+        assert uuids(keys.store) == [record.uuid for record in records]
+        keys.backend.meanwhile = lambda: None
+        go_on.set()
+        thread.join()
+        keys.store.make_room()
+        assert (keys.store.trouble(), keys.store.lag()) == ("", 0)
+        assert uuids(open_keys().store) == [record.uuid for record in records]
+
+    def test_a_commit_that_fails_is_told_until_one_succeeds(self, keys: Keys) -> None:
+        keys.put("name")
+        keys.backend.error = NoSpace("the disk of the index is full")
+        with pytest.raises(NoSpace):
+            keys.store.checkpoint()
+        assert keys.store.trouble() == "the disk of the index is full"
+        keys.backend.error = None
+        keys.store.checkpoint()
+        assert keys.store.trouble() == ""
