@@ -54,7 +54,7 @@ class Admin:
         """Makes the text of /metrics."""
         self.exports = exports
         """Tells what is open as a block device."""
-        self._mover = mover or Mover(store, writer)
+        self._mover = mover or Mover(store, writer, volumes=volumes)
 
     def pool(self) -> dict[str, Any]:
         """The state of the pool as a whole; ``problems`` is empty when all is well. Sizes in bytes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from rustord.errors import DeviceError, NoSpace, PluginError
 from rustord.extent import COUNT_MAX, Extent, block_count, extend
@@ -83,13 +83,13 @@ class Allocator:
             extend(shorter, extents)
             return shorter
 
-    def run(self, count: int, device: int, *, only: bool = False) -> Extent:
-        """``count`` blocks in one run: on ``device`` if it has one, else (unless ``only``) on the emptiest that has.
+    def run(self, count: int, device: int = -1, avoid: Collection[int] = ()) -> Extent:
+        """``count`` blocks in one run: on ``device`` if it has one, else on the emptiest that has, but for ``avoid``.
 
         For what no Placer is asked about, since it is no Object. Raises NoSpace.
         """
         with self._lock:
-            offered = [index for index in self._writable() if index in self._free and (index == device or not only)]
+            offered = [index for index in self._writable() if index in self._free and index not in avoid]
             offered.sort(key=lambda index: (index != device, -self._free[index].free_count))
             for index in offered:
                 block = self._free[index].best_fit(count)
@@ -97,7 +97,7 @@ class Allocator:
                     self._free[index].take(block, count)
                     return Extent(index, block, count)
         raise NoSpace(
-            f"no {count} free blocks in a row on {f'device {device}' if only else 'any device'}",
+            f"no {count} free blocks in a row on any device that may take them",
             hint="delete Objects or volumes, trim what a volume does not use, or add a device",
         )
 

@@ -274,7 +274,9 @@ class _Daemon:
         tcp_role = Role[config.nbd.tcp_role.upper()]
         who = roles(config)
         self._nbd = NbdServer(exports, who, config.nbd.limits(), tcp_role)
-        self._mover = Mover(store, self._writer, config.mover.rate, config.pool.directory / "mover.json")
+        self._mover = Mover(
+            store, self._writer, config.mover.rate, config.pool.directory / "mover.json", volumes=self._volumes
+        )
         self._admin = Admin(
             store,
             self._writer,

@@ -8,6 +8,7 @@ it names that one, which stays as long as it is named.
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import NamedTuple
 from rustord.blockstore import BlockStore
 from rustord.errors import NotFound, RustordError
 from rustord.extent import LAYER_SHIFT, LAYERS, Extent, extend
+from rustord.gate import Gate
 from rustord.journal import NOTHING
 from rustord.objectreader import ObjectReader
 from rustord.objkey import ObjectId, uuid_text
@@ -23,7 +25,6 @@ from rustord.page import (
     BASE,
     CHUNK_BYTES,
     PAGE_CHUNKS,
-    SLOT_COUNT,
     ZEROS,
     Head,
     Page,
@@ -31,6 +32,7 @@ from rustord.page import (
     decode_head,
     extent_at,
     page_of,
+    slots_at,
 )
 from rustord.record import Record, RecordId
 
@@ -52,7 +54,7 @@ class Layer:
 
     @property
     def home(self) -> int:
-        """The device with all of its pages, in whose journal each of its changes is."""
+        """The device with its head, in whose journal each of its changes is."""
         return extent_at(self.address, 1).device
 
     @property
@@ -91,12 +93,8 @@ class Layer:
         return sum(PAGE_CHUNKS - page.count(BASE) - page.count(ZEROS) for page in [*self._pages.values()])
 
     def extents(self, chunk_blocks: int) -> list[Extent]:
-        """All blocks that the Layer names: chunks of ``chunk_blocks`` blocks, and slots.
-
-        Each slot is an extent of its own: who erases the last block of each extent alone leaves no page behind.
-        """
-        places = (self.address, *self.places.values())
-        slots = [extent_at(address + number, 1) for address in places for number in range(SLOT_COUNT)]
+        """All blocks that the Layer names: chunks of ``chunk_blocks`` blocks, and slots."""
+        slots = [slot for address in (self.address, *self.places.values()) for slot in slots_at(address)]
         chunks = [
             extent_at(address, chunk_blocks) for page in [*self._pages.values()] for address in page if address > ZEROS
         ]
@@ -129,6 +127,9 @@ class Layers:
         self._by_number: dict[int, Layer] = {}
         self._bases: dict[ObjectId, ObjectReader] = {}
         """Of the Objects that are read as bases."""
+        self._gate = Gate()
+        self._gates = {self._gate}
+        self._gating = threading.Lock()
 
     def load(self, pages: Iterable[Page]) -> None:
         """Take over all pages of the index."""
@@ -229,7 +230,29 @@ class Layers:
     def read_object(self, offset: int, buffer: memoryview) -> None:
         """Read as from the device with index `LAYERS`; ``offset`` in bytes. Raises NotFound, DeviceError, Damaged."""
         number, skip = divmod(offset, self._blocks.block_size << LAYER_SHIFT)
-        self.fill(self.chain(self.numbered(number)), skip, buffer)
+        self.read(self.numbered(number), skip, buffer)
+
+    def read(self, layer: Layer, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with what a Layer has from ``offset`` on, for who has no gate himself. Raises as `fill`."""
+        with self._gate:
+            self.fill(self.chain(layer), offset, buffer)
+
+    def watch(self, gate: Gate) -> None:
+        """From now on whoever reads through Layers within ``gate`` is waited for."""
+        with self._gating:
+            self._gates.add(gate)
+
+    def unwatch(self, gate: Gate) -> None:
+        """The opposite of `watch`."""
+        with self._gating:
+            self._gates.discard(gate)
+
+    def drain(self) -> None:
+        """Wait until nobody reads any more where the Layers had something up to now; not from within a gate."""
+        with self._gating:
+            gates = list(self._gates)
+        for gate in gates:
+            gate.drain()
 
     def read_object_now(self, offset: int, buffer: memoryview) -> bool:
         """The same from the page cache; False if it cannot be."""
@@ -280,7 +303,10 @@ class Layers:
         return (max(last, base_last) + 1) * CHUNK_BYTES
 
     def fill(self, chain: Sequence[Layer], offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` with what the volume has from ``offset`` on. Raises DeviceError, Damaged or NotFound."""
+        """Fill ``buffer`` with what the volume has from ``offset`` on. Raises DeviceError, Damaged or NotFound.
+
+        Within a gate that is watched: blocks that a Layer leaves are erased once nobody is in there any more.
+        """
         at = 0
         for address, begin, length in self._runs(chain, offset, len(buffer)):
             self._fill_run(chain, address, begin, buffer[at : at + length])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,11 +17,14 @@ from rustord.errors import DeviceError, InvalidRequest, NoSpace, NotFound, Preco
 from rustord.event import DEVICE_REMOVED, fields
 from rustord.extent import Extent, block_count
 from rustord.label import Standing
+from rustord.layermover import LayerMover, Quota
 from rustord.membership import remove_device
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
+from rustord.page import ZEROS, extent_at
 from rustord.record import Record
 from rustord.task import Task
+from rustord.volumes import Volumes
 from rustord.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -60,8 +64,15 @@ class Mover:
     ``job`` says what it does, or did last; ``moved`` counts Objects, ``stuck`` those that could not be moved.
     """
 
-    def __init__(self, store: ObjectStore, writer: Writer, bytes_s_max: int = 0, notes: Path | None = None) -> None:
-        """``notes`` is the file that remembers over a restart what was asked for."""
+    def __init__(
+        self,
+        store: ObjectStore,
+        writer: Writer,
+        bytes_s_max: int = 0,
+        notes: Path | None = None,
+        volumes: Volumes | None = None,
+    ) -> None:
+        """``notes`` is the file that remembers over a restart what was asked for; ``volumes`` are those in use."""
         self.task = Task("mover", self._work, bytes_s_max=bytes_s_max)
         self.job = ""
         self.moved = 0
@@ -69,6 +80,7 @@ class Mover:
         self._store = store
         self._writer = writer
         self._notes = notes
+        self._layers = LayerMover(store, volumes or Volumes(store, writer))
         self._wanted = _read(notes)
         self._problem: RustordError | None = None
         self._batch: list[Move] = []
@@ -148,7 +160,7 @@ class Mover:
         while True:
             store.check_changeable()
             check_volumes(store, index)
-            found = self._pass(job)
+            found = self._move_layers({index: math.inf}) + self._pass(job)
             if slot.state != "online" and not is_given_up:
                 raise DeviceError(
                     f"device {index} is {slot.state}, and cannot be emptied: {slot.reason}",
@@ -156,6 +168,8 @@ class Mover:
                 )
             if self.stuck:
                 raise self._stuck(f"{self.stuck} Objects cannot be moved off device {index}")
+            if self._layers.problem is not None:
+                raise self._layers.problem
             if store.allocator.is_empty(index) or (slot.state != "online" and not found):
                 break
             if not found:
@@ -183,6 +197,7 @@ class Mover:
     def _rebalance(self) -> None:
         """Move Objects from the fuller devices to the emptier ones."""
         excess = {index: over for index, over in self._excess().items() if over > 0}
+        self._move_layers(excess, slots=False)
 
         def pick(record: Record) -> Sequence[Extent]:
             full = {index for index in record.devices if excess.get(index, 0) > 0}
@@ -196,6 +211,17 @@ class Mover:
 
         self._pass(_Job("rebalancing", lambda record: _on(record, too_full()), too_full, pick))
         self._done("rebalance")
+
+    def _move_layers(self, quota: Quota, *, slots: bool = True) -> int:
+        """Move what volumes have; returns how many blocks were moved."""
+        self.task.done = 0
+        self.task.total = self._layers.count(quota.keys()) * self._store.label.block_size
+
+        def pace(length: int) -> None:
+            self.task.done += length
+            self.task.pace(length)
+
+        return self._layers.run(quota, pace, slots=slots)
 
     def _done(self, work: Work) -> None:
         self._wanted.discard(work)
@@ -300,13 +326,20 @@ class Mover:
 
 
 def check_volumes(store: ObjectStore, index: int) -> None:
-    """Raise DeviceError if volumes have blocks on a device: these are not moved."""
-    layers = store.layers
-    devices = {extent.device for layer in [*layers.by_uuid.values()] for extent in layer.extents(layers.chunk_blocks)}
-    if index in devices.union(*(record.devices for record in store.keystore.bases())):
+    """Raise DeviceError if volumes have data on a device that is not there: nobody else has it."""
+    slot, layers = store.blocks.slots[index], store.layers
+    if any(index in record.devices for record in store.keystore.bases()):
         raise DeviceError(
-            f"volumes have blocks on device {index}, and these cannot be moved",
-            hint="copy the volumes elsewhere and delete them, snapshots and clones too; 'rustorctl volume list'",
+            f"an Object that was deleted, and on which volumes build, has blocks on device {index}: it cannot be moved",
+            hint="copy the volumes that were cloned from it elsewhere, and delete them",
+        )
+    if slot.device is not None and not slot.device.failed:
+        return
+    chunks = (address for layer in [*layers.by_uuid.values()] for _, address in layer.chunks() if address > ZEROS)
+    if any(extent_at(address, 1).device == index for address in chunks):
+        raise DeviceError(
+            f"volumes have data on device {index}, which is {slot.state}, and nowhere else",
+            hint="bring it back; or delete these volumes, with their snapshots and clones: 'rustorctl volume ls'",
         )
 
 

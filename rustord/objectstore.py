@@ -293,7 +293,8 @@ class ObjectStore:
         if failed:
             self._all_flushed = False
             raise next(iter(failed.values()))
-        self.keystore.learn_layers(entries, self._sequence)
+        for grave in self.keystore.learn_layers(entries, self._sequence):  # the new slots are not written yet
+            self._erasures.add(Erase(grave.extents, (grave.id,), after=grave.id.sequence))
         if self._all_flushed:
             self._durable = self._sequence
 

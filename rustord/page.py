@@ -88,6 +88,11 @@ def decode_page(raw: bytes) -> Page:
     return Page(layer, generation, sequence, address, number, raw[PAGE.size :])
 
 
+def slots_at(address: int) -> list[Extent]:
+    """Both slots of a page, each by itself: who erases the last block of each extent alone leaves no page behind."""
+    return [extent_at(address + number, 1) for number in range(SLOT_COUNT)]
+
+
 def slot_of(page: Page) -> Extent:
     """The block that this generation of the page is written to."""
     extent = extent_at(page.address, 1)
@@ -165,7 +170,7 @@ def decode_head(content: bytes) -> Head:
 
 
 class PageChange(NamedTuple):
-    """What an entry of the journal changes in one page; ``address`` is that of its slots if it is new."""
+    """What an entry of the journal changes in one page; ``address`` is that of its slots if these are new, or 0."""
 
     layer: bytes
     number: int
@@ -179,11 +184,13 @@ class PageChange(NamedTuple):
             page = Page(self.layer, 0, 0, self.address, self.number, b"")
         if sequence <= page.sequence:
             return None
-        return page._replace(sequence=sequence, content=self.content(page.content))
+        return page._replace(
+            sequence=sequence, address=self.address or page.address, content=self.content(page.content)
+        )
 
 
 class LayerEntry(NamedTuple):
-    """A journal entry: the head of a Layer, new or changed, and where its slots are."""
+    """A journal entry: the head of a Layer, new or changed, and where its slots are from now on."""
 
     layer: bytes
     address: int
@@ -208,7 +215,8 @@ def decode_layer_entry(payload: bytes) -> LayerEntry:
 class MapEntry(NamedTuple):
     """A journal entry: what has changed in the map of a Layer.
 
-    ``pages`` are (number, address of the slots) of new pages, ``chunks`` (chunk, address, `BASE` or `ZEROS`).
+    ``pages`` are (number, address of the slots) of pages that are new, or get other slots; ``chunks`` are (chunk,
+    address, `BASE` or `ZEROS`).
     """
 
     layer: bytes

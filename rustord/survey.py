@@ -40,6 +40,7 @@ from rustord.page import (
     decode_layer_entry,
     decode_map_entry,
     decode_slot,
+    slots_at,
 )
 from rustord.pool import VOID_LENGTH, copy_is_whole, was_flushed
 from rustord.record import Grave, Record, RecordId
@@ -76,6 +77,8 @@ class Survey:
     sequence: int = 0
     pages: dict[tuple[bytes, int], Page] = field(default_factory=dict)
     """The pages of all Layers, by Layer and number."""
+    left: dict[RecordId, set[Extent]] = field(default_factory=dict)
+    """Slots with pages of Layers that are gone, or that have other slots now."""
     positions: dict[bytes, bytes] = field(default_factory=dict)
     footers: dict[int, array[int]] = field(default_factory=dict)
     """The blocks of each device that end with the last piece of a good footer, ascending."""
@@ -99,6 +102,7 @@ class Survey:
 
     def graves(self) -> Iterator[Grave]:
         """What has yet to be erased: blocks that none but a Record that is gone has."""
+        yield from (Grave(id, sorted(slots)) for id, slots in self.left.items())
         kept = self.bases()
         for id, raw in self.gone.items():
             live = self.live.get(id.uuid) or kept.get(id.uuid)
@@ -126,7 +130,12 @@ def take_survey(label: Label, blocks: BlockStore, progress: Progress = lambda si
         for _ in pool.map(lambda scan: scan.run(progress), scans):
             pass
     _Verdict(survey, journals, blocks).judge(scans)
-    survey.pages = journals.layers([page for scan in scans for page in scan.pages])
+    found = [page for scan in scans for page in scan.pages]
+    survey.pages = journals.layers(found)
+    for page in found:
+        current = survey.pages.get((page.layer, page.number))
+        if current is None or current.address != page.address:
+            survey.left.setdefault(RecordId(page.layer, page.sequence), set()).update(slots_at(page.address))
     survey.sequence = journals.settled(survey.live.values(), survey.pages.values())
     survey.positions = journals.positions()
     for scan in scans:
@@ -215,7 +224,7 @@ class _Journals:
                 changed = change.apply(pages.get(key), sequence)
                 if changed is not None:
                     pages[key] = changed
-        gone = {id.uuid for id in self.erased | self.unerased}
+        gone = {id.uuid for id in self.erased | self.unerased if not id.sequence}
         return {
             key: page for key, page in pages.items() if page.address and (key[0], 0) in pages and key[0] not in gone
         }

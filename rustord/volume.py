@@ -13,8 +13,8 @@ and freed behind the commit point, once nobody reads or writes them any more.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 
 from rustord.allocator import Allocator
 from rustord.blockdevice import BlockDevice
@@ -22,6 +22,7 @@ from rustord.blockstore import BlockStore
 from rustord.errors import DeviceError, InvalidRequest, NoSpace, RustordError
 from rustord.export import Run, State, merged
 from rustord.extent import Extent
+from rustord.gate import Gate
 from rustord.layer import Layer, Layers
 from rustord.page import (
     BASE,
@@ -52,41 +53,6 @@ _ZERO_BYTES = 1 << 20
 _ZEROS = memoryview(bytes(_ZERO_BYTES))
 
 
-class Gate:
-    """Any number of operations may be inside; `shut` waits until none is, and keeps them outside."""
-
-    def __init__(self) -> None:
-        self._inside = 0
-        self._shut = False
-        self._changed = threading.Condition(threading.Lock())
-
-    def __enter__(self) -> None:
-        with self._changed:
-            while self._shut:
-                self._changed.wait()
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._inside -= 1
-            if self._shut and not self._inside:
-                self._changed.notify_all()
-
-    @contextmanager
-    def shut(self) -> Iterator[None]:
-        """Nobody is inside; for one thread at a time."""
-        with self._changed:
-            self._shut = True
-            while self._inside:
-                self._changed.wait()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._shut = False
-                self._changed.notify_all()
-
-
 class Volume:
     """The `rustord.export.Export` of a volume. Any number of threads may use it; a flush by one covers all."""
 
@@ -115,6 +81,8 @@ class Volume:
         self._chain = layers.chain(layer)
         self._base_size = layers.base_size(self._chain)
         self._gate = Gate()
+        layers.watch(self._gate)
+        self._ended = False
         self._flushing = threading.Lock()
         self._mapping = threading.Lock()  # held while the map, or what is pending of it, changes
         self._dirty: dict[int, BlockDevice] = {}
@@ -137,6 +105,43 @@ class Volume:
             self._chain = self._layers.chain(self.layer)
         self._erase(freed)
         return left
+
+    def move(self, layer: Layer, chunks: Iterable[int], take: Callable[[int], Extent | None]) -> int:
+        """Put chunks of ``layer``, as long as that is the one which is written, on other blocks, durably.
+
+        ``take`` tells where to, given the address, or None for a chunk that stays. A chunk is copied while nobody
+        writes, and is the volume's with the next flush, as one that is written for the first time. Returns how many
+        were moved. Raises NoSpace or DeviceError; chunks that were copied before are moved with the next flush.
+        """
+        with self._flushing:
+            if self._ended or self.layer is not layer:
+                return 0
+            with self._gate.shut():
+                count = sum(self._copy(chunk, take) for chunk in chunks)
+            self._flush()
+        return count
+
+    def _copy(self, chunk: int, take: Callable[[int], Extent | None]) -> bool:
+        address = self.layer.get(chunk)
+        extent = take(address) if address > ZEROS else None
+        if extent is None:
+            return False
+        old = extent_at(address, extent.count)
+        try:
+            self._write_in_place(address_of(extent), 0, self._blocks.read_copy((old,), 0, CHUNK_BYTES))
+        except BaseException:
+            self._erase([extent])
+            raise
+        self._change(chunk, address_of(extent))
+        self._freed.append(old)
+        return True
+
+    def end(self) -> None:
+        """Make durable what can be, and change nothing of the Layer from now on."""
+        with self._flushing, suppress(RustordError):
+            self._ended = True
+            self._flush()
+        self._layers.unwatch(self._gate)
 
     # Reading
 
@@ -241,7 +246,7 @@ class Volume:
     def _place(self, number: int) -> None:
         """See to it that a page has slots. Raises NoSpace."""
         if number not in self.layer.places:
-            place = address_of(self._allocator.run(SLOT_COUNT, self.layer.home, only=True))
+            place = address_of(self._allocator.run(SLOT_COUNT, self.layer.home))
             self.layer.places[number] = self._pages[number] = place
 
     def _change(self, chunk: int, address: int) -> None:
@@ -297,11 +302,13 @@ class Volume:
     def flush(self) -> None:
         """Make durable all that was done before. Raises DeviceError; what was not durable then is flushed again."""
         with self._flushing:
-            freed = self._commit()
-            if freed:
-                with self._gate.shut():  # nobody is reading or writing there any more
-                    pass
-                self._erase(freed)
+            self._flush()
+
+    def _flush(self) -> None:
+        freed = self._commit()
+        if freed:
+            self._gate.drain()  # nobody is reading or writing there any more
+            self._erase(freed)
 
     def _erase(self, extents: list[Extent]) -> None:
         if extents:
@@ -355,6 +362,7 @@ class Volume:
 
     def _journal(self, pages: dict[int, int], chunks: dict[int, int], freed: Sequence[Extent]) -> None:
         devices = {extent_at(address, 1).device for address in chunks.values() if address > ZEROS}
+        devices |= {extent_at(address, 1).device for address in pages.values()}
         devices |= {extent.device for extent in freed} | {self.layer.home}
         changes = sorted(chunks.items())
         entries = [MapEntry(self.layer.uuid, sorted(pages.items()), changes[:_ENTRY_CHUNKS])]

@@ -82,6 +82,8 @@ class Volumes:
         self._busy: set[str] = set()
         self._warned = False
         self._lock = threading.Lock()
+        self._making = threading.Lock()
+        self._ending: set[str] = set()
 
     # Looking
 
@@ -143,12 +145,24 @@ class Volumes:
         if self._layers.is_frozen(layer):
             raise InUse(f"volume {name} has become an Object", hint="restart rustord, which finishes that")
         self._store.blocks.device(layer.home)
+        with self._making:
+            return self._made(layer)
+
+    def _made(self, layer: Layer) -> Volume:
+        name, store = layer.head.name, self._store
         if name not in self._volumes:
-            store = self._store
             self._volumes[name] = Volume(
-                layer, self._layers, store.blocks, store.allocator, self._note, self._free, lambda: self._close(name)
+                layer, self._layers, store.blocks, store.allocator, self._note, self.free, lambda: self._close(name)
             )
         return self._volumes[name]
+
+    def writer_of(self, layer: Layer) -> Volume | None:
+        """The volume that is written in a Layer, open or not; None if it is not written any more."""
+        name = layer.head.name
+        with self._making:
+            if self._layers.volumes.get(name) is not layer or name in self._ending or self._layers.is_frozen(layer):
+                return None
+            return self._made(layer)
 
     def warning(self) -> str:
         """Why writes to volumes may soon fail; "" if there is room."""
@@ -159,7 +173,8 @@ class Volumes:
             return ""
         return f"{free:.0%} of the pool are free: writes to volumes may soon fail; delete something, or add a device"
 
-    def _call(self, function: Callable[[], T]) -> T:
+    def call(self, function: Callable[[], T]) -> T:
+        """Run ``function`` on the writer's thread, between cycles. Raises what it does, or Unavailable."""
         try:
             return self._writer.call(function, _CHANGE_S)
         except TimeoutError:
@@ -168,15 +183,18 @@ class Volumes:
             ) from None
 
     def _note(self, notes: Sequence[LayerEntry | MapEntry], devices: set[int]) -> None:
-        self._call(lambda: self._store.note(notes, devices))
+        self.call(lambda: self._store.note(notes, devices))
         warning = self.warning()
         if warning and not self._warned:
             log.warning("%s", warning)
         self._warned = bool(warning)
 
-    def _free(self, extents: Sequence[Extent], finished: Callable[[RustordError | None], None]) -> None:
+    def free(
+        self, extents: Sequence[Extent], finished: Callable[[RustordError | None], None] = lambda error: None
+    ) -> None:
+        """Erase blocks that nobody names or reads any more, and give them back, in the background."""
         self._store.free(extents, finished)
-        self._call(lambda: None)  # the writer looks for something to do then
+        self.call(lambda: None)  # the writer looks for something to do then
 
     def _close(self, name: str) -> None:
         with self._lock:
@@ -202,7 +220,7 @@ class Volumes:
         check_volume_name(name)
         size = _rounded(size)
         with self._working_on(name, closed=True):
-            self._call(lambda: self._make(name, size, NOTHING))
+            self.call(lambda: self._make(name, size, NOTHING))
         return self.stat(name)
 
     def clone(self, key: str, name: str) -> Info:
@@ -212,7 +230,7 @@ class Volumes:
         """
         check_volume_name(name)
         with self._working_on(name, closed=True):
-            self._call(lambda: self._clone(key, name))
+            self.call(lambda: self._clone(key, name))
         return self.stat(name)
 
     def _clone(self, key: str, name: str) -> None:
@@ -234,11 +252,11 @@ class Volumes:
         self._add(Head(size, time.time_ns(), base, self._layers.new_number(self._store.sequence + 1), name))
 
     def _add(self, head: Head, home: int = -1, *others: LayerEntry) -> Layer:
-        """Put a new Layer into the pool, together with ``others``; on device ``home`` if that is given."""
-        slots = self._store.allocator.run(SLOT_COUNT, home, only=home >= 0)
+        """Put a new Layer into the pool, together with ``others`` of a Layer on ``home``; there if that has room."""
+        slots = self._store.allocator.run(SLOT_COUNT, home)
         layer = Layer(self._store.keygen.uuid(), address_of(slots), head)
         try:
-            self._store.note([_entry(layer, head), *others], {layer.home})
+            self._store.note([_entry(layer, head), *others], {layer.home, home} - {-1})
         except RustordError:
             self._store.free([slots])  # on a device that failed they stay taken until the next start
             raise
@@ -275,7 +293,7 @@ class Volumes:
             self._store.note([_entry(layer, head)], {layer.home})
             self._layers.rename(layer, head)
 
-        self._call(change)
+        self.call(change)
 
     def delete(self, name: str) -> None:
         """Delete a volume; on return what nobody else needs of it has been erased. Raises NotFound, InUse, ..."""
@@ -283,12 +301,24 @@ class Volumes:
             self._drop(self._layer(name))
 
     def _drop(self, layer: Layer) -> None:
-        self._volumes.pop(layer.head.name, None)
-        self._set_head(layer, layer.head._replace(name=""))
+        self._forget(layer)
         erased: Future[RustordError | None] = Future()
-        self._call(lambda: self._store.sweep(erased.set_result))
+        self.call(lambda: self._store.sweep(erased.set_result))
         if error := erased.result(_ERASE_S):
             raise error
+
+    def _forget(self, layer: Layer) -> None:
+        """Take the name off a Layer, which is not written any more."""
+        name = layer.head.name
+        with self._making:
+            self._ending.add(name)
+            volume = self._volumes.pop(name, None)
+        try:
+            if volume is not None:
+                volume.end()
+            self._set_head(layer, layer.head._replace(name=""))
+        finally:
+            self._ending.discard(name)
 
     # Freezing
 
@@ -301,8 +331,7 @@ class Volumes:
             layer = self._layer(name)
             self._volume(name).flush()
             record = self._store_frozen(layer, object_name or name)
-            self._volumes.pop(name, None)
-            self._set_head(layer, layer.head._replace(name=""))
+            self._forget(layer)
         return record
 
     def snapshot(self, name: str, object_name: str = "") -> Record:
@@ -314,7 +343,7 @@ class Volumes:
             self._check_new(object_name)
             layer = self._layer(name)
             self._check_depth(layer)
-            left = self._volume(name).split(lambda left: self._call(lambda: self._cover(left)))
+            left = self._volume(name).split(lambda left: self.call(lambda: self._cover(left)))
         return self._store_frozen(left, object_name)
 
     def _cover(self, left: Layer) -> Layer:
@@ -342,12 +371,11 @@ class Volumes:
 
     def _sum(self, layer: Layer, hasher: Hasher) -> bytes:
         """Hash what a Layer has, and return the checksums of its chunks."""
-        chain = self._layers.chain(layer)
         buffer = memoryview(bytearray(_READ_BYTES))
         sums = []
         for offset in range(0, layer.head.size, _READ_BYTES):
             piece = buffer[: min(_READ_BYTES, layer.head.size - offset)]
-            self._layers.fill(chain, offset, piece)
+            self._layers.read(layer, offset, piece)
             hasher.update(piece)
             sums.append(chunk_sums(piece))
         return b"".join(sums)

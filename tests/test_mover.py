@@ -13,11 +13,10 @@ import pytest
 from rustord.errors import DeviceError, FormatError, PoolError
 from rustord.label import Standing
 from rustord.membership import detach_device, set_standing
-from rustord.mover import Mover, check_volumes
+from rustord.mover import Mover
 from rustord.objectstore import ObjectStore
 from rustord.objkey import ObjectId
 from rustord.placer import Contiguous, Mirrored, Striped
-from rustord.volumes import Volumes
 from rustord.writer import Writer
 from tests.simulation import MIB, PowerCut, Simulation, check_sound, live, run, upload
 
@@ -339,20 +338,3 @@ def test_a_power_cut_while_a_device_leaves(
         again.end()
         check(store, contents)
         simulation.close()
-
-
-def test_a_device_with_blocks_of_a_volume_stays(
-    simulate: Callable[..., Simulation], moving: Callable[..., Moving]
-) -> None:
-    store = simulate(16 * MIB, 16 * MIB).open()
-    one = moving(store)
-    volumes = Volumes(store, one.writer)
-    volumes.create("data", MIB)
-    (index,) = [index for index in (0, 1) if not store.allocator.is_empty(index)]
-    with pytest.raises(DeviceError, match="volumes have blocks on device"):
-        check_volumes(store, index)
-    check_volumes(store, 1 - index)
-    one.leave(index)
-    assert one.mover.task.state == "failed"
-    assert "volumes have blocks" in one.mover.task.error
-    volumes.close()

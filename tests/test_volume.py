@@ -13,7 +13,7 @@ import pytest
 from rustord.errors import DeviceError
 from rustord.objectstore import ObjectStore
 from rustord.page import CHUNK_BYTES
-from rustord.volume import Gate, Volume
+from rustord.volume import Volume
 from rustord.volumes import Volumes
 from rustord.writer import Writer
 from tests.simulation import MIB, Simulation, check_sound
@@ -125,19 +125,3 @@ def test_a_flush_that_fails_says_so_and_goes_on_saying_so(simulation: Simulation
             volume.flush()
     assert read(volume, 0, 4096) == b"x" * 4096
     volume.close()
-
-
-def test_a_gate_that_is_shut_lets_nobody_in() -> None:
-    gate = Gate()
-    inside = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        with gate.shut():
-
-            def enter() -> None:
-                with gate:
-                    inside.set()
-
-            entering = pool.submit(enter)
-            assert not inside.is_set()
-        entering.result(10)
-        assert inside.is_set()

@@ -35,7 +35,7 @@ from pathlib import Path
 from time import monotonic
 
 from rustord.errors import FormatError, PoolError, RustordError, Unavailable
-from rustord.extent import without
+from rustord.extent import Extent, without
 from rustord.journal import (
     NOTHING,
     Batch,
@@ -60,6 +60,7 @@ from rustord.page import (
     decode_layer_entry,
     decode_map_entry,
     decode_page,
+    slots_at,
 )
 from rustord.record import EXTENT, RECORD_ID, Grave, Record, RecordId, decode_extents, encode_extents
 from rustord.whereabouts import whereabouts
@@ -240,7 +241,7 @@ class KeyStore:
         """From now on have pages written to their slots by ``keep_pages``, before the journal that has them is let go.
 
         While a pool is opened they are not: of a Layer that was erased the slots may be somebody else's by now. If that
-        was put off, or a rebuild has made the pages, all those of ``layers`` are written at the next checkpoint.
+        was put off, or a rebuild has made the pages, all those of ``layers`` are written at once.
         """
         self._keep_pages = keep_pages
         if self._backend.get(_UNKEPT) is None:
@@ -252,6 +253,7 @@ class KeyStore:
                     self._fresh.pages[page_key(page.layer, page.number)] = newer.encode()
             self._fresh.pages[_UNKEPT] = None
             self._note_positions(self._fresh)
+        self.checkpoint()  # before any slot is erased that a page has left: it may be the only one that is written
 
     def hold(self, gone: Iterable[RecordId], sequence: int) -> None:
         """Say of these again, with the next batch of the journal, that they are deleted, and keep what says so."""
@@ -385,16 +387,18 @@ class KeyStore:
             overlay.sequence = sequence
             self._note_positions(overlay)
 
-    def learn_layers(self, entries: Iterable[Entry], sequence: int) -> None:
-        """The same for changes of Layers."""
+    def learn_layers(self, entries: Iterable[Entry], sequence: int) -> list[Grave]:
+        """The same for changes of Layers; returns the slots that pages have left."""
         with self._learning:
             overlay = self._fresh
-            for entry in entries:
-                self._learn_layer(overlay, entry)
+            left = [grave for entry in entries if (grave := self._learn_layer(overlay, entry))]
             overlay.sequence = sequence
             self._note_positions(overlay)
+        return left
 
-    def _learn_layer(self, overlay: _Overlay, entry: Entry) -> None:
+    def _learn_layer(self, overlay: _Overlay, entry: Entry) -> Grave | None:
+        """Returns the slots that pages have left with this change; they are a grave."""
+        left: list[Extent] = []
         if entry.kind is Kind.LAYER:
             new = decode_layer_entry(entry.payload)
             self._bases[new.layer] = decode_head(new.content).base
@@ -403,16 +407,31 @@ class KeyStore:
             changes = decode_map_entry(entry.payload).changes()
         for change in changes:
             if change.layer in self._bases:  # or else it has been erased since
-                self._change_page(overlay, change, entry.sequence)
+                left += self._change_page(overlay, change, entry.sequence)
+        if not left:
+            return None
+        grave = Grave(RecordId(changes[0].layer, entry.sequence), left)
+        self._learn_grave(overlay, grave, entry.sequence)
+        return grave
 
-    def _change_page(self, overlay: _Overlay, change: PageChange, sequence: int) -> None:
-        """Each version that goes into the index has the next generation, so that it is written to the other slot."""
+    def _change_page(self, overlay: _Overlay, change: PageChange, sequence: int) -> list[Extent]:
+        """Each version that goes into the index has the next generation, so that it is written to the other slot.
+
+        Returns the slots that the page had, if it has got others.
+        """
         key = page_key(change.layer, change.number)
         raw = self._page(key)
-        page = change.apply(decode_page(raw) if raw else None, sequence)
-        if page is not None:  # or else a device that was missing has an old entry
-            generation = page.generation + (key not in overlay.pages)
-            overlay.pages[key] = page._replace(generation=generation).encode()
+        old = decode_page(raw) if raw else None
+        page = change.apply(old, sequence)
+        if page is None:  # a device that was missing has an old entry
+            return []
+        generation = page.generation + (key not in overlay.pages)
+        overlay.pages[key] = page._replace(generation=generation).encode()
+        return slots_at(old.address) if old and old.address not in (0, page.address) else []
+
+    def has_page(self, layer: bytes, number: int) -> bool:
+        """Whether a page of the map of a Layer is known."""
+        return self._page(page_key(layer, number)) is not None
 
     def _page(self, key: bytes) -> bytes | None:
         for overlay in (self._fresh, self._draining):
@@ -496,7 +515,7 @@ class KeyStore:
     def _learn_erased(self, overlay: _Overlay, gone: RecordId) -> None:
         overlay.graves[RECORD_ID.pack(*gone)] = None
         self._unerased.pop(gone, None)
-        if gone.uuid in self._bases:
+        if not gone.sequence and gone.uuid in self._bases:
             self._forget_layer(overlay, gone.uuid)
         if gone in self._kept:
             self._kept.discard(gone)

@@ -1,0 +1,175 @@
+"""LayerMover: moves what Layers have on a device to others, also while volumes are in use.
+
+Blocks of chunks are copied first; then the journal says so, and behind that commit point the old ones are erased. In a
+volume that is written, that is a flush of its own (`Volume.move`). The slots of a page are not copied: the journal says
+where the new ones are, they are written with the next version of the page, and the old ones are erased after that.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable
+from itertools import islice
+from typing import TypeAlias
+
+from rustord.errors import DeviceError, NoSpace, RustordError
+from rustord.extent import Extent
+from rustord.layer import Layer
+from rustord.objectstore import ObjectStore
+from rustord.page import CHUNK_BYTES, SLOT_COUNT, ZEROS, LayerEntry, MapEntry, address_of, extent_at
+from rustord.volumes import Volumes
+
+log = logging.getLogger(__name__)
+
+_BATCH_CHUNKS = 16
+"""Chunks for which a volume that is in use is held up at once: 1 MiB."""
+_BATCH_PAGES = 1024
+
+Quota: TypeAlias = dict[int, float]
+"""How many blocks may still be moved off each device; none is moved to one of these."""
+
+
+class LayerMover:
+    """For one thread. ``problem`` is why something could not be moved."""
+
+    def __init__(self, store: ObjectStore, volumes: Volumes) -> None:
+        self.problem: RustordError | None = None
+        self._store = store
+        self._layers = store.layers
+        self._volumes = volumes
+
+    def count(self, devices: Collection[int]) -> int:
+        """How many blocks Layers have on ``devices``."""
+        return sum(
+            extent.count
+            for layer in self._all()
+            for extent in layer.extents(self._layers.chunk_blocks)
+            if extent.device in devices
+        )
+
+    def run(self, quota: Quota, pace: Callable[[int], None], *, slots: bool = True) -> int:
+        """Move what there is, until the ``quota``, which is changed, is used up; returns how many blocks were moved.
+
+        ``pace`` is told the length of what has been moved, and may wait or raise. What cannot be moved is ``problem``.
+        """
+        self.problem = None
+        moved = 0
+        for layer in self._all():
+            if slots:
+                moved += SLOT_COUNT * self._volumes.call(lambda layer=layer: self._move_slots(layer, quota))  # type: ignore[misc]
+            chunks = (chunk for chunk, address in layer.chunks() if address > ZEROS and self._leaves(address, quota))
+            while batch := list(islice(chunks, _BATCH_CHUNKS)):
+                count = self._move(layer, batch, quota)
+                pace(count * CHUNK_BYTES)
+                moved += count * self._layers.chunk_blocks
+        return moved
+
+    def _all(self) -> list[Layer]:
+        return [*self._layers.by_uuid.values()]
+
+    def _leaves(self, address: int, quota: Quota) -> bool:
+        return quota.get(extent_at(address, 1).device, 0) > 0
+
+    # Slots
+
+    def _move_slots(self, layer: Layer, quota: Quota) -> int:
+        """Give the Layer's pages other slots; how many. Called between cycles. Raises NoSpace or DeviceError."""
+        if self._layers.by_uuid.get(layer.uuid) is not layer:
+            return 0
+        count = 0
+        if self._leaves(layer.address, quota):
+            slots = self._store.allocator.run(SLOT_COUNT, avoid=quota)
+            self._store.note(
+                [LayerEntry(layer.uuid, address_of(slots), layer.head.encode())], {layer.home, slots.device}
+            )
+            layer.address = address_of(slots)
+            count = 1
+        leaving = iter([number for number, place in layer.places.items() if self._leaves(place, quota)])
+        while numbers := list(islice(leaving, _BATCH_PAGES)):
+            count += self._move_pages(layer, [number for number in numbers if self._is_known(layer, number)], quota)
+        return count
+
+    def _is_known(self, layer: Layer, number: int) -> bool:
+        """Whether the journal knows of a page; else it is in the next flush of the volume."""
+        return self._store.keystore.has_page(layer.uuid, number)
+
+    def _move_pages(self, layer: Layer, numbers: Iterable[int], quota: Quota) -> int:
+        """As far as there is room. The old slots are a grave from then on."""
+        places: dict[int, int] = {}
+        devices = {layer.home}
+        for number in numbers:
+            try:
+                slots = self._store.allocator.run(SLOT_COUNT, layer.home, avoid=quota)
+            except NoSpace as error:
+                self.problem = error
+                break
+            places[number] = address_of(slots)
+            devices |= {slots.device, extent_at(layer.places[number], 1).device}
+        if places:
+            self._store.note([MapEntry(layer.uuid, sorted(places.items()), ())], devices)
+            layer.places |= places
+        return len(places)
+
+    # Chunks
+
+    def _move(self, layer: Layer, chunks: list[int], quota: Quota) -> int:
+        """Move chunks of a Layer; if some cannot be moved, the others."""
+        try:
+            return self._move_together(layer, chunks, quota)
+        except (DeviceError, NoSpace) as error:
+            if len(chunks) > 1:
+                return sum(self._move(layer, [chunk], quota) for chunk in chunks)
+            (chunk,) = chunks
+            what = f"{self._name(layer)}, bytes {chunk * CHUNK_BYTES} to {(chunk + 1) * CHUNK_BYTES - 1}"
+            log.warning("%s cannot be moved: %s", what, error)
+            self.problem = self.problem or type(error)(f"{what}, cannot be moved: {error.message}", hint=error.hint)
+            return 0
+
+    def _name(self, layer: Layer) -> str:
+        return f"volume {layer.head.name}" if layer.head.name else "a snapshot, or what a volume was cloned from"
+
+    def _move_together(self, layer: Layer, chunks: list[int], quota: Quota) -> int:
+        def take(address: int) -> Extent | None:
+            if not self._leaves(address, quota):
+                return None
+            extent = self._store.allocator.run(self._layers.chunk_blocks, layer.home, avoid=quota)
+            quota[extent_at(address, 1).device] -= extent.count
+            return extent
+
+        if volume := self._volumes.writer_of(layer):
+            return volume.move(layer, chunks, take)
+        return self._move_unwritten(layer, chunks, take)
+
+    def _move_unwritten(self, layer: Layer, chunks: list[int], take: Callable[[int], Extent | None]) -> int:
+        """Move chunks of a Layer that nobody writes, and many may read."""
+        moved: dict[int, Extent] = {}
+        try:
+            for chunk in chunks:
+                if extent := take(layer.get(chunk)):
+                    moved[chunk] = extent
+                    self._copy(layer.get(chunk), extent)
+            for error in self._store.blocks.flush({extent.device for extent in moved.values()}).values():
+                raise error
+        except BaseException:
+            self._volumes.free([*moved.values()])
+            raise
+        old = self._volumes.call(lambda: self._switch(layer, moved))
+        self._layers.drain()
+        self._volumes.free(old)
+        return len(moved)
+
+    def _copy(self, address: int, extent: Extent) -> None:
+        data = self._store.blocks.read_copy((extent_at(address, extent.count),), 0, CHUNK_BYTES)
+        self._store.blocks.write(extent, (data,))
+
+    def _switch(self, layer: Layer, moved: dict[int, Extent]) -> list[Extent]:
+        """Have chunks where they were copied to. Returns the blocks that nobody needs then. Called between cycles."""
+        if self._layers.by_uuid.get(layer.uuid) is not layer:
+            return [*moved.values()]
+        old = {chunk: extent_at(layer.get(chunk), extent.count) for chunk, extent in moved.items()}
+        devices = {layer.home, *(extent.device for extent in (*old.values(), *moved.values()))}
+        changes = [(chunk, address_of(extent)) for chunk, extent in sorted(moved.items())]
+        self._store.note([MapEntry(layer.uuid, (), changes)], devices)
+        for chunk, address in changes:
+            layer.set(chunk, address)
+        return [*old.values()]

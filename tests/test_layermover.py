@@ -1,0 +1,293 @@
+"""What volumes have on a device moves to others, while they are in use, and over a crash at any step."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from rustord.label import Standing
+from rustord.layermover import LayerMover
+from rustord.membership import set_standing
+from rustord.mover import Mover
+from rustord.objectstore import ObjectStore
+from rustord.page import CHUNK_BYTES, ZEROS, extent_at
+from rustord.testing.device import VolatileDevice
+from rustord.volumes import Volumes
+from rustord.writer import Writer
+from tests.simulation import MIB, PowerCut, Simulation, check_sound, live, run
+from tests.test_volumes import Direct, read, rebuild_index, write
+
+
+class Pool:
+    """A pool with a writer, volumes and a mover, as in the daemon."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        self.store = simulation.open()
+        self.writer = Writer(self.store)
+        self.volumes = Volumes(self.store, self.writer)
+        self.mover = Mover(self.store, self.writer, volumes=self.volumes)
+
+    def leave(self, index: int, standing: Standing = Standing.LEAVING) -> None:
+        self.writer.call(lambda: set_standing(self.store, index, standing))
+        self.mover.start()
+
+    def done(self) -> None:
+        assert self.mover.task.wait(60)
+        assert (self.mover.task.state, self.mover.task.error) == ("done", "")
+
+    def end(self) -> None:
+        self.mover.pause()
+        self.volumes.close()
+        assert self.writer.close()
+
+    def check(self) -> None:
+        self.store.keystore.checkpoint()
+        run(self.store)
+        check_sound(self.store)
+
+
+@pytest.fixture
+def pool(simulate: Callable[..., Simulation]) -> Iterator[Callable[..., Pool]]:
+    opened: list[Pool] = []
+
+    def open_pool(*sizes: int) -> Pool:
+        opened.append(Pool(simulate(*sizes)))
+        return opened[-1]
+
+    yield open_pool
+    for one in opened:
+        one.end()
+        one.check()
+
+
+def homes(store: ObjectStore) -> set[int]:
+    layers = store.layers
+    return {extent.device for layer in layers.by_uuid.values() for extent in layer.extents(layers.chunk_blocks)}
+
+
+def prepare(volumes: Volumes, store: ObjectStore, chance: random.Random) -> dict[str, bytes]:
+    """Volumes, one cloned from an Object and one with a snapshot, and an Object that was one; what they have."""
+    store.put(chance.randbytes(5 * CHUNK_BYTES + 99), name="image")
+    volumes.clone("image", "clone")
+    for name in ("disk", "frozen"):
+        volumes.create(name, 600 * CHUNK_BYTES)
+    for name in ("clone", "disk", "frozen"):
+        volume = volumes.open(name)
+        for _ in range(12):
+            offset = chance.randrange(volume.size - 70_000)
+            write(volume, offset, chance.randbytes(70_000))
+        volume.flush()
+        volume.close()
+    volumes.snapshot("disk", "snapshot")
+    volume = volumes.open("disk")
+    write(volume, 12_345, chance.randbytes(100_000))
+    volume.trim(20 * CHUNK_BYTES, 10 * CHUNK_BYTES)
+    volume.flush()
+    volume.close()
+    volumes.freeze("frozen")
+    return contents(volumes, store)
+
+
+def contents(volumes: Volumes, store: ObjectStore) -> dict[str, bytes]:
+    found = {record.name: store.get(record.uuid) for record in live(store)}
+    for name in volumes.names():
+        volume = volumes.open(name)
+        found[f"volume {name}"] = read(volume, 0, volume.size)
+        volume.close()
+    return found
+
+
+def test_a_device_with_volumes_can_be_emptied(pool: Callable[..., Pool], seed: int) -> None:
+    one = pool(32 * MIB, 32 * MIB, 32 * MIB)
+    expected = prepare(one.volumes, one.store, random.Random(seed))
+    for index in (0, 1):
+        one.leave(index)
+        one.done()
+        assert index not in one.store.blocks.slots
+        assert homes(one.store) <= one.store.blocks.slots.keys()
+        assert contents(one.volumes, one.store) == expected
+
+
+def test_a_volume_is_written_and_read_while_it_moves(pool: Callable[..., Pool], seed: int) -> None:
+    one = pool(64 * MIB, 64 * MIB)
+    one.volumes.create("disk", 300 * CHUNK_BYTES)
+    volume = one.volumes.open("disk")
+    write(volume, 0, bytes(volume.size))
+    volume.flush()
+    (index,) = homes(one.store) if len(homes(one.store)) == 1 else (0,)
+    stop = threading.Event()
+    lanes = 3
+
+    def work(lane: int) -> dict[int, bytes]:
+        chance, mine = random.Random(seed + lane), dict[int, bytes]()
+        while not stop.is_set():
+            block = chance.randrange(volume.size // 4096 // lanes) * lanes + lane
+            assert read(volume, block * 4096, 4096) == mine.get(block, bytes(4096))
+            mine[block] = chance.randbytes(4096)
+            write(volume, block * 4096, mine[block])
+            if chance.random() < 0.02:
+                volume.flush()
+            if len(mine) == 30 and not lane and not live(one.store):
+                one.volumes.snapshot("disk")
+        return mine
+
+    with ThreadPoolExecutor(lanes) as threads:
+        working = [threads.submit(work, lane) for lane in range(lanes)]
+        one.leave(index)
+        try:
+            assert one.mover.task.wait(60)
+        finally:
+            stop.set()
+        written = {block: data for done in working for block, data in done.result(60).items()}
+    one.done()
+    assert index not in one.store.blocks.slots
+    for block, data in written.items():
+        assert read(volume, block * 4096, 4096) == data
+    volume.close()
+
+
+def test_who_reads_a_snapshot_meanwhile_never_gets_anything_else(pool: Callable[..., Pool], seed: int) -> None:
+    one = pool(48 * MIB, 48 * MIB)
+    expected = prepare(one.volumes, one.store, random.Random(seed))
+    uuid = one.store.resolve("snapshot")
+    assert uuid is not None
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            assert one.store.get(uuid) == expected["snapshot"]
+
+    with ThreadPoolExecutor(1) as threads:
+        looking = threads.submit(look)
+        one.leave(0)
+        try:
+            assert one.mover.task.wait(60)
+        finally:
+            stop.set()
+        looking.result(60)
+    one.done()
+
+
+def test_a_volume_is_deleted_or_frozen_while_it_moves(pool: Callable[..., Pool], seed: int) -> None:
+    one = pool(48 * MIB, 48 * MIB)
+    chance = random.Random(seed)
+    for number in range(6):
+        one.volumes.create(f"disk{number}", 60 * CHUNK_BYTES)
+        volume = one.volumes.open(f"disk{number}")
+        write(volume, 0, chance.randbytes(40 * CHUNK_BYTES))
+        volume.flush()
+        volume.close()
+    one.leave(0)
+    for number in range(6):
+        if number % 2:
+            one.volumes.freeze(f"disk{number}")
+        else:
+            one.volumes.delete(f"disk{number}")
+    one.done()
+
+
+def test_rebalancing_moves_chunks_to_the_emptier_device(simulate: Callable[..., Simulation]) -> None:
+    simulation = simulate(32 * MIB, 32 * MIB)
+    one = Pool(simulation)
+    one.writer.call(lambda: set_standing(one.store, 1, Standing.LEAVING))
+    one.volumes.create("disk", 300 * CHUNK_BYTES)
+    volume = one.volumes.open("disk")
+    write(volume, 0, bytes(range(256)) * 256 * 250)
+    volume.flush()
+    one.writer.call(lambda: set_standing(one.store, 1, Standing.IN_USE))
+    one.mover.start("rebalance")
+    one.done()
+    assert read(volume, 0, 250 * CHUNK_BYTES) == bytes(range(256)) * 256 * 250
+    volume.close()
+    one.end()
+    one.check()
+    used = [one.store.allocator.size(index) - one.store.allocator.free_count(index) for index in (0, 1)]
+    assert abs(used[0] - used[1]) < 0.1 * sum(used)
+
+
+def test_what_cannot_be_read_keeps_the_device_and_is_named(pool: Callable[..., Pool], seed: int) -> None:
+    one = pool(32 * MIB, 32 * MIB)
+    expected = prepare(one.volumes, one.store, random.Random(seed))
+    layer = one.store.layers.volumes["disk"]
+    chunk, address = next((chunk, address) for chunk, address in layer.chunks() if address > ZEROS)
+    device, block, _ = extent_at(address, 1)
+    simulated = one.store.blocks.device(device)
+    assert isinstance(simulated, VolatileDevice)
+    simulated.fail_reads = range(block * 4096, block * 4096 + 512)
+    one.leave(device)
+    assert one.mover.task.wait(60)
+    assert one.mover.task.state == "failed"
+    assert f"volume disk, bytes {chunk * CHUNK_BYTES} to" in one.mover.task.error
+    simulated.fail_reads = False
+    one.mover.start()
+    one.done()
+    assert contents(one.volumes, one.store) == expected
+
+
+def move_all(store: ObjectStore, index: int) -> None:
+    """Everything that Layers have off a device, without any thread."""
+    volumes = Volumes(store, Direct(store))
+    mover = LayerMover(store, volumes)
+    set_standing(store, index, Standing.LEAVING)
+    mover.run({index: 1 << 60}, lambda length: None)
+    assert mover.problem is None
+    volumes.close()
+    run(store)
+    store.keystore.checkpoint()
+    run(store)
+
+
+@pytest.mark.parametrize("fate", ["index", "rebuild"])
+def test_a_power_cut_at_any_step_leaves_all_of_it(
+    disk_path: Path, seed: int, fate: str, pytestconfig: pytest.Config
+) -> None:
+    chance = random.Random(seed)
+    template = Simulation(disk_path, (24 * MIB, 24 * MIB))
+    store = template.open()
+    volumes = Volumes(store, Direct(store))
+    expected = prepare(volumes, store, chance)
+    volumes.close()
+    for _ in range(700):  # until no journal has anything of what was before
+        store.put(b"x", name="filler", text="t" * 7500)
+    template.close()
+    images = [path.read_bytes() for path in template.paths]
+    index = disk_path / "saved"
+    template.index.rename(index)
+    store = None  # type: ignore[assignment]
+    step = 1 if pytestconfig.getoption("long") else 31
+    count, done = chance.randrange(step), False
+    while not done:
+        for path, image in zip(template.paths, images, strict=True):
+            path.write_bytes(image)
+        if template.index.exists():
+            template.lose_index()
+        template.index.mkdir()
+        for file in index.iterdir():
+            (template.index / file.name).write_bytes(file.read_bytes())
+        store = template.open()
+        template.power.left = count
+        with suppress(PowerCut):
+            move_all(store, 0)
+            done = True
+        template.power.left = 0
+        share = chance.choice((0.0, 0.5, 1.0))
+        template.cut_power(lambda offset, share=share: chance.random() < share)  # type: ignore[misc]
+        if fate == "rebuild":
+            rebuild_index(template)
+        store = template.open()
+        volumes = Volumes(store, Direct(store))
+        assert contents(volumes, store) | {"filler": b"x"} == expected | {"filler": b"x"}
+        check_sound(store)
+        move_all(store, 0)  # it goes on
+        assert 0 not in homes(store)
+        volumes = Volumes(store, Direct(store))
+        assert contents(volumes, store) | {"filler": b"x"} == expected | {"filler": b"x"}
+        check_sound(store)
+        template.close()
+        count += step
