@@ -53,7 +53,7 @@ FINISH_S = 60.0
 NBD_SOCKET = "rustord-nbd.socket"
 """The unit whose socket is that of NBD; any other is that of the object API."""
 STUCK_S = 60.0
-"""A cycle that takes longer than this is no sign of life: the watchdog may restart us."""
+"""A writer that has not got on for longer than this is no sign of life: the watchdog may restart us."""
 
 
 def run(config: Config, reload: Callable[[], Config]) -> None:
@@ -369,8 +369,7 @@ class _Daemon:
             await asyncio.sleep(interval_s)
 
     def _tell_state(self) -> None:
-        busy_since = self._writer.busy_since
-        stuck = busy_since and time.monotonic() - busy_since > STUCK_S
+        stuck = self._writer.standstill_s() > STUCK_S
         transfers = self._server.stuck(STUCK_S)
         for where in transfers:
             log.critical("a transfer has not moved for a minute: it is in %s", where)
@@ -379,9 +378,9 @@ class _Daemon:
         if self._writer.is_alive() and not stuck and len(transfers) < self._config.limits.transfer_threads:
             self._supervisor.alive(self._admin.summary())
         elif stuck or not self._writer.is_alive():
-            where = self._writer.whereabouts()
-            log.critical("no change of the pool has come to its end for a minute: the writer is in %s", where)
-            self._supervisor.status(f"no change of the pool has come to its end for a minute, in {where}")
+            problem = f"no change of the pool gets on: the writer is in {self._writer.whereabouts()}"
+            log.critical("%s", problem)
+            self._supervisor.status(problem)
         else:
             self._supervisor.status("no transfer has moved for a minute")
 

@@ -37,8 +37,7 @@ _CHECKPOINT_COUNT = 8192
 class Writer:
     """Runs the store's cycles on a thread of its own, long erasures beside them, and puts changes into the index.
 
-    ``cycle_count`` counts the cycles that ended, ``change_count`` the changes in them; ``busy_since`` is the monotonic
-    time at which the cycle under way began, 0 if there is none (the watchdog looks at it).
+    ``cycle_count`` counts the cycles that ended, ``change_count`` the changes in them.
     """
 
     def __init__(
@@ -48,7 +47,13 @@ class Writer:
         self.store = store
         self.cycle_count = 0
         self.change_count = 0
-        self.busy_since = 0.0
+        self._busy_since = 0.0
+        """The monotonic time at which the cycle, or the call, under way began; 0 if there is none."""
+        self._calling = False
+        self._clock = 0
+        """Of the CPU time of the writer's thread."""
+        self._moved = (0.0, 0.0)
+        """That time as `standstill_s` saw it last, and since when it has been so."""
         self._on_cycle = on_cycle
         self._queue: SimpleQueue[Sequence[Change] | Erase | Callable[[], None] | None] = SimpleQueue()
         self._waiting: dict[Change, Deliver] = {}
@@ -111,6 +116,20 @@ class Writer:
         self._queue.put(run)
         return future.result(timeout_s)
 
+    def standstill_s(self) -> float:
+        """For how long the writer has not got on; 0 if there is nothing to do. To be asked every few seconds.
+
+        A cycle is short: one that takes long does not get on. What `call` runs may take long (to read what a device
+        brings back, say); it gets on as long as it takes CPU time, of which waiting for a device or a lock takes none.
+        """
+        began, now = self._busy_since, time.monotonic()
+        cpu_s = time.clock_gettime(self._clock) if self._clock else 0.0
+        if cpu_s != self._moved[0]:
+            self._moved = cpu_s, now
+        if not began:
+            return 0.0
+        return now - (max(began, self._moved[1]) if self._calling else began)
+
     def is_alive(self) -> bool:
         """Whether both threads run."""
         return all(thread.is_alive() for thread in self._threads)
@@ -133,6 +152,7 @@ class Writer:
     # The writer's thread
 
     def _run(self) -> None:
+        self._clock = time.pthread_getcpuclockid(threading.get_ident())
         stopping = False
         while not stopping or self._following or self._erasing or not self._queue.empty():
             changes, self._following = self._following, []
@@ -164,13 +184,18 @@ class Writer:
                     self._erasing -= 1
                     changes.append(item)
                 elif callable(item):
-                    item()
+                    self._run_call(item)
                 else:
                     changes += item
         return stop
 
+    def _run_call(self, call: Callable[[], None]) -> None:
+        self._calling, self._busy_since = True, time.monotonic()
+        call()
+        self._calling, self._busy_since = False, 0.0
+
     def _cycle(self, changes: list[Change]) -> None:
-        self.busy_since = began = time.monotonic()
+        self._busy_since = began = time.monotonic()
         try:
             outcomes, following = self.store.cycle(changes)
         except Exception as error:
@@ -191,7 +216,7 @@ class Writer:
         self._expected = len(self._waiting) + len(outcomes)
         for deliver, finished in answers.items():
             deliver(finished)
-        self.busy_since = 0.0
+        self._busy_since = 0.0
         self.cycle_count += 1
         self.change_count += len(changes)
         taken_s = time.monotonic() - began

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -141,7 +142,8 @@ def test_a_cycle_waits_for_those_whom_the_last_one_has_answered(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late = [0.0]  # a cycle takes minutes by the writer's clock, so that its patience outlasts this test
-    monkeypatch.setattr(writer_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late[0]))
+    clock = SimpleNamespace(**{**vars(time), "monotonic": lambda: time.monotonic() + late[0]})
+    monkeypatch.setattr(writer_module, "time", clock)
     monkeypatch.setattr(writer_module, "GATHER_S", 2.0 * SECONDS_MAX)
     make_cycle = store.cycle
 
@@ -186,6 +188,57 @@ def test_a_function_runs_between_two_cycles(writer: Writer) -> None:
     with pytest.raises(ZeroDivisionError):
         writer.call(lambda: 1 // 0)
     assert writer.is_alive()
+
+
+# What the watchdog looks at
+
+
+def calling(writer: Writer, work: Callable[[threading.Event], object], met: Callable[[], object]) -> None:
+    """Lets the writer ``work`` until it is so; then the event is set."""
+    enough = threading.Event()
+    with ThreadPoolExecutor(1) as other:
+        call = other.submit(writer.call, lambda: work(enough), SECONDS_MAX)
+        deadline = time.monotonic() + SECONDS_MAX
+        while not met() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        enough.set()
+        call.result(SECONDS_MAX)
+    assert time.monotonic() < deadline, "waited in vain"
+
+
+def test_who_waits_for_ever_does_not_get_on(writer: Writer) -> None:
+    calling(writer, lambda enough: enough.wait(), lambda: writer.standstill_s() > 0.3)
+    assert writer.standstill_s() == 0
+
+
+def test_who_works_for_long_gets_on(writer: Writer) -> None:
+    began = time.monotonic()
+
+    def work(enough: threading.Event) -> None:
+        while not enough.is_set():
+            sum(range(10_000))
+
+    def gets_on() -> bool:
+        standstill_s = writer.standstill_s()
+        return time.monotonic() - began > 0.6 and 0 < standstill_s < 0.3
+
+    calling(writer, work, gets_on)
+
+
+def test_a_cycle_does_not_get_on_by_working(
+    store: ObjectStore, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def endless(changes: Sequence[Change]) -> Cycle:
+        while writer.standstill_s() < 0.3:
+            sum(range(10_000))
+        return Cycle([], [])
+
+    monkeypatch.setattr(store, "cycle", endless)
+    writer.submit([Put(b"data", Metadata())], Answers())
+    deadline = time.monotonic() + SECONDS_MAX
+    while not writer.cycle_count:
+        assert time.monotonic() < deadline, "it was never seen not to get on"
+        time.sleep(0.01)
 
 
 def test_a_long_object_is_erased_beside_the_cycles(
