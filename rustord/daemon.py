@@ -25,8 +25,9 @@ from rustord.config import Config, changes
 from rustord.errors import ConfigError, DeviceBusy, DeviceError, PluginError, RustordError
 from rustord.event import CONFIG_LOADED, CONFIG_REFUSED, DEVICE_MISSING, FAULT, POOL_CLOSED, POOL_OPENED, POOL_READ_ONLY
 from rustord.frontends.exports import Exports
+from rustord.frontends.handover import Handover
 from rustord.frontends.http import HttpServer
-from rustord.frontends.nbd import NbdServer, listen_tcp, server_tls
+from rustord.frontends.nbd import Left, NbdServer, listen_tcp, server_tls
 from rustord.frontends.peer import Principals, Roles
 from rustord.hotplug import Hotplug, find_devices
 from rustord.metrics import Metrics
@@ -159,6 +160,8 @@ class Listeners(NamedTuple):
     nbd_tcp: socket.socket | None
     tls: ssl.SSLContext | None
     """For that one."""
+    left: list[Left]
+    """NBD connections that the process before us has left."""
 
 
 @contextmanager
@@ -166,8 +169,12 @@ def listen(config: Config, supervisor: Supervisor) -> Iterator[Listeners]:
     """The sockets that systemd passed, and new ones at the configured paths for what it did not pass."""
     with ExitStack() as opened:
         passed: dict[bool, list[socket.socket]] = {True: [], False: []}
-        for name, listener in supervisor.sockets():
-            passed[name == NBD_SOCKET].append(opened.enter_context(listener))
+        left = []
+        for name, sock in supervisor.sockets():
+            if handover := Handover.named(name):
+                left.append((handover, sock))
+            else:
+                passed[name == NBD_SOCKET].append(opened.enter_context(sock))
         for name, listeners in (("rustord.socket", passed[False]), (NBD_SOCKET, passed[True])):
             if len(listeners) > 1:
                 raise ConfigError(f"systemd passed {len(listeners)} sockets", hint=f"{name} has one ListenStream=")
@@ -181,7 +188,22 @@ def listen(config: Config, supervisor: Supervisor) -> Iterator[Listeners]:
             raise ConfigError(f"{NBD_SOCKET} is no Unix socket", hint="TCP is for nbd.listen, which knows of TLS")
         tls = server_tls(config.nbd.tls_certificate, config.nbd.tls_key, config.nbd.tls_authority)
         tcp = opened.enter_context(listen_tcp(config.nbd.listen, tls)) if config.nbd.listen else None
-        yield Listeners(api[0], nbd[0], tcp, tls)
+        yield Listeners(api[0], nbd[0], tcp, tls, _taken(left, supervisor))
+
+
+def _taken(left: list[Left], supervisor: Supervisor) -> list[Left]:
+    """The same, once nobody else keeps them: a connection that breaks must break for the client, too."""
+    try:
+        if left:
+            supervisor.drop({handover.name for handover, _ in left})
+    except OSError as error:
+        log.warning("%d connections that were kept are cut: %s", len(left), error)
+        for _, sock in left:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        return []
+    return left
 
 
 def _bind(table: str, path: Path, mode: int) -> socket.socket:
@@ -311,6 +333,7 @@ class _Daemon:
         following = self._follow_devices()
         self._scrub.resume()
         self._mover.start()
+        await asyncio.to_thread(self._nbd.resume, listeners.left)
         await self._server.serve(listeners.api)
         await self._nbd.serve(listeners.nbd)
         if listeners.nbd_tcp is not None:
@@ -326,8 +349,8 @@ class _Daemon:
             self._look.set()
             await asyncio.wait([following], timeout=DRAIN_S)
         try:
-            ends = asyncio.gather(self._server.close(DRAIN_S), self._nbd.close(DRAIN_S))
-            await asyncio.wait_for(ends, DRAIN_S + CUT_S)
+            ends = asyncio.gather(self._server.close(DRAIN_S), self._nbd.close(DRAIN_S, leave=self._supervisor.keeps))
+            _, left = await asyncio.wait_for(ends, DRAIN_S + CUT_S)
         except TimeoutError:
             _give_up()
         await asyncio.to_thread(self._scrub.close)
@@ -335,8 +358,19 @@ class _Daemon:
         await asyncio.to_thread(self._volumes.close)
         if not await asyncio.to_thread(self._writer.close, FINISH_S):
             _give_up()
+        await asyncio.to_thread(self._hand_over, left)
         with suppress(asyncio.CancelledError):
             await watchdog
+
+    def _hand_over(self, left: list[Left]) -> None:
+        """Have connections kept for the next process, if there will be one; the pool has all that they wrote."""
+        try:
+            if left:
+                self._supervisor.keep((handover.name, sock) for handover, sock in left)
+        except OSError as error:
+            log.warning("open NBD connections cannot be kept: %s", error)
+        for _, sock in left:
+            sock.close()
 
     def _follow_devices(self) -> asyncio.Task[None] | None:
         try:

@@ -50,6 +50,10 @@ class Export(Shape, Protocol):
     ``close`` raises RustordErrors, whose ``nbd_error`` the client is told.
     """
 
+    @property
+    def key(self) -> str:
+        """What it is found by again, also when its name has come to mean another: an Object's uuid, a volume's name."""
+
     def read(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer``, which is not empty. If it raises, what is in the buffer then is undefined."""
 

@@ -36,6 +36,7 @@ class ObjectExport:
     ) -> None:
         slots = store.blocks.slots
         devices = [slots[index].device for index in record.devices if index in slots]
+        self.key = str(record.key)
         self.rotational = any(device is not None and device.rotational for device in devices)
         self.size = -(-record.size // SECTOR_BYTES) * SECTOR_BYTES
         self._store = store

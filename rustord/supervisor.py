@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 from systemd.daemon import listen_fds_with_names
 
+KEEP_S = 5.0
+"""How long handing over file descriptors may take."""
 START_S = 300
 """How long a step of the start may take without a sign of progress."""
 
@@ -20,7 +22,7 @@ START_S = 300
 class Supervisor:
     """Telling it something never waits and never fails: serving is more important than who listens to what we say.
 
-    So what it has to know is repeated: see `alive`. Without a manager, nobody is told.
+    So what it has to know is repeated: see `alive`. Without a manager, nobody is told. Only to hand over sockets waits.
     """
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
@@ -32,7 +34,8 @@ class Supervisor:
         """It wants a sign of life at least that often; 0 if it does not care."""
 
     def sockets(self) -> list[tuple[str, socket.socket]]:
-        """The listening sockets that it passed, with the names of their units. They are the caller's from now on."""
+        """The sockets that it passed: the listening ones, with the names of their units, and those that it kept, with
+        the names that `keep` gave them. They are the caller's from now on."""
         return [(name, socket.socket(fileno=number)) for number, name in listen_fds_with_names().items()]
 
     def progress(self, text: str) -> None:
@@ -53,6 +56,49 @@ class Supervisor:
 
     def stopping(self, status: str) -> None:
         self._tell("STOPPING=1", f"STATUS={status}")
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is somebody who could `keep` sockets."""
+        return bool(self._address)
+
+    def keep(self, sockets: Iterable[tuple[str, socket.socket]]) -> None:
+        """Have sockets kept for the process that is started next, under names. Raises OSError; some may be kept then.
+
+        How many it keeps is for the unit to say; it closes the others. Those of one name are dropped together.
+        """
+        with self._connected() as manager:
+            for name, kept in sockets:
+                socket.send_fds(manager, [f"FDSTORE=1\nFDNAME={name}".encode()], [kept.fileno()])
+            self._settle(manager)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Have what was kept under these names kept no more. Raises OSError."""
+        with self._connected() as manager:
+            for name in names:
+                manager.send(f"FDSTOREREMOVE=1\nFDNAME={name}".encode())
+            self._settle(manager)
+
+    def _connected(self) -> socket.socket:
+        """A socket on which a message waits until there is room for it."""
+        manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        manager.settimeout(KEEP_S)
+        try:
+            manager.connect(self._address)
+        except OSError:
+            manager.close()
+            raise
+        return manager
+
+    @staticmethod
+    def _settle(manager: socket.socket) -> None:
+        """Wait until all messages have been taken in; see sd_notify_barrier(3)."""
+        reading, writing = socket.socketpair()
+        with reading:
+            with writing:
+                socket.send_fds(manager, [b"BARRIER=1"], [writing.fileno()])
+            reading.settimeout(KEEP_S)
+            reading.recv(1)  # ends when the manager closes its end
 
     def _tell(self, *assignments: str) -> None:
         if self._address:

@@ -93,6 +93,11 @@ class Volume:
         self._erasing = 0
         self._erased = threading.Condition()
 
+    @property
+    def key(self) -> str:
+        """The volume's name."""
+        return self.layer.head.name
+
     def split(self, split: Callable[[Layer], Layer]) -> Layer:
         """Have ``split`` put a new Layer on top of the present one, which is returned and not written any more.
 

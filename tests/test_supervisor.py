@@ -7,10 +7,13 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from rustord.supervisor import Supervisor
+
+SECONDS_MAX = 20
 
 Say = Callable[[Supervisor], None]
 EVERYTHING: list[Say] = [
@@ -59,6 +62,47 @@ def test_one_that_does_not_read_keeps_nobody_waiting(manager: socket.socket) -> 
     with supervisor_at(manager.getsockname()) as supervisor:
         for _ in range(10_000):
             supervisor.alive("x" * 1000)
+
+
+# What it keeps
+
+
+def test_it_keeps_sockets_under_names(manager: socket.socket) -> None:
+    ours, theirs = socket.socketpair()
+    with supervisor_at(manager.getsockname()) as supervisor, ours, theirs:
+        assert supervisor.keeps
+        keeping = Thread(target=supervisor.keep, args=([("one", ours), ("two", ours)],))
+        keeping.start()
+        manager.settimeout(SECONDS_MAX)
+        for name in ("one", "two"):
+            message, (number,), _, _ = socket.recv_fds(manager, 4096, 2)
+            assert message == f"FDSTORE=1\nFDNAME={name}".encode()
+            with socket.socket(fileno=number) as kept:
+                assert kept.getsockname() == ours.getsockname()
+        message, (number,), _, _ = socket.recv_fds(manager, 4096, 2)
+        assert message == b"BARRIER=1"
+        assert keeping.is_alive()  # until we have taken everything in
+        os.close(number)
+        keeping.join(SECONDS_MAX)
+        assert not keeping.is_alive()
+
+
+def test_it_drops_what_it_kept(manager: socket.socket) -> None:
+    with supervisor_at(manager.getsockname()) as supervisor:
+        dropping = Thread(target=supervisor.drop, args=(["one"],))
+        dropping.start()
+        manager.settimeout(SECONDS_MAX)
+        assert manager.recv(4096) == b"FDSTOREREMOVE=1\nFDNAME=one"
+        assert manager.recv(4096) == b"BARRIER=1"  # whose descriptor goes with the message
+        dropping.join(SECONDS_MAX)
+        assert not dropping.is_alive()
+
+
+def test_one_that_is_not_there_keeps_nothing(tmp_path: Path) -> None:
+    with supervisor_at(str(tmp_path / "gone")) as supervisor, pytest.raises(FileNotFoundError):
+        supervisor.drop(["one"])
+    with supervisor_at("") as supervisor:
+        assert not supervisor.keeps
 
 
 @pytest.mark.parametrize("say", EVERYTHING)

@@ -42,6 +42,7 @@ class ReadOnly:
     read_only = True
 
     def __init__(self, export: Export) -> None:
+        self.key = export.key
         self.size = export.size
         self.rotational = export.rotational
         self.block_size = export.block_size
@@ -108,9 +109,18 @@ class Exports:
     def open(self, name: str, role: Role) -> tuple[Export, str]:
         """The export itself, and its description. Raises NotFound, Unavailable, DeviceBusy or DeviceError."""
         if name in self._volumes.names():
-            volume = self._volumes.open(name)
-            return (volume if role >= Role.WRITER else ReadOnly(volume)), _volume_text(volume.size)
-        uuid = self._uuid(name)
+            return self._open_volume(name, role)
+        return self._open_object(self._uuid(name))
+
+    def open_again(self, key: str, role: Role) -> Export:
+        """What had this `Export.key` in another process. Raises as `open` does."""
+        return (self._open_object(parse_uuid(key)) if is_uuid(key) else self._open_volume(key, role))[0]
+
+    def _open_volume(self, name: str, role: Role) -> tuple[Export, str]:
+        volume = self._volumes.open(name)
+        return (volume if role >= Role.WRITER else ReadOnly(volume)), _volume_text(volume.size)
+
+    def _open_object(self, uuid: ObjectId) -> tuple[Export, str]:
         try:
             record = self._writer.call(lambda: self._store.begin_export(uuid), OPEN_S)
         except TimeoutError:
@@ -151,6 +161,11 @@ class Offered:
     def open(self, name: str) -> tuple[Export, str]:
         self._check_role()
         return self._exports.open(name, self._role)
+
+    def open_again(self, key: str) -> Export:
+        """See `Exports.open_again`."""
+        self._check_role()
+        return self._exports.open_again(key, self._role)
 
     def _check_role(self) -> None:
         if self._role < Role.READER:

@@ -9,6 +9,9 @@ connections; what they do then is up to their threads.
 
 What one client can take is bounded: how long it may negotiate, how many connections it and all together may have, and
 two buffers for each (see `rustord.wire.transmission`). One that reads no replies holds up nobody but itself.
+
+At the end a connection is either cut, or left to the daemon's next process: between two requests, flushed, so that the
+client notices nothing but a pause.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import ipaddress
 import logging
 import socket
 import ssl
+import struct
 import threading
 import time
 from collections import Counter
@@ -29,11 +33,12 @@ from typing import Any
 
 from rustord.errors import ConfigError, RustordError
 from rustord.frontends.exports import Exports, Offered
+from rustord.frontends.handover import Handover
 from rustord.frontends.listener import Listener
 from rustord.frontends.peer import Peer, Roles, peer_of
 from rustord.wire.api import Role, created_text
 from rustord.wire.limits import NbdLimits
-from rustord.wire.negotiation import Agreement, Directory, Negotiation, State
+from rustord.wire.negotiation import Agreement, Negotiation, State
 from rustord.wire.transmission import Transmission
 
 log = logging.getLogger(__name__)
@@ -42,6 +47,8 @@ _FOLLOW_S = 2.0
 """How often Objects that were moved are looked for."""
 _SEND_BUFFER_BYTES = 4 << 20
 _READ_BYTES = 4096
+_LOOK_UP = struct.pack("@ll", 0, 250_000)
+"""A timeval: how often a thread that waits for a request looks whether its connection is to be left."""
 _CUT_S = 5.0
 """How long the threads of connections that were cut off may take to notice."""
 
@@ -89,10 +96,14 @@ class Client:
 
     __slots__ = ("directory", "key", "text")
 
-    def __init__(self, key: object, text: str, directory: Directory) -> None:
+    def __init__(self, key: object, text: str, directory: Offered) -> None:
         self.key = key
         self.text = text
         self.directory = directory
+
+
+Left = tuple[Handover, socket.socket]
+"""A connection that this process has left."""
 
 
 class _Connection:
@@ -103,17 +114,30 @@ class _Connection:
         self.since_ns = time.time_ns()
         self.agreement: Agreement | None = None
         self.transmission: Transmission | None = None
+        self.left: Left | None = None
+        """Set when the thread ends, if the connection does not end with it."""
         self._sock = sock
         self._tls = tls
         self._deadline = deadline
+        self._rest: bytes | None = None
+        self._leaving = False
+
+    def resume(self, handover: Handover) -> None:
+        """Take up what another process has left, in place of the negotiation. Raises RustordError."""
+        export = self.client.directory.open_again(handover.key)
+        agreed = handover.structured, handover.extended, handover.allocation
+        self.agreement = Agreement(handover.key, export, *agreed)
+        self._rest = handover.rest
 
     def serve(self) -> None:
-        """Negotiate, then serve requests until the client goes, breaks the rules, or `cut` is called."""
+        """Negotiate, then serve requests until the client goes, breaks the rules, or `cut` or `leave` is called."""
         try:
-            negotiation = self._negotiate()
-            if negotiation is not None:
+            rest = self._negotiate() if self._rest is None else self._rest
+            if rest is not None:
                 assert self.agreement is not None
-                self._transmit(self.agreement, negotiation.rest)
+                self._transmit(self.agreement, rest)
+        except RustordError as error:
+            log.warning("the connection of %s cannot be kept: %s", self.client.text, error)
         except TimeoutError:
             log.info("%s took too long to choose an export", self.client.text)
         except (OSError, ssl.SSLError) as error:
@@ -123,8 +147,8 @@ class _Connection:
         finally:
             self._close()
 
-    def _negotiate(self) -> Negotiation | None:
-        """Returns None if nothing is to follow. Raises OSError, of which TimeoutError is one."""
+    def _negotiate(self) -> bytes | None:
+        """What has come of the first request; None if none follows. Raises OSError, of which TimeoutError is one."""
         negotiation = Negotiation(self.client.directory, tls=self._tls is not None)
         self._send(negotiation.greeting)
         try:
@@ -141,7 +165,7 @@ class _Connection:
                 state = negotiation.state
         finally:
             self.agreement = negotiation.agreed
-        return negotiation if state is State.AGREED else None
+        return negotiation.rest if state is State.AGREED else None
 
     def _receive(self) -> bytes:
         self._sock.settimeout(max(self._deadline - time.monotonic(), 0.001))
@@ -160,15 +184,42 @@ class _Connection:
         log.info("%s has opened %r", self.client.text, agreement.name)
         sock = self._sock
         sock.settimeout(None)
+        if self._tls is None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _LOOK_UP)
         self.transmission = transmission = Transmission(agreement)
         for first in range(0, len(rest), _READ_BYTES):
             part = rest[first : first + _READ_BYTES]
             transmission.space()[: len(part)] = part
             for reply in transmission.received(len(part)):
                 sock.sendall(reply)
-        while not transmission.ended and (count := sock.recv_into(transmission.space())):
+        while not transmission.ended:
+            space = transmission.space()
+            if self._leaving:
+                if not transmission.lacking:
+                    self._leave(Handover.of(agreement, transmission.rest))
+                    return
+                space = space[: transmission.lacking]  # what comes behind it is for the next process
+            try:
+                count = sock.recv_into(space)
+            except BlockingIOError:
+                continue  # nothing has come for a while
+            if not count:
+                return
             for reply in transmission.received(count):
                 sock.sendall(reply)
+
+    def _leave(self, handover: Handover) -> None:
+        """Raises RustordError: the client must learn then that what it wrote may be lost."""
+        assert self.agreement is not None
+        self.agreement.export.flush()
+        self.left = handover, self._sock
+
+    def leave(self) -> None:
+        """End it from another thread after the next request; with `left` if the client need not notice."""
+        if self.transmission is None or self._tls is not None:
+            self.cut(socket.SHUT_RD)
+        else:
+            self._leaving = True
 
     def cut(self, how: int = socket.SHUT_RDWR) -> None:
         """End it from another thread: with SHUT_RD once what has come is answered, else at once."""
@@ -178,7 +229,8 @@ class _Connection:
     def _close(self) -> None:
         if self.agreement is not None:
             self.agreement.export.close()
-        self._sock.close()
+        if self.left is None:
+            self._sock.close()
 
     def describe(self) -> dict[str, Any] | None:
         """What /v1/exports tells; None while it negotiates."""
@@ -233,7 +285,16 @@ class NbdServer:
             log.warning("a connection was refused: %s", error)
             sock.close()
 
-    def _admit(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
+    def resume(self, left: Iterable[Left]) -> None:
+        """Take up the connections that `close` returned in another process. Blocks; for once, before `serve`."""
+        for handover, sock in left:
+            try:
+                self._admit(sock, None, handover)
+            except (RustordError, OSError) as error:
+                log.warning("a connection that was kept cannot be taken up: %s", error)
+                sock.close()
+
+    def _admit(self, sock: socket.socket, tls: ssl.SSLContext | None, handover: Handover | None = None) -> None:
         client = self._identify(sock)
         self._make_room(client)
         sock.setblocking(True)
@@ -242,6 +303,8 @@ class NbdServer:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection = _Connection(sock, client, tls, time.monotonic() + self._limits.handshake_s)
+        if handover:
+            connection.resume(handover)
         thread = threading.Thread(target=self._run, args=(connection,), name="nbd", daemon=True)
         with self._lock:
             self._connections[connection] = thread
@@ -295,20 +358,27 @@ class NbdServer:
 
     # The end
 
-    async def close(self, grace_s: float = 10.0) -> None:
-        """Accept nothing more, let requests that have come be answered for up to ``grace_s`` seconds, then cut."""
+    async def close(self, grace_s: float = 10.0, *, leave: bool = False) -> list[Left]:
+        """Accept nothing more, let requests that have come be answered for up to ``grace_s`` seconds, then cut.
+
+        With ``leave``, requests are answered that have been begun, and the connections are returned for `resume`.
+        """
         for listener in self._listeners:
             listener.close()
         self._listeners = []
         self._following.cancel()
-        await asyncio.to_thread(self._end, grace_s)
+        gently = _Connection.leave if leave else partial(_Connection.cut, how=socket.SHUT_RD)
+        return await asyncio.to_thread(self._end, gently, grace_s)
 
-    def _end(self, grace_s: float) -> None:
-        for how, patience_s in ((socket.SHUT_RD, grace_s), (socket.SHUT_RDWR, _CUT_S)):
+    def _end(self, gently: Callable[[_Connection], None], grace_s: float) -> list[Left]:
+        with self._lock:
+            connections = list(self._connections)
+        for end, patience_s in ((gently, grace_s), (_Connection.cut, _CUT_S)):
             deadline = time.monotonic() + patience_s
             with self._lock:
-                left = dict(self._connections)
-            for connection in left:
-                connection.cut(how)
-            for thread in left.values():
+                remaining = dict(self._connections)
+            for connection in remaining:
+                end(connection)
+            for thread in remaining.values():
                 thread.join(max(0.0, deadline - time.monotonic()))
+        return [connection.left for connection in connections if connection.left]

@@ -109,6 +109,16 @@ class Transmission:
 
     # Receiving
 
+    @property
+    def lacking(self) -> int:
+        """Bytes that the payload under way still lacks; 0 between two requests."""
+        return self._payload.left - (self._end - self._at) if self._payload else 0
+
+    @property
+    def rest(self) -> bytes:
+        """What has come of the next request. Between two requests only."""
+        return bytes(self._in[self._at : self._end])
+
     def space(self) -> memoryview:
         """Where to put what comes next; never empty."""
         left = self._payload.left if self._payload else self._request.size

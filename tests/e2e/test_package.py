@@ -16,6 +16,8 @@ import pytest
 from rustord.event import DEVICE_BACK, POOL_OPENED
 from tests import container as containers
 from tests.container import Container
+from tests.e2e.test_nbd_clients import loop_over, mounted
+from tests.frontends.nbdserved import NbdPeer
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text().partition("## On real disks")[2].partition("\n## ")[0]
@@ -92,6 +94,14 @@ class Machine:
 
     def put(self, name: str, data: str = "data") -> None:
         self.container.ok("rustorctl", "put", "-", "--name", name, user="alice", input=data)
+
+    @property
+    def nbd_socket(self) -> Path:
+        """Where clients on the host find the machine's block devices."""
+        return self.container.files / "run/rustord/nbd.sock"
+
+    def uri(self, name: str) -> str:
+        return f"nbd+unix:///{name}?socket={self.nbd_socket}"
 
     def show(self, what: str, unit: str = "rustord.service") -> str:
         """A property of a unit."""
@@ -286,6 +296,34 @@ def test_a_restart_turns_no_client_away(machine: Machine) -> None:
     machine.container.ok("sh", "-euc", f"({restart}) & {clients}; wait $!", SOCKET)
 
 
+def test_a_restart_drops_no_client_of_a_block_device(machine: Machine) -> None:
+    machine.rustorctl("volume", "create", "disk", "--size", "24MiB")
+    job = ["--name=x", "--ioengine=nbd", f"--uri={machine.uri('disk')}", "--rw=randrw", "--bs=4k", "--size=24M"]
+    job += ["--iodepth=16", "--rate_iops=1200", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0"]
+    before = machine.show("MainPID")
+    restarts = 0
+    with subprocess.Popen(["fio", *job], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as fio:
+        machine.container.until(lambda: "disk" in machine.rustorctl("exports"), "fio has opened it")
+        while fio.poll() is None:
+            machine.container.ok("systemctl", "restart", "rustord")
+            restarts += 1
+        assert fio.returncode == 0, fio.stdout and fio.stdout.read()
+    assert restarts > 1
+    assert machine.show("MainPID") != before
+    assert machine.show("NFileDescriptorStore") == "0"
+    machine.rustorctl("volume", "delete", "disk")
+
+
+def test_a_stop_drops_them(machine: Machine) -> None:
+    machine.put("greeting", "hello")
+    with NbdPeer(machine.nbd_socket) as peer:
+        peer.go("greeting")
+        machine.container.until(lambda: "greeting" in machine.rustorctl("exports"), "it is open")
+        machine.container.ok("systemctl", "stop", "rustord.service")
+        assert peer.is_ended()
+    machine.rustorctl("delete", "greeting")  # which starts it
+
+
 def test_a_device_that_appears_again_is_taken_in(machine: Machine) -> None:
     machine.put("kept")
     machine.container.ok("systemctl", "stop", "rustord.service")
@@ -337,17 +375,28 @@ def test_without_a_configuration_nothing_runs_and_nothing_has_failed(bare: Machi
     assert bare.container.run("rustorctl", "status").returncode == 8
 
 
-def test_an_upgrade_is_a_restart_and_a_purge_keeps_the_pool(bare: Machine, debs: Debs) -> None:
+def test_an_upgrade_is_a_restart_and_a_purge_keeps_the_pool(bare: Machine, debs: Debs, disk_path: Path) -> None:
     bare.install(debs.old)
     bare.set_up()
     bare.put("kept", "hello")
+    bare.rustorctl("volume", "create", "disk", "--size", "32MiB")
     before = bare.show("MainPID")
     clients = "while [ ! -e /tmp/done ]; do curl -sSf -o /dev/null --unix-socket $0 http://r/v1/pool; done"
     with (bare.container.files / "tmp/clients").open("wb") as said:
         waiting = subprocess.Popen(
             bare.container.command("sh", "-euc", clients, SOCKET), stdout=said, stderr=said, stdin=subprocess.DEVNULL
         )
-    bare.install(debs.new)
+    with loop_over(bare.uri("disk"), disk_path / "fuse") as device:
+        run("mkfs.ext4", "-q", device)
+        (target := disk_path / "target").mkdir()
+        with mounted(device, target, "rw"):
+            writes = f"while [ ! -e {disk_path}/done ]; do date >> {target}/log; sync {target}/log; done"
+            with subprocess.Popen(["sh", "-euc", writes]) as writer:
+                bare.install(debs.new)
+                (disk_path / "done").touch()
+            assert writer.returncode == 0
+            assert (target / "log").stat().st_size > 0
+        run("fsck.ext4", "-fn", device)
     (bare.container.files / "tmp/done").touch()
     assert waiting.wait(60) == 0, (bare.container.files / "tmp/clients").read_text()
     assert bare.container.ok("dpkg-query", "--showformat=${Version}", "--show", "rustord") == VERSION

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import rustord
 from rustord.frontends.exports import Exports
+from rustord.frontends.handover import Handover
 from rustord.frontends.nbd import NbdServer
 from rustord.frontends.peer import Peer
 from rustord.volumes import Volumes
@@ -117,14 +118,30 @@ class NbdServed:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        self.server = NbdServer(Exports(self.store, self.writer, self.volumes), self.roles, self.limits)
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(self.path))
-        listener.listen(1024)
-        await self.server.serve(listener)
+        await self._start()
         self._started.set()
         await self._stop.wait()
         await self.server.close(2.0)
+
+    async def _start(self) -> None:
+        self.server = NbdServer(Exports(self.store, self.writer, self.volumes), self.roles, self.limits)
+        listener = socket.socket(socket.AF_UNIX)
+        self.path.unlink(missing_ok=True)
+        listener.bind(str(self.path))
+        listener.listen(1024)
+        await self.server.serve(listener)
+
+    def restart(self) -> int:
+        """Let another server take up the connections of this one; how many there are."""
+        return asyncio.run_coroutine_threadsafe(self._restart(), self._loop).result(SECONDS_MAX)
+
+    async def _restart(self) -> int:
+        left = await self.server.close(2.0, leave=True)
+        # The manager that keeps them in between knows no more of them than a name.
+        known = [(Handover.named(handover.name), sock) for handover, sock in left]
+        await self._start()
+        await asyncio.to_thread(self.server.resume, [(handover, sock) for handover, sock in known if handover])
+        return len(known)
 
     def listen(self, tls: ssl.SSLContext | None) -> int:
         """Serve on the loopback's TCP, too; the port."""

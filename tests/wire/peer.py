@@ -18,6 +18,7 @@ OPTION_REPLY = struct.Struct(">8sIII")
 class MemoryExport:
     """An export in memory. Reads and writes that touch ``bad`` fail; ``log`` has every call that changes something."""
 
+    key = "disk"
     rotational = False
     block_size = 4096
 
