@@ -143,7 +143,7 @@ def check_name(name: str) -> None:
     """Raise InvalidRequest unless ``name`` is 1 to 1,024 bytes of UTF-8 without control characters."""
     length = _byte_count(name)
     if not 1 <= length <= NAME_BYTES_MAX:
-        raise InvalidRequest(f"a name of {length} bytes", hint=f"a name has 1 to {NAME_BYTES_MAX} bytes in UTF-8")
+        raise InvalidRequest(f"the name has {length} bytes", hint=f"a name has 1 to {NAME_BYTES_MAX} bytes in UTF-8")
     if not name.isprintable() and _has_control(name):
         raise InvalidRequest(f"the name {name[:80]!r} has a control character", hint="remove it")
 
@@ -172,6 +172,6 @@ def check_metadata(metadata: Metadata) -> None:
     length = sum(_byte_count(key) + _byte_count(value) for key, value in attributes.items())
     if len(attributes) > ATTRIBUTE_COUNT_MAX or length > ATTRIBUTE_BYTES_MAX:
         raise TooLarge(
-            f"{len(attributes)} attributes of {length} bytes in all",
+            f"there are {len(attributes)} attributes, of {length} bytes in all",
             hint=f"an Object has at most {ATTRIBUTE_COUNT_MAX} attributes of {ATTRIBUTE_BYTES_MAX} bytes in all",
         )

@@ -352,7 +352,7 @@ def _read(source: Path) -> dict[str, Any]:
             return tomllib.load(opened)
     except OSError as error:
         raise ConfigError(
-            f"{source}: it cannot be read: {error.strerror}", hint="name another file with --config"
+            f"{source}: it cannot be read: {error.strerror}", hint="name another file"
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source}: byte {error.start} is not UTF-8", hint="save the file as UTF-8") from error

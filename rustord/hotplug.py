@@ -36,7 +36,8 @@ def find_devices(config: Config) -> list[str]:
     """
     if not config.pool.devices and not config.device:
         raise ConfigError(
-            "no device is named", hint="name the pool's devices in pool.devices of rustord.toml, or with --device"
+            "no device is named",
+            hint="name the pool's devices in pool.devices of rustord.toml, or on the command line",
         )
     named = [str(path) for path in config.pool.devices]
     there = [path for path in named if os.path.exists(path)]

@@ -68,9 +68,9 @@ def create_pool(
     Raises InvalidRequest or DeviceError; the labels already written then make no pool that can be opened.
     """
     if block_size not in BLOCK_SIZES:
-        raise InvalidRequest(f"a block size of {block_size}", hint=f"choose one of {', '.join(map(str, BLOCK_SIZES))}")
+        raise InvalidRequest(f"a block cannot have {block_size} bytes", hint=f"choose one of {', '.join(map(str, BLOCK_SIZES))}")
     if not 1 <= len(devices) <= MEMBER_COUNT_MAX:
-        raise InvalidRequest(f"a pool of {len(devices)} devices", hint=f"a pool has 1 to {MEMBER_COUNT_MAX} devices")
+        raise InvalidRequest(f"a pool cannot have {len(devices)} devices", hint=f"it has 1 to {MEMBER_COUNT_MAX} devices")
     if not name.isprintable() or len(name.encode()) > POOL_NAME_BYTES_MAX:  # a lone surrogate is not printable
         raise InvalidRequest(f"the pool name {name!r}", hint=f"at most {POOL_NAME_BYTES_MAX} printable bytes")
     members = []
@@ -282,7 +282,8 @@ def _check_generation(keystore: KeyStore, label: Label) -> None:
     if 0 < keystore.generation < label.generation:
         raise PoolError(
             f"the index is older (generation {keystore.generation}) than the devices (generation {label.generation})",
-            hint="put back the index directory that was last used with this pool",
+            hint="put back the index directory that was last used with this pool; if it is lost, "
+            "'rustorctl pool rebuild --replace' makes a new one",
         )
 
 

@@ -111,7 +111,7 @@ class Volumes:
     def _layer(self, name: str) -> Layer:
         layer = self._layers.volumes.get(name)
         if layer is None:
-            raise NotFound(f"there is no volume {name[:80]!r}", hint="'rustorctl volume ls' lists them")
+            raise NotFound(f"there is no volume {name[:80]!r}", hint="'rustorctl volume list' shows them")
         return layer
 
     @contextmanager
@@ -387,7 +387,7 @@ def _entry(layer: Layer, head: Head) -> LayerEntry:
 
 def _rounded(size: int) -> int:
     if not 0 < size <= SIZE_MAX:
-        raise InvalidRequest(f"a volume of {size} bytes", hint=f"a volume has 1 to {SIZE_MAX} bytes (8 TiB)")
+        raise InvalidRequest(f"a volume cannot have {size} bytes", hint=f"it has 1 to {SIZE_MAX} bytes (8 TiB)")
     return -(-size // CHUNK_BYTES) * CHUNK_BYTES
 
 

@@ -146,7 +146,7 @@ class TestCreating:
 
     def test_how_many_devices_there_may_be(self) -> None:
         for count in (0, 97):
-            with pytest.raises(InvalidRequest, match=f"a pool of {count} devices"):
+            with pytest.raises(InvalidRequest, match=f"a pool cannot have {count} devices"):
                 create_pool([None] * count, KEYGEN)  # type: ignore[list-item]
 
     @pytest.mark.root

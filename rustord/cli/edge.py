@@ -37,6 +37,7 @@ from typing import NoReturn
 
 import click
 
+from rustord.cli.output import safe
 from rustord.errors import InvalidRequest, RustordError
 
 FAULT = 1
@@ -123,7 +124,7 @@ def complain(program: str, message: str, hint: str = "", reasons: tuple[str, ...
     lines = [f"{program}: {message}", *(f"  - {reason}" for reason in reasons)]
     if hint:
         lines.append(f"hint: {hint}")
-    click.echo("\n".join(lines), err=True)
+    click.echo("\n".join(safe(line) for text in lines for line in text.split("\n")), err=True)
 
 
 def _usage_hint(error: click.ClickException) -> str:
@@ -134,7 +135,7 @@ def _usage_hint(error: click.ClickException) -> str:
 def os_error_text(error: OSError) -> str:
     """What went wrong with which file."""
     # What click prints is all that is done without a name at hand.
-    name = "standard output" if error.filename is None else os.fsdecode(error.filename)
+    name = "standard output" if error.filename is None else os.fsdecode(error.filename) or "''"
     return f"{name}: {error.strerror or error}"
 
 

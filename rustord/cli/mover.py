@@ -127,7 +127,7 @@ def _move(socket: Path | None, work: str, stop: bool, wait: bool, as_json: bool)
         elif as_json:
             print_json(status)
         else:
-            say("stopped" if stop else f"{work} has begun; 'rustorctl {work} --wait' shows how far it is")
+            say("stopped" if stop else f"{work} has begun; 'rustorctl pool {work} --wait' shows how far it is")
 
 
 def _follow(client: Client, as_json: bool) -> None:

@@ -13,7 +13,7 @@ from rustord.cli import edge
 from rustord.cli.output import print_facts, print_json, print_table, say
 from rustord.cli.parameters import connect, json_option
 from rustord.cli.transfer import Bar, open_destination
-from rustord.errors import NotFound, RustordError
+from rustord.errors import InUse, InvalidRequest, NotFound, RustordError
 from rustord.quantity import human_size
 
 if TYPE_CHECKING:
@@ -78,9 +78,9 @@ def delete(context: click.Context, keys: tuple[str, ...]) -> None:
         for key in keys:
             try:
                 client.delete(key)
-            except NotFound as error:  # the others are deleted nevertheless
+            except (NotFound, InUse, InvalidRequest) as error:  # the others are deleted nevertheless
                 edge.complain("rustorctl", error.message, error.hint)
-                status = error.exit_status
+                status = status or error.exit_status
     context.exit(status)
 
 
@@ -112,7 +112,8 @@ def stat(socket: Path | None, key: str, as_json: bool) -> None:
 
 def _copy_text(extents: Iterable[dict[str, Any]]) -> str:
     return ", ".join(
-        f"device {extent['index']} blocks {extent['block']}-{extent['block'] + extent['count'] - 1}"
+        (f"layer {extent['layer']}" if "layer" in extent else f"device {extent['index']}")
+        + f" blocks {extent['block']}-{extent['block'] + extent['count'] - 1}"
         for extent in extents
     )
 

@@ -66,7 +66,7 @@ def clone(socket: Path | None, source: str, name: str, as_json: bool) -> None:
         _show(client.clone_volume(source, name), as_json)
 
 
-@volume.command("ls")
+@volume.command("list")
 @json_option
 @click.pass_obj
 def list_volumes(socket: Path | None, as_json: bool) -> None:

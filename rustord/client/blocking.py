@@ -512,4 +512,6 @@ def unreachable(error: OSError, path: str, timeout_s: float) -> Unreachable:
         return Unreachable(f"{path} may not be used", hint="join the group that owns the socket, or use sudo")
     if isinstance(error, (TimeoutError, BlockingIOError)):
         return Unreachable(f"the daemon on {path} was silent for {timeout_s:g} s", hint="see its log")
+    if error.errno is None and not isinstance(error, ConnectionError):  # such as a path that is too long for a socket
+        return Unreachable(f"{path} cannot be the daemon's socket: {error}", hint="name another one")
     return Unreachable(f"the connection to {path} was lost: {error}", hint="see the daemon's log")

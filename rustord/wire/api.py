@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote_to_bytes
 
 from rustord.errors import InvalidRequest, NotFound, PreconditionFailed, RangeNotSatisfiable, TooLarge
+from rustord.extent import LAYER_SHIFT, LAYERS
 from rustord.manifest import Data
 from rustord.objkey import ObjectId, parse_uuid, uuid_text
 from rustord.record import Metadata, Record
@@ -348,7 +349,9 @@ def manifest_json(record: Record, devices: Mapping[int, str]) -> dict[str, objec
     """All that is known of an Object; ``devices`` has the uuid of each device of the pool by its index."""
     copies = [
         [
-            {"device": devices.get(index, ""), "index": index, "block": block, "count": count}
+            {"layer": block >> LAYER_SHIFT, "block": block & (1 << LAYER_SHIFT) - 1, "count": count}
+            if index == LAYERS
+            else {"device": devices.get(index, ""), "index": index, "block": block, "count": count}
             for index, block, count in copy
         ]
         for copy in record.copies

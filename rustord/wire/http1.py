@@ -148,11 +148,11 @@ def _check_unfinished(data: bytes, start: int, limits: Limits) -> None:
             raise InvalidRequest("a line of the head does not end in CR LF")
         _read_request_line(str(line[:-1], "latin-1"), limits)
     elif len(line) > limits.target_bytes + 32:
-        raise TargetTooLong(f"a request line of more than {limits.target_bytes} bytes", hint="ask for less at once")
+        raise TargetTooLong(f"the request line is longer than {limits.target_bytes} bytes", hint="ask for less at once")
 
 
 def _head_too_large(limits: Limits) -> HeadTooLarge:
-    return HeadTooLarge(f"a head of more than {limits.head_bytes} bytes", hint="send fewer or shorter header fields")
+    return HeadTooLarge(f"the head is longer than {limits.head_bytes} bytes", hint="send fewer or shorter header fields")
 
 
 def _read_request_line(line: str, limits: Limits) -> tuple[str, str, str]:
@@ -163,7 +163,7 @@ def _read_request_line(line: str, limits: Limits) -> tuple[str, str, str]:
         raise InvalidRequest(f"{line[:80]!r} is not a request line")
     method, target, minor = match.groups()
     if len(target) > limits.target_bytes:
-        raise TargetTooLong(f"a target of {len(target)} bytes", hint=f"at most {limits.target_bytes} are read")
+        raise TargetTooLong(f"the target has {len(target)} bytes", hint=f"at most {limits.target_bytes} are read")
     if target[0] != "/":
         target = _ABSOLUTE.sub("", target, count=1)  # RFC 9112, 3.2.2: must be understood, though only proxies get it
     return method, target, minor

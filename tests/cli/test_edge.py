@@ -76,6 +76,8 @@ def test_reasons_are_listed_between_message_and_hint(
     [
         (FileNotFoundError(errno.ENOENT, "No such file", "/x/y"), 74, "rustorctl: /x/y: No such file\n"),
         (OSError(errno.ENOSPC, "No space left"), 74, "rustorctl: standard output: No space left\n"),
+        (FileNotFoundError(errno.ENOENT, "No such file", ""), 74, "rustorctl: '': No such file\n"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "\x1b[2J"), 74, "rustorctl: \\u001b[2J: No such file\n"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
         (KeyboardInterrupt(), 130, ""),
         (ZeroDivisionError("oh"), 1, "rustorctl: ZeroDivisionError: oh\nhint: this is a fault of rustord"),

@@ -47,6 +47,7 @@ def test_works_that_are_asked_for(filled: list[str], rustorctl: Command) -> None
         status = json.loads(rustorctl.ok("pool", work, "--wait", "--json"))
         assert (status["state"], status["error"]) == ("done", "")
         assert rustorctl.ok("pool", work, "--stop") == "stopped\n"
+        assert f"'rustorctl pool {work} --wait'" in rustorctl.ok("pool", work)
     for name in filled:
         assert rustorctl.ok("get", name) == name * 10_000
 

@@ -210,6 +210,15 @@ def test_stat_shows_all_that_is_known(daemon: object, rustorctl: Command) -> Non
     assert shown["Hash"] == f"{put['algorithm']} {put['digest']}"
 
 
+def test_stat_of_what_was_frozen_names_its_layer(daemon: object, rustorctl: Command) -> None:
+    rustorctl.ok("volume", "create", "disk", "--size", "1 MiB")
+    rustorctl.ok("volume", "freeze", "disk")
+    (data, footer), *_ = json.loads(rustorctl.ok("stat", "disk", "--json"))["copies"]
+    assert (data["block"], data["count"], "index" in data) == (0, 256, False)
+    assert (footer["index"], "layer" in footer) == (0, False)
+    assert f"layer {data['layer']} blocks 0-255, device 0 blocks " in rustorctl.ok("stat", "disk")
+
+
 # ls
 
 

@@ -256,6 +256,8 @@ def test_who_is_not_there_is_unreachable(tmp_path: Path) -> None:
         Client(tmp_path / "none").pool()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(tmp_path / "s"))
+    with pytest.raises(Unreachable, match="cannot be the daemon's socket"):
+        Client("x" * 200).pool()
     with pytest.raises(Unreachable, match="nobody listens"):
         Client(tmp_path / "s").pool()
 
