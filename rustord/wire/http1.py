@@ -152,7 +152,7 @@ def _check_unfinished(data: bytes, start: int, limits: Limits) -> None:
 
 
 def _head_too_large(limits: Limits) -> HeadTooLarge:
-    return HeadTooLarge(f"the head is longer than {limits.head_bytes} bytes", hint="send fewer or shorter header fields")
+    return HeadTooLarge(f"the head exceeds {limits.head_bytes} bytes", hint="send fewer or shorter header fields")
 
 
 def _read_request_line(line: str, limits: Limits) -> tuple[str, str, str]:
