@@ -96,6 +96,8 @@ class Admin:
             problems.append(f"the pool takes no changes: {self._store.read_only}")
         if trouble := self._store.keystore.trouble():
             problems.append(f"the index takes no changes: {trouble}")
+        if problem := self._writer.index_problem:
+            problems.append(f"the index cannot be written: {problem}; when the journal is full, nothing can")
         if warning := self.volumes.warning():
             problems.append(warning)
         if lost := self._scrub.report.lost:

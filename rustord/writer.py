@@ -47,6 +47,8 @@ class Writer:
         self.store = store
         self.cycle_count = 0
         self.change_count = 0
+        self.index_problem = ""
+        """Why the index could not be written the last time; "" if it could. The journal takes what it does not hold."""
         self._busy_since = 0.0
         """The monotonic time at which the cycle, or the call, under way began; 0 if there is none."""
         self._calling = False
@@ -241,11 +243,20 @@ class Writer:
         while not self._closing.is_set():
             self._index_due.wait(CHECKPOINT_S)
             self._index_due.clear()
-            try:
-                self.store.keystore.checkpoint()
-            except RustordError as error:
-                log.error("the index could not be written, and is tried again: %s", error)
-            except Exception:
-                log.exception("the index could not be written, and is tried again", extra=FAULT())
+            self._checkpoint()
             if self.store.idle_work():
                 self._queue.put(lambda: None)
+
+    def _checkpoint(self) -> None:
+        problem = ""
+        try:
+            self.store.keystore.checkpoint()
+        except Exception as error:
+            fault = not isinstance(error, RustordError)
+            problem = repr(error) if fault else str(error)
+            if problem != self.index_problem:  # it is tried four times a second, and told once
+                extra = FAULT() if fault else None
+                log.error("the index cannot be written, and is tried again: %s", problem, exc_info=fault, extra=extra)
+        if self.index_problem and not problem:
+            log.info("the index is written again")
+        self.index_problem = problem

@@ -126,6 +126,20 @@ def test_a_pool_that_takes_no_changes_says_why(admin: Admin, store: ObjectStore,
         admin.add_device(NewDevice(str(make_image(16 * MIB)), force=False, dry_run=False))
 
 
+def test_an_index_that_cannot_be_written_makes_the_pool_degraded(
+    admin: Admin, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> None:
+        raise NoSpace("the disk is full")
+
+    monkeypatch.setattr(store.keystore, "checkpoint", full)
+    deadline = time.monotonic() + 30
+    while admin.pool()["state"] != "degraded":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert "the index cannot be written: the disk is full" in admin.pool()["problems"][0]
+
+
 def test_a_device_that_failed_makes_the_pool_degraded(admin: Admin, store: ObjectStore) -> None:
     device = store.blocks.slots[0].device
     assert device is not None

@@ -20,7 +20,7 @@ import pytest
 import rustord
 import rustord.writer as writer_module
 from rustord.change import Change, Delete, Put
-from rustord.errors import DeviceError, NotFound, ReadOnly, RustordError, Unavailable
+from rustord.errors import DeviceError, NoSpace, NotFound, ReadOnly, RustordError, Unavailable
 from rustord.objectstore import Cycle, ObjectStore
 from rustord.record import Metadata, Record
 from rustord.writer import CHANGE_COUNT_MAX, Writer
@@ -295,6 +295,33 @@ def test_the_index_follows_by_itself(store: ObjectStore, writer: Writer) -> None
             break
         threading.Event().wait(0.01)
     assert store.keystore.info()["entries"] == 12  # the state and the position are entries, too
+
+
+def test_an_index_that_cannot_be_written_is_told_once(
+    store: ObjectStore, writer: Writer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries: list[str] = []
+
+    def checkpoint() -> None:
+        tries.append("one")
+        if len(tries) < 4:
+            raise NoSpace("the disk is full")
+
+    def until(what: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + SECONDS_MAX
+        while not what():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    caplog.set_level("INFO", "rustord.writer")
+    monkeypatch.setattr(store.keystore, "checkpoint", checkpoint)
+    until(lambda: writer.index_problem == "the disk is full")
+    until(lambda: not writer.index_problem)
+    assert len(tries) >= 4
+    assert [message for message in caplog.messages if "index" in message] == [
+        "the index cannot be written, and is tried again: the disk is full",
+        "the index is written again",
+    ]
 
 
 def test_closing_finishes_what_was_submitted(simulation: Simulation, store: ObjectStore) -> None:

@@ -88,8 +88,8 @@ def test_all_reasons_against_all_devices_are_told(rustorctl: Command, pool_image
         (["--size", "1 MiB", "x.img"], 12, "x.img has only 1048576 bytes"),
         (["--size", "64 MiB", "x.img", "./x.img"], 2, "x.img is named twice"),
         (["--size", "64 MiB", "--block-size", "5000", "x.img"], 2, "'5000' is not one of"),
-        (["--size", "64 MiB", "--pool-name", "n" * 65, "x.img"], 2, "the pool name"),
-        (["--size", "64 MiB", "--pool-name", "a\nb", "x.img"], 2, "the pool name"),
+        (["--size", "64 MiB", "--pool-name", "n" * 65, "x.img"], 2, "cannot be a pool's name"),
+        (["--size", "64 MiB", "--pool-name", "a\nb", "x.img"], 2, "cannot be a pool's name"),
         (["."], 12, ". is not proven free"),
     ],
 )
