@@ -158,12 +158,19 @@ class Hotplug:
         try:
             index = self._writer.call(lambda: attach_device(self._store, path))
         except RustordError as error:
+            self._say_why(label, error)
             if self._refusals.get(path) != str(error):
                 log.error("%s is not taken in: %s", path, error, extra=DEVICE_REFUSED(device=path))
                 self._refusals[path] = str(error)
         else:
             log.info("device %d is back: %s", index, path, extra=DEVICE_BACK(device=path))
             self._refusals.pop(path, None)
+
+    def _say_why(self, label: Label, error: RustordError) -> None:
+        """Have the pool's status say why a device that is there is missing all the same, and what to do."""
+        for slot in self._slots():
+            if slot.uuid == label.device_uuid and slot.device is None:
+                slot.why = f"{error} ({error.hint})"
 
     def _is_meant(self, candidate: Candidate) -> bool:
         names = {candidate.path, *candidate.by_id}

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import random
+import signal
 import struct
 import subprocess
 from collections.abc import Callable
@@ -255,6 +256,30 @@ def test_a_disk_that_has_died_is_done_without(
     daemon.start()
     assert states(daemon) == ["online", "online"]
     assert daemon.pool()["state"] == "ok"
+    assert {uuid: daemon.get(uuid) for uuid in objects} == objects
+
+
+def test_a_device_with_changes_that_nobody_knows_says_what_to_do(
+    make_daemon: MakeDaemon, disks: Disks, pair: list[Path], make_loop: LoopDevices
+) -> None:
+    """After a crash its journal is replayed, and only an opening does that."""
+    patch = "import rustord.writer\nrustord.writer.CHECKPOINT_S = 3600"
+    daemon = make_daemon(config=f"{disks.rule}[placer]\npolicy = 'striped'\n", patch=patch).start()
+    objects: dict[str, bytes] = {}
+    while {device_of(daemon, uuid) for uuid in objects} != {0, 1}:
+        data = os.urandom(5000)
+        objects[daemon.put(data)] = data
+    daemon.stop(signal.SIGKILL)
+    image = make_loop.image(pair[1])
+    disks.detach(pair[1])
+    daemon.start()
+    back = disks.attach(image)
+    until(lambda: daemon.pool()["problems"] != ["device 1 is missing: not found"], "the device is looked at")
+    assert daemon.pool()["problems"] == [
+        f"device 1 is missing: {back} holds changes that the index does not know (restart rustord, which replays them)"
+    ]
+    daemon.restart()
+    assert states(daemon) == ["online", "online"]
     assert {uuid: daemon.get(uuid) for uuid in objects} == objects
 
 
