@@ -19,13 +19,19 @@ class Allocator:
     """
 
     def __init__(
-        self, placer: Placer, writable: Callable[[], Sequence[int]], refusals: Callable[[], Sequence[str]] = lambda: ()
+        self,
+        placer: Placer,
+        writable: Callable[[], Sequence[int]],
+        refusals: Callable[[], Sequence[str]] = lambda: (),
+        leaving: Callable[[], Sequence[int]] = lambda: (),
     ) -> None:
-        """``writable`` tells the devices that take new data now, ``refusals`` why the others do not."""
+        """``writable`` tells the devices that take new data now, ``refusals`` why the others do not, ``leaving`` which
+        of them are being emptied."""
         self.placer = placer
         self._mover = Contiguous()
         self._writable = writable
         self._refusals = refusals
+        self._leaving = leaving
         self._free: dict[int, FreeList] = {}
         self._sizes: dict[int, int] = {}
         self._offered: Sequence[int] = ()
@@ -51,6 +57,8 @@ class Allocator:
         """
         with self._lock:
             self._offered = [index for index in self._writable() if index in self._free]
+            if len(self._offered) < len(self._free):
+                self._check_set_aside(count * self.placer.copies)
             try:
                 chosen = self.placer.place(count, self)
             except NoSpace:
@@ -100,6 +108,21 @@ class Allocator:
             f"no {count} free blocks in a row on any device that may take them",
             hint="delete Objects or volumes, trim what a volume does not use, or add a device",
         )
+
+    def _check_set_aside(self, count: int) -> None:
+        """Raise NoSpace if ``count`` more blocks of new Objects would take the room of what is on devices that leave.
+
+        There was room for that when they began to leave, and there is until they are gone, whatever comes in meanwhile.
+        """
+        leaving = [index for index in self._leaving() if index in self._free]
+        needed = sum(self._sizes[index] - self.free_count(index) - self.lost_count(index) for index in leaving)
+        free = sum(map(self.free_count, self._offered))
+        if needed and free - count < needed:
+            raise NoSpace(
+                f"no room for {count} blocks: {free} are free, of which {needed} are set aside for what is on device "
+                f"{' and '.join(map(str, leaving))}",
+                hint="wait until that is empty, keep it with 'rustorctl device remove --stop', or add a device",
+            )
 
     def _take(self, chosen: Sequence[Sequence[Extent]], count: int, copy_count: int) -> list[list[Extent]]:
         taken: list[Extent] = []

@@ -136,6 +136,10 @@ class BlockStore:
         slots = self.slots
         return [index for index in self.writable_indices() if slots[index].standing is Standing.IN_USE]
 
+    def leaving_indices(self) -> list[int]:
+        """The devices that are being emptied, in order."""
+        return [index for index, slot in sorted(self.slots.items()) if slot.standing is Standing.LEAVING]
+
     def is_given_up(self, index: int) -> bool:
         """Whether the device is lost for good: given up, and missing or without writes."""
         slot = self.slots[index]

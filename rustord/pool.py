@@ -150,7 +150,7 @@ def open_pool(
         progress("replaying the journal")
         label, sequence = _replay(label, blocks, keystore)
         progress("reading the index")
-        allocator = Allocator(placer, blocks.accepting_indices, blocks.refusals)
+        allocator = Allocator(placer, blocks.accepting_indices, blocks.refusals, blocks.leaving_indices)
         layers = Layers(blocks, keystore.base)
         layers.load(keystore.pages())
         blocks.read_layer, blocks.read_layer_now = layers.read_object, layers.read_object_now

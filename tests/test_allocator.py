@@ -200,3 +200,22 @@ def test_a_device_that_has_just_left_has_nothing_free() -> None:
     allocator = make(Contiguous())
     allocator.remove(1)
     assert free(allocator) == [BLOCKS, 0]
+
+
+def test_what_is_on_a_device_that_leaves_keeps_its_room_elsewhere() -> None:
+    leaving: list[int] = []
+    allocator = Allocator(Contiguous(), lambda: [i for i in (0, 1, 2) if i not in leaving], leaving=lambda: leaving)
+    for device in range(3):
+        allocator.add(device, FreeList([(FIRST, BLOCKS)]), BLOCKS)
+    for count in (400, 200, 200):
+        allocator.place(count)
+    leaving.append(0)  # with 400 blocks, and the two others have 800 free on each
+    assert free(allocator, 3) == [600, 800, 800]
+    (first,) = allocator.place(700)
+    with pytest.raises(NoSpace, match="900 are free, of which 400 are set aside for what is on device 0"):
+        allocator.place(501)
+    assert sum(extent.count for extent in allocator.place_on(400, lambda device: device != 0)) == 400
+    allocator.release([Extent(0, FIRST, 400)])
+    allocator.place(500)
+    assert free(allocator, 3) == [1000, 0, 0]
+    allocator.release(first)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from rustord.errors import DeviceError, FormatError, PoolError
+from rustord.change import Put
+from rustord.errors import DeviceError, FormatError, NoSpace, PoolError
 from rustord.label import Standing
 from rustord.membership import detach_device, set_standing
 from rustord.mover import Mover
@@ -18,7 +19,7 @@ from rustord.objectstore import ObjectStore
 from rustord.objkey import ObjectId
 from rustord.placer import Contiguous, Mirrored, Striped
 from rustord.writer import Writer
-from tests.simulation import MIB, PowerCut, Simulation, check_sound, live, run, upload
+from tests.simulation import MIB, PowerCut, Simulation, check_sound, live, run, stored, upload
 
 DATA = random.Random(5).randbytes(4 * MIB)
 SIZES = (0, 100, 5000, 70_000, 300_000)
@@ -148,6 +149,22 @@ class TestEmptying:
             assert store.blocks.slots[0].standing is Standing.LEAVING
             assert [store.stat(store.put(DATA[:MIB]).uuid).devices for _ in range(3)] == [{1}] * 3
 
+    def test_what_comes_in_meanwhile_does_not_take_its_room(
+        self, simulate: Callable[..., Simulation], moving: Callable[..., Moving]
+    ) -> None:
+        store = simulate(16 * MIB, 16 * MIB).open()
+        contents = fill(store, (300_000,) * 20)
+        one = moving(store)
+        one.writer.call(lambda: set_standing(store, 0, Standing.LEAVING))
+        with pytest.raises(NoSpace, match="set aside for what is on device 0"):  # noqa: PT012
+            while True:
+                (outcome,) = [outcome for _, outcome in one.writer.make([Put(DATA[:100_000])], 30)]
+                contents[stored(outcome).uuid] = DATA[:100_000]
+        one.run()
+        assert (one.mover.task.state, one.mover.task.error) == ("done", "")
+        one.end()
+        check(store, contents)
+
     def test_what_comes_in_meanwhile_moves_too(
         self, simulate: Callable[..., Simulation], moving: Callable[..., Moving]
     ) -> None:
@@ -213,8 +230,6 @@ class TestEmptying:
 
 
 def _put() -> Any:
-    from rustord.change import Put
-
     return Put(b"")
 
 
