@@ -21,7 +21,7 @@ nbd_socket_option = click.option(
 
 
 def _nbd_socket(socket: Path | None, nbd_socket: Path | None) -> Path:
-    from rustord.client.blocking import DEFAULT_SOCKET
+    from rustord.client.connection import DEFAULT_SOCKET
 
     return (nbd_socket or Path(socket or DEFAULT_SOCKET).with_name("nbd.sock")).absolute()
 

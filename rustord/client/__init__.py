@@ -7,7 +7,7 @@
         assert client.get("greeting") == client.get(stored.uuid) == b"hello"
 
 A ``key`` is the uuid of an Object, as text, or its name. Every method raises what the daemon answered as the
-`rustord.errors` class that it is, and Unreachable if nobody answers. `rustord.client.aio` has the same for asyncio.
+`rustord.errors` class that it is, and Unreachable if nobody answers. `rustord.client.aio` is for asyncio.
 """
 
 from __future__ import annotations

@@ -6,26 +6,27 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from rustord.client.blocking import DEFAULT_SOCKET, is_fresh, unreachable
-from rustord.errors import NotFound, Unavailable
+from rustord.client.blocking import Client
+from rustord.client.connection import DEFAULT_SOCKET, EXPECT_BYTES, HEAD_BYTES_MAX, Connection
+from rustord.errors import Unavailable
 from rustord.manifest import Data
 from rustord.wire import request as ask
 from rustord.wire.http1 import ReplyHead, read_reply_head
 from rustord.wire.problem import read_problem
 from rustord.wire.request import Info, Listing, Request, Stored
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _READ_BYTES = 256 << 10
-_HEAD_BYTES_MAX = 64 << 10
-_EXPECT_BYTES = 1 << 20
-"""A longer body is announced first: the daemon may refuse it before it is sent."""
 
 
-class AsyncClient:
+class AsyncClient(Connection):
     """A connection to the daemon, made when it is needed, and again when it was lost.
 
     Any number of tasks may use it: their requests take turns. Use several for requests at the same time.
@@ -33,11 +34,8 @@ class AsyncClient:
 
     def __init__(self, path: str | os.PathLike[str] = DEFAULT_SOCKET, *, timeout_s: float = 300.0) -> None:
         """``timeout_s``: how long the daemon may stay silent."""
-        self._path = os.fspath(path)
-        self._timeout_s = timeout_s
+        super().__init__(path, timeout_s=timeout_s)
         self._turn = asyncio.Lock()
-        self._sock: socket.socket | None = None
-        self._received = b""
         self._left = 0
         """Bytes of the reply under way that are still to be read; -1 before its head."""
 
@@ -48,13 +46,6 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    def close(self) -> None:
-        """Close the connection; the next request makes a new one."""
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
-        self._received = b""
 
     # Objects
 
@@ -86,11 +77,7 @@ class AsyncClient:
         """An Object's metadata. Raises NotFound."""
         async with self._reply(ask.look(key)) as head:
             pass
-        if head.status == 404:
-            raise NotFound(f"there is no Object {key[:80]!r}", hint="'rustorctl ls' lists what there is")
-        if head.status != 200:
-            raise read_problem(head.status, b"")
-        return ask.read_info(head)
+        return ask.read_looked(head, key)
 
     async def delete(self, key: str, *, if_match: str = "") -> None:
         """Delete an Object; on return its blocks have been erased. Raises NotFound, PreconditionFailed."""
@@ -115,9 +102,19 @@ class AsyncClient:
             for stored in page:
                 yield stored
 
-    async def pool(self) -> dict[str, Any]:
-        """The pool's state."""
-        return dict(json.loads(await self._whole(ask.POOL)))
+    # The daemon
+
+    async def call(self, method: Callable[Concatenate[Client, P], T], *args: P.args, **keywords: P.kwargs) -> T:
+        """Whatever else `rustord.client.Client` can do: ``await client.call(Client.create_volume, "vm", 1 << 30)``.
+
+        It runs in a thread, on a connection of its own, and to its end, also if nobody waits for it any more.
+        """
+
+        def run() -> T:
+            with Client(self._path, timeout_s=self._timeout_s) as client:
+                return method(client, *args, **keywords)
+
+        return await asyncio.to_thread(run)
 
     # Requests
 
@@ -158,11 +155,11 @@ class AsyncClient:
                     await self._send_chunks(data)
             return await self._head()
         except OSError as error:
-            raise unreachable(error, self._path, self._timeout_s) from error
+            raise self._unreachable(error) from error
 
     async def _send_data(self, request: Request, data: memoryview) -> ReplyHead | None:
         length = f"Content-Length: {len(data)}"
-        if len(data) < _EXPECT_BYTES:
+        if len(data) < EXPECT_BYTES:
             await self._send(request.head(length))
         else:
             await self._send(request.head(length, "Expect: 100-continue"))
@@ -185,7 +182,7 @@ class AsyncClient:
     async def _head(self) -> ReplyHead:
         while (head := read_reply_head(self._received)) is None:
             data = await self._receive()
-            if not data or len(self._received) > _HEAD_BYTES_MAX:
+            if not data or len(self._received) > HEAD_BYTES_MAX:
                 raise ConnectionResetError("no whole reply came")
             self._received += data
         self._received = self._received[head.end :]
@@ -202,7 +199,7 @@ class AsyncClient:
         try:
             data, self._received = self._received or await self._receive(), b""
         except OSError as error:
-            raise unreachable(error, self._path, self._timeout_s) from error
+            raise self._unreachable(error) from error
         if not data:
             raise Unavailable(f"the daemon broke off {self._left} bytes before the end", hint="its log says why")
         data, self._received = data[: self._left], data[self._left :]
@@ -212,8 +209,7 @@ class AsyncClient:
     # The socket
 
     async def _connect(self) -> None:
-        if self._sock is not None and not is_fresh(self._sock):
-            self.close()
+        self._close_unless_fresh()
         if self._sock is not None:
             return None
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

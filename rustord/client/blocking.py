@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import select
 import socket
 import stat as stat_module
 import struct
@@ -17,7 +16,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from rustord.errors import InvalidRequest, NotFound, Unavailable, Unreachable
+from rustord.client.connection import EXPECT_BYTES, HEAD_BYTES_MAX, Connection
+from rustord.errors import InvalidRequest, Unavailable
 from rustord.manifest import Data
 from rustord.wire.http1 import ReplyHead, read_reply_head
 from rustord.wire.problem import read_problem
@@ -51,6 +51,7 @@ from rustord.wire.request import (
     manifest,
     map_device,
     read_info,
+    read_looked,
     read_stored,
     remove_device,
     resize_volume,
@@ -60,24 +61,12 @@ from rustord.wire.request import (
     store,
 )
 
-DEFAULT_SOCKET = "/run/rustord/rustord.sock"
-
 _READ_BYTES = 64 << 10
 _PIECE_BYTES = 1 << 20
-_EXPECT_BYTES = 1 << 20
-"""A longer body is announced first: the daemon may refuse it before it is sent."""
-_HEAD_BYTES_MAX = 64 << 10
 
 
-class Client:
+class Client(Connection):
     """A connection to the daemon, made when it is needed, and again when it was lost; for one thread at a time."""
-
-    def __init__(self, path: str | os.PathLike[str] = DEFAULT_SOCKET, *, timeout_s: float = 300.0) -> None:
-        """``timeout_s``: how long the daemon may stay silent."""
-        self._path = os.fspath(path)
-        self._timeout_s = timeout_s
-        self._sock: socket.socket | None = None
-        self._received = b""
 
     def __enter__(self) -> Client:
         return self
@@ -86,13 +75,6 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    def close(self) -> None:
-        """Close the connection; the next request makes a new one."""
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
-        self._received = b""
 
     # Objects
 
@@ -132,12 +114,7 @@ class Client:
 
     def stat(self, key: str) -> Info:
         """An Object's metadata. Raises NotFound."""
-        head = self._send(look(key))
-        if head.status == 404:
-            raise NotFound(f"there is no Object {key[:80]!r}", hint="'rustorctl ls' lists what there is")
-        if head.status != 200:
-            raise read_problem(head.status, b"")
-        return read_info(head)
+        return read_looked(self._send(look(key)), key)
 
     def delete(self, key: str, *, if_match: str = "") -> None:
         """Delete an Object; on return its blocks have been erased. Raises NotFound, PreconditionFailed."""
@@ -291,7 +268,7 @@ class Client:
             return self._send_file(sock, request, data, size, progress)
         except (ConnectionError, TimeoutError) as error:
             self.close()
-            raise unreachable(error, self._path, self._timeout_s) from error
+            raise self._unreachable(error) from error
         except BaseException:  # such as an error of the file, in the middle of the request
             self.close()
             raise
@@ -338,7 +315,7 @@ class Client:
     def _announce(self, sock: socket.socket, request: Request, size: int) -> ReplyHead | None:
         """Send the head. If the body is long, wait until the daemon wants it; its reply if it does not."""
         length = f"Content-Length: {size}"
-        if size < _EXPECT_BYTES:
+        if size < EXPECT_BYTES:
             sock.sendall(request.head(length))
             return None
         sock.sendall(request.head(length, "Expect: 100-continue"))
@@ -351,8 +328,7 @@ class Client:
         return self._reply_head(sock)
 
     def _connected(self) -> socket.socket:
-        if self._sock is not None and not is_fresh(self._sock):
-            self.close()
+        self._close_unless_fresh()
         if self._sock is None:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
@@ -362,7 +338,7 @@ class Client:
                 sock.settimeout(self._timeout_s)
             except OSError as error:
                 sock.close()
-                raise unreachable(error, self._path, self._timeout_s) from error
+                raise self._unreachable(error) from error
             self._sock = sock
         return self._sock
 
@@ -371,7 +347,7 @@ class Client:
     def _reply_head(self, sock: socket.socket) -> ReplyHead:
         while (head := read_reply_head(self._received)) is None:
             data = sock.recv(_READ_BYTES)
-            if not data or len(self._received) > _HEAD_BYTES_MAX:
+            if not data or len(self._received) > HEAD_BYTES_MAX:
                 raise ConnectionResetError("no whole reply came")
             self._received += data
         self._received = self._received[head.end :]
@@ -390,7 +366,7 @@ class Client:
             return self._sock.recv_into(buffer)
         except OSError as error:
             self.close()
-            raise unreachable(error, self._path, self._timeout_s) from error
+            raise self._unreachable(error) from error
 
     def _body(self, head: ReplyHead) -> bytes:
         """The body of a reply that is wanted whole."""
@@ -493,25 +469,3 @@ def _send_all(sock: socket.socket, buffers: list[Data]) -> None:
         if sent < len(buffer):
             sock.sendall(memoryview(buffer)[sent:])
         sent = max(0, sent - len(buffer))
-
-
-def is_fresh(sock: socket.socket) -> bool:
-    """Whether the daemon has sent nothing unasked: neither the rest of a reply that nobody read, nor the end."""
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return not poll.poll(0)
-
-
-def unreachable(error: OSError, path: str, timeout_s: float) -> Unreachable:
-    """What an error of the connection to the socket at ``path`` means."""
-    if isinstance(error, FileNotFoundError):
-        return Unreachable(f"there is no socket {path}", hint="start the daemon, or name its socket")
-    if isinstance(error, ConnectionRefusedError):
-        return Unreachable(f"nobody listens on {path}", hint="start the daemon: systemctl start rustord")
-    if isinstance(error, PermissionError):
-        return Unreachable(f"{path} may not be used", hint="join the group that owns the socket, or use sudo")
-    if isinstance(error, (TimeoutError, BlockingIOError)):
-        return Unreachable(f"the daemon on {path} was silent for {timeout_s:g} s", hint="see its log")
-    if error.errno is None and not isinstance(error, ConnectionError):  # such as a path that is too long for a socket
-        return Unreachable(f"{path} cannot be the daemon's socket: {error}", hint="name another one")
-    return Unreachable(f"the connection to {path} was lost: {error}", hint="see the daemon's log")

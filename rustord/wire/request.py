@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
-from rustord.errors import InvalidRequest
+from rustord.errors import InvalidRequest, NotFound
 from rustord.objkey import is_uuid
 from rustord.wire.http1 import ReplyHead
+from rustord.wire.problem import read_problem
 
 _PAGE = 1000
 _ATTRIBUTE = "rustor-meta-"
@@ -136,6 +137,15 @@ def read_info(head: ReplyHead) -> Info:
             if name.startswith(_ATTRIBUTE)
         },
     )
+
+
+def read_looked(head: ReplyHead, key: str) -> Info:
+    """The metadata in the reply to `look`, which has no body to say more. Raises NotFound, ..."""
+    if head.status == 404:
+        raise NotFound(f"there is no Object {key[:80]!r}", hint="'rustorctl ls' lists what there is")
+    if head.status != 200:
+        raise read_problem(head.status, b"")
+    return read_info(head)
 
 
 def read_stored(body: bytes) -> Stored:

@@ -1,0 +1,55 @@
+"""Connection: the way to the daemon's socket, which the blocking client and that for asyncio have in common."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+
+from rustord.errors import Unreachable
+
+DEFAULT_SOCKET = "/run/rustord/rustord.sock"
+EXPECT_BYTES = 1 << 20
+"""A longer body is announced first: the daemon may refuse it before it is sent."""
+HEAD_BYTES_MAX = 64 << 10
+
+
+class Connection:
+    """A connection to the daemon, made when it is needed, and again when it was lost."""
+
+    def __init__(self, path: str | os.PathLike[str] = DEFAULT_SOCKET, *, timeout_s: float = 300.0) -> None:
+        """``timeout_s``: how long the daemon may stay silent."""
+        self._path = os.fspath(path)
+        self._timeout_s = timeout_s
+        self._sock: socket.socket | None = None
+        self._received = b""
+
+    def close(self) -> None:
+        """Close the connection; the next request makes a new one."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+        self._received = b""
+
+    def _close_unless_fresh(self) -> None:
+        """Go on only if the daemon has sent nothing unasked: neither the rest of a reply nor the end."""
+        if self._sock is not None:
+            poll = select.poll()
+            poll.register(self._sock, select.POLLIN)
+            if poll.poll(0):
+                self.close()
+
+    def _unreachable(self, error: OSError) -> Unreachable:
+        """What an error of the connection means."""
+        path = self._path
+        if isinstance(error, FileNotFoundError):
+            return Unreachable(f"there is no socket {path}", hint="start the daemon, or name its socket")
+        if isinstance(error, ConnectionRefusedError):
+            return Unreachable(f"nobody listens on {path}", hint="start the daemon: systemctl start rustord")
+        if isinstance(error, PermissionError):
+            return Unreachable(f"{path} may not be used", hint="join the group that owns the socket, or use sudo")
+        if isinstance(error, (TimeoutError, BlockingIOError)):
+            return Unreachable(f"the daemon on {path} was silent for {self._timeout_s:g} s", hint="see its log")
+        if error.errno is None and not isinstance(error, ConnectionError):  # such as a path that is too long
+            return Unreachable(f"{path} cannot be the daemon's socket: {error}", hint="name another one")
+        return Unreachable(f"the connection to {path} was lost: {error}", hint="see the daemon's log")
