@@ -79,6 +79,7 @@ class Admin:
             "generation": store.label.generation,
             "journal_used": round(store.keystore.journal_used(), 4),
             "index_lag": store.keystore.lag(),
+            "exports": len({export["name"] for export in self.exports()}),
         }
 
     def summary(self) -> str:

@@ -317,7 +317,7 @@ class _Daemon:
             roles=who,
             slow_request_s=config.log.slow_request,
         )
-        self._metrics.watch(store, self._server.traffic, self._scrub)
+        self._metrics.watch(store, self._server.traffic, self._scrub, self._nbd.traffic)
         self._stop = asyncio.Event()
         self._hotplug: Hotplug | None = None
         self._look = asyncio.Event()

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from enum import IntFlag
+from enum import IntFlag, StrEnum
 from typing import NamedTuple, Protocol
+
+
+class Kind(StrEnum):
+    """What an export is."""
+
+    OBJECT = "object"
+    VOLUME = "volume"
 
 
 class State(IntFlag):
@@ -49,6 +56,9 @@ class Export(Shape, Protocol):
     what he asks for. If it is read-only then ``write``, ``trim`` and ``zero`` are never called. Every method but
     ``close`` raises RustordErrors, whose ``nbd_error`` the client is told.
     """
+
+    @property
+    def kind(self) -> Kind: ...
 
     @property
     def key(self) -> str:

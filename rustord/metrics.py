@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -10,7 +10,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.process_collector import ProcessCollector
 
 from rustord.distribution import Distribution
-from rustord.frontends.traffic import Traffic
+from rustord.export import Kind
+from rustord.frontends.traffic import ExportTraffic, Traffic
 from rustord.objectstore import ObjectStore
 from rustord.scrub import Scrub
 
@@ -27,9 +28,15 @@ class Metrics:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
 
-    def watch(self, store: ObjectStore, traffic: Traffic, scrub: Scrub) -> None:
-        """Tell of these from now on."""
-        self._store, self._traffic, self._scrub = store, traffic, scrub
+    def watch(
+        self,
+        store: ObjectStore,
+        traffic: Traffic,
+        scrub: Scrub,
+        exports: Callable[[], Mapping[Kind, ExportTraffic]] = dict,
+    ) -> None:
+        """Tell of these from now on; ``exports`` tells what passed over NBD."""
+        self._store, self._traffic, self._scrub, self._exports = store, traffic, scrub, exports
         self._registry.register(self)
 
     def on_cycle(self, changes: int, seconds: float) -> None:
@@ -44,6 +51,7 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """Called by the registry."""
         yield from self._requests()
+        yield from self._block_devices()
         yield from self._cycles()
         yield from self._pool()
         yield from self._integrity()
@@ -74,6 +82,23 @@ class Metrics:
             "rustord_transfers_broken_off", "Uploads and downloads that did not end", value=traffic.broken_off
         )
         yield GaugeMetricFamily("rustord_connections_open", "Connections open now", value=traffic.connections)
+
+    def _block_devices(self) -> Iterator[Metric]:
+        kind = ["kind"]
+        opened = GaugeMetricFamily("rustord_nbd_connections_open", "NBD connections to exports open now", labels=kind)
+        total = CounterMetricFamily("rustord_nbd_connections", "NBD connections that chose an export", labels=kind)
+        requests = CounterMetricFamily("rustord_nbd_requests", "NBD requests", labels=kind)
+        errors = CounterMetricFamily("rustord_nbd_errors", "Of these, those answered with an error", labels=kind)
+        read = CounterMetricFamily("rustord_nbd_read_bytes", "What NBD clients have read", labels=kind)
+        written = CounterMetricFamily("rustord_nbd_written_bytes", "What NBD clients have written", labels=kind)
+        for name, traffic in self._exports().items():
+            opened.add_metric([name], traffic.connections)
+            total.add_metric([name], traffic.connections_total)
+            requests.add_metric([name], traffic.requests)
+            errors.add_metric([name], traffic.errors)
+            read.add_metric([name], traffic.read_bytes)
+            written.add_metric([name], traffic.written_bytes)
+        yield from (opened, total, requests, errors, read, written)
 
     def _cycles(self) -> Iterator[Metric]:
         yield _histogram("rustord_cycle_seconds", "Time of a cycle, its flush included", self.cycle_s)

@@ -17,7 +17,7 @@ from threading import Lock
 from typing import NoReturn
 
 from rustord.errors import ReadOnly
-from rustord.export import Run, State
+from rustord.export import Kind, Run, State
 from rustord.objectreader import ObjectReader
 from rustord.objectstore import ObjectStore
 from rustord.record import Record
@@ -28,6 +28,7 @@ SECTOR_BYTES = 512
 class ObjectExport:
     """One client's view of an Object that `ObjectStore.begin_export` holds; see `rustord.export.Export`."""
 
+    kind = Kind.OBJECT
     read_only = True
     block_size = 4096
 

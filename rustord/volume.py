@@ -20,7 +20,7 @@ from rustord.allocator import Allocator
 from rustord.blockdevice import BlockDevice
 from rustord.blockstore import BlockStore
 from rustord.errors import DeviceError, InvalidRequest, NoSpace, RustordError
-from rustord.export import Run, State, merged
+from rustord.export import Kind, Run, State, merged
 from rustord.extent import Extent
 from rustord.gate import Gate
 from rustord.layer import Layer, Layers
@@ -55,6 +55,8 @@ _ZEROS = memoryview(bytes(_ZERO_BYTES))
 
 class Volume:
     """The `rustord.export.Export` of a volume. Any number of threads may use it; a flush by one covers all."""
+
+    kind = Kind.VOLUME
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from rustord.scrub import Scrub
 from rustord.wire.api import ROUTES
 from rustord.writer import Writer
 from tests.daemon import MIB, Daemon, make_pool, until
+from tests.frontends.nbdserved import NbdPeer
 
 DOCUMENT = Path(metrics.__file__).with_name("METRICS.md")
 BLOCK = 4096
@@ -94,7 +95,7 @@ def test_every_metric_is_documented_as_it_is(daemon: Daemon) -> None:
 
 def test_the_document_names_every_state_and_phase(daemon: Daemon) -> None:
     text = DOCUMENT.read_text()
-    for label in ("state", "phase"):
+    for label in ("state", "kind", "phase"):
         (listed,) = re.findall(rf"`{label}` is one of ([^.]*)\.", text)
         values = {
             sample.labels[label]
@@ -107,7 +108,7 @@ def test_the_document_names_every_state_and_phase(daemon: Daemon) -> None:
 
 def test_names_carry_the_base_unit(daemon: Daemon) -> None:
     counted = {"rustord_index_lag", "rustord_objects", "rustord_free_runs", "rustord_connections_open"}
-    counted |= {"rustord_scrub_running", "rustord_scrub_lost"}
+    counted |= {"rustord_scrub_running", "rustord_scrub_lost", "rustord_nbd_connections_open"}
     counted |= {"rustord_read_only", "rustord_device_state", "rustord_cycle_changes"}
     for name in documented().keys() - counted:
         assert name.endswith(("_seconds", "_bytes", "_ratio", "_total")), name
@@ -197,6 +198,30 @@ def test_an_upload_that_breaks_off_is_counted(daemon: Daemon) -> None:
     until(lambda: scrape(daemon)("rustord_transfers_broken_off_total") == 1, "it is counted")
     until(lambda: scrape(daemon)("rustord_device_free_bytes", device="0") == free, "its blocks are free again")
     assert scrape(daemon)("rustord_connections_open") == 1
+
+
+def test_what_passes_over_nbd_is_counted_by_the_kind_of_export(daemon: Daemon) -> None:
+    daemon.put(b"x" * 4096, name="image")
+    assert daemon.request("POST", "/v1/volumes", b'{"name": "disk", "size": 1048576}').status == 201
+    path = daemon.socket.with_name("nbd.sock")
+    with NbdPeer(path) as idle, NbdPeer(path).go("image") as image, NbdPeer(path).go("disk") as disk:
+        assert idle.ask(3)  # to list exports is not to use one
+        image.read(0, 512)
+        assert image.one(1, 0, 4, payload=b"data").error
+        disk.one(1, 0, 5, payload=b"bytes")
+        disk.one(3)
+        disk.read(0, 1024)
+        disk.read(0, 1024)
+        told = scrape(daemon)
+        assert [told("rustord_nbd_connections_open", kind=kind) for kind in ("object", "volume")] == [1, 1]
+        assert daemon.pool()["exports"] == 2
+    until(lambda: not scrape(daemon)("rustord_nbd_connections_open", kind="volume"), "the client has gone")
+    with NbdPeer(path).go("image") as image:
+        image.read(0, 512)
+        told = scrape(daemon)
+    names = ("connections", "requests", "errors", "read_bytes", "written_bytes")
+    for kind, expected in (("object", [2, 3, 1, 1024, 0]), ("volume", [1, 4, 0, 2048, 5])):
+        assert [told(f"rustord_nbd_{name}_total", kind=kind) for name in names] == expected
 
 
 def test_cycles_their_phases_and_flushes_are_timed(daemon: Daemon) -> None:

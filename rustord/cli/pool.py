@@ -53,6 +53,7 @@ def _pool_facts(pool: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Placer", pool["placer"]
     yield "Hash", pool["algorithm"]
     yield "Erase", pool["erase"]
+    yield "Exports", f"{pool['exports']:,} in use" + (": 'rustorctl exports' lists by whom" if pool["exports"] else "")
     yield "Journal", f"{pool['journal_used']:.0%} in use, the index is {pool['index_lag']:,} changes behind"
 
 

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from rustord.errors import Forbidden, NotFound, Unavailable
-from rustord.export import Export, Run, Shape
+from rustord.export import Export, Kind, Run, Shape
 from rustord.objectexport import ObjectExport
 from rustord.objectstore import ObjectStore
 from rustord.objkey import ObjectId, is_uuid, parse_uuid
@@ -39,6 +39,7 @@ class Outline(NamedTuple):
 class ReadOnly:
     """A volume for one who may not write to it; see `rustord.export.Export`."""
 
+    kind = Kind.VOLUME
     read_only = True
 
     def __init__(self, export: Export) -> None:

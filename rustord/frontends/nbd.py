@@ -17,6 +17,7 @@ client notices nothing but a pause.
 from __future__ import annotations
 
 import asyncio
+import copy
 import ipaddress
 import logging
 import socket
@@ -32,10 +33,12 @@ from pathlib import Path
 from typing import Any
 
 from rustord.errors import ConfigError, RustordError
+from rustord.export import Kind
 from rustord.frontends.exports import Exports, Offered
 from rustord.frontends.handover import Handover
 from rustord.frontends.listener import Listener
 from rustord.frontends.peer import Peer, Roles, peer_of
+from rustord.frontends.traffic import ExportTraffic
 from rustord.wire.api import Role, created_text
 from rustord.wire.limits import NbdLimits
 from rustord.wire.negotiation import Agreement, Negotiation, State
@@ -232,6 +235,13 @@ class _Connection:
         if self.left is None:
             self._sock.close()
 
+    def count(self, traffic: Mapping[Kind, ExportTraffic], *, is_open: bool = False) -> None:
+        """Add to ``traffic`` what it has done, once it has chosen an export."""
+        if self.agreement is not None and self.transmission is not None:
+            counted = traffic[self.agreement.export.kind]
+            counted.add(self.transmission)
+            counted.connections += is_open
+
     def describe(self) -> dict[str, Any] | None:
         """What /v1/exports tells; None while it negotiates."""
         agreement, transmission = self.agreement, self.transmission
@@ -239,18 +249,20 @@ class _Connection:
             return None
         return {
             "name": agreement.name,
+            "kind": agreement.export.kind,
             "client": self.client.text,
             "since": created_text(self.since_ns),
             "size": agreement.export.size,
             "read_only": agreement.export.read_only,
             "requests": transmission.requests,
+            "errors": transmission.errors,
             "read_bytes": transmission.read_bytes,
             "written_bytes": transmission.written_bytes,
         }
 
 
 class NbdServer:
-    """Serves exports. Made, used and closed on one running event loop; `exports` may be called by any thread."""
+    """Serves exports. Made, used and closed on one event loop; any thread may ask for `exports` and `traffic`."""
 
     def __init__(
         self,
@@ -268,8 +280,10 @@ class NbdServer:
         self._listeners: list[Listener] = []
         self._connections: dict[_Connection, threading.Thread] = {}
         """In the order of their coming."""
+        self._ended = {kind: ExportTraffic() for kind in Kind}
+        """What connections have done that are there no more."""
         self._lock = threading.Lock()
-        """Of `_connections`."""
+        """Of `_connections` and `_ended`."""
         self._following = self._loop.call_later(_FOLLOW_S, self._follow)
 
     # Connections
@@ -348,13 +362,22 @@ class NbdServer:
 
     def _forget(self, connection: _Connection) -> None:
         with self._lock:
-            self._connections.pop(connection, None)
+            if self._connections.pop(connection, None) is not None:
+                connection.count(self._ended)
 
     def exports(self) -> Iterable[Mapping[str, Any]]:
         """What is open, by whom; an entry for each connection."""
         with self._lock:
             connections = list(self._connections)
         return [told for connection in connections if (told := connection.describe())]
+
+    def traffic(self) -> Mapping[Kind, ExportTraffic]:
+        """What all connections have done since the start."""
+        with self._lock:
+            traffic = copy.deepcopy(self._ended)
+            for connection in self._connections:
+                connection.count(traffic, is_open=True)
+        return traffic
 
     # The end
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from rustord.distribution import Distribution
+from rustord.wire.transmission import Transmission
 
 
 class OperationTraffic:
@@ -22,6 +23,29 @@ class OperationTraffic:
         """Count one request that has been answered."""
         self.statuses[status] += 1
         self.latency_s.observe(latency_s)
+
+
+class ExportTraffic:
+    """What connections to exports of one kind have done; ``connections`` are open now."""
+
+    __slots__ = ("connections", "connections_total", "errors", "read_bytes", "requests", "written_bytes")
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self.connections_total = 0
+        self.requests = 0
+        self.errors = 0
+        """Requests that were answered with an error."""
+        self.read_bytes = 0
+        self.written_bytes = 0
+
+    def add(self, transmission: Transmission) -> None:
+        """Add what one connection has done, which may be open."""
+        self.connections_total += 1
+        self.requests += transmission.requests
+        self.errors += transmission.errors
+        self.read_bytes += transmission.read_bytes
+        self.written_bytes += transmission.written_bytes
 
 
 class SlowRequest(NamedTuple):

@@ -84,6 +84,8 @@ class Transmission:
     def __init__(self, agreement: Agreement) -> None:
         self.ended = False
         self.requests = 0
+        self.errors = 0
+        """Requests that were answered with an error."""
         self.read_bytes = 0
         self.written_bytes = 0
         self._export: Export = agreement.export
@@ -360,6 +362,7 @@ class Transmission:
 
     def _reply(self, cookie: int, offset: int, error: RustordError | None = None, command: int = Cmd.FLUSH) -> None:
         """A reply without data."""
+        self.errors += error is not None
         if self._extended or (self._structured and command in (Cmd.READ, Cmd.BLOCK_STATUS)):
             if error is None:
                 self._put_chunk(Reply.NONE, cookie, offset, b"")

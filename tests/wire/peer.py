@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from rustord.errors import DeviceError, Forbidden, NotFound, RustordError, Unsupported
-from rustord.export import Export, Run, State
+from rustord.export import Export, Kind, Run, State
 
 MIB = 1 << 20
 
@@ -19,6 +19,7 @@ class MemoryExport:
     """An export in memory. Reads and writes that touch ``bad`` fail; ``log`` has every call that changes something."""
 
     key = "disk"
+    kind = Kind.VOLUME
     rotational = False
     block_size = 4096
 
