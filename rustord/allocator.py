@@ -180,9 +180,10 @@ class Allocator:
                     self._free[device].condemn(block, count)
 
     def is_empty(self, device: int) -> bool:
-        """Whether nothing is on the device: each of its blocks is free, or would be if it were not bad."""
-        free = self._free[device]
-        return free.free_count + free.lost_count == self._sizes[device]
+        """Whether nothing is on the device: each of its blocks is free, or would be if it were not bad; or it left."""
+        with self._lock:
+            free = self._free.get(device)
+            return free is None or free.free_count + free.lost_count == self._sizes[device]
 
     def free_runs(self, device: int) -> list[tuple[int, int]]:
         """The runs of free blocks of a device as (block, count), as they are now."""

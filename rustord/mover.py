@@ -151,7 +151,9 @@ class Mover:
     def _empty(self, index: int) -> None:
         """Move everything off a device, and let go of it."""
         store = self._store
-        slot = store.blocks.slots[index]
+        slot = store.blocks.slots.get(index)
+        if slot is None:
+            return
         is_given_up = slot.standing is Standing.GIVEN_UP
         job = _Job(
             f"emptying device {index}", lambda record: _on(record, {index}), lambda: {index}, salvage=is_given_up
@@ -174,7 +176,12 @@ class Mover:
                 break
             if not found:
                 self._wait(lambda: store.allocator.is_empty(index) or slot.state != "online")
-        self._writer.call(lambda: remove_device(store, index))
+
+        def let_go() -> None:
+            if index in store.blocks.slots:  # who asks for it once more, when it is empty, has it removed at once
+                remove_device(store, index)
+
+        self._writer.call(let_go)
         log.info("device %d has been emptied and removed", index, extra=DEVICE_REMOVED(device=path))
 
     def _heal(self) -> None:

@@ -13,7 +13,7 @@ import pytest
 from rustord.change import Put
 from rustord.errors import DeviceError, FormatError, NoSpace, PoolError
 from rustord.label import Standing
-from rustord.membership import detach_device, set_standing
+from rustord.membership import detach_device, remove_device, set_standing
 from rustord.mover import Mover
 from rustord.objectstore import ObjectStore
 from rustord.objkey import ObjectId
@@ -148,6 +148,24 @@ class TestEmptying:
             store = simulation.open()
             assert store.blocks.slots[0].standing is Standing.LEAVING
             assert [store.stat(store.put(DATA[:MIB]).uuid).devices for _ in range(3)] == [{1}] * 3
+
+    def test_one_that_is_removed_meanwhile(
+        self, simulate: Callable[..., Simulation], moving: Callable[..., Moving], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who asks for that once more, when it is empty, has it removed at once."""
+        store = simulate(16 * MIB, 16 * MIB).open()
+        one = moving(store)
+        pass_ = Mover._pass
+
+        def removed(mover: Mover, job: Any) -> int:
+            found = pass_(mover, job)
+            one.writer.call(lambda: remove_device(store, 1))
+            return found
+
+        monkeypatch.setattr(Mover, "_pass", removed)
+        one.leave(1)
+        assert (one.mover.task.state, one.mover.task.error) == ("done", "")
+        assert list(store.blocks.slots) == [0]
 
     def test_what_comes_in_meanwhile_does_not_take_its_room(
         self, simulate: Callable[..., Simulation], moving: Callable[..., Moving]
