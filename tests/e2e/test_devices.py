@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -20,9 +21,19 @@ from typing import Any, NamedTuple
 import pytest
 
 from rustord.client import Client
-from rustord.errors import NoSpace, RustordError
+from rustord.errors import (
+    ClaimRefused,
+    DeviceError,
+    InUse,
+    InvalidRequest,
+    NoSpace,
+    NotFound,
+    RustordError,
+    Unavailable,
+)
 from tests.conftest import FaultyLoop, LoopDevices
 from tests.daemon import MIB, Daemon, until
+from tests.frontends.nbdserved import NbdPeer
 
 pytestmark = pytest.mark.root
 
@@ -385,6 +396,110 @@ def test_a_daemon_that_is_killed_under_load_keeps_its_promises(machine: Machine,
         for stored in list(client.objects()):
             client.delete(stored.uuid)
     assert machine.free() == free, "blocks were lost"
+    assert machine.daemon.stop() == 0
+    acknowledged = set().union(*(client.acknowledged for client in clients))
+    assert not traces(machine.devices) & acknowledged, "deleted data is still there"
+
+
+class Disk:
+    """A client that writes to a volume and flushes, and knows what each block may hold."""
+
+    BLOCKS = 64
+    BLOCK = 32 << 10
+
+    def __init__(self, seed: int) -> None:
+        self.count = 0
+        self._source = random.Random(f"{seed} disk")
+        self._held: list[set[bytes]] = [{bytes(self.BLOCK)} for _ in range(self.BLOCKS)]
+        """What was there at the last flush, and what was written since."""
+
+    def run(self, path: Path) -> None:
+        """Until the daemon is gone."""
+        with suppress(OSError, AssertionError, struct.error), NbdPeer(path) as peer:
+            peer.go("disk")
+            while True:
+                written = {}
+                for _ in range(8):
+                    number, data = self._source.randrange(self.BLOCKS), self._source.randbytes(self.BLOCK)
+                    self._held[number].add(data)
+                    written[number] = data
+                    assert peer.one(1, number * self.BLOCK, self.BLOCK, payload=data).error == 0
+                assert peer.one(3).error == 0
+                for number, data in written.items():
+                    self._held[number] = {data}
+                self.count += 1
+
+    def check(self, path: Path) -> None:
+        with NbdPeer(path) as peer:
+            peer.go("disk")
+            for number, held in enumerate(self._held):
+                now = bytes(peer.read(number * self.BLOCK, self.BLOCK).data)
+                if len(held) == 1:
+                    assert now in held, f"block {number} has lost what was flushed"
+                assert all(  # each page of it is one of those that it may be
+                    any(now[at : at + BLOCK] == data[at : at + BLOCK] for data in held)
+                    for at in range(0, self.BLOCK, BLOCK)
+                ), f"block {number} holds what nobody wrote"
+                self._held[number] = {now}
+
+
+def stir(machine: Machine, seed: str) -> None:
+    """Scrub, rebalance, empty a device and keep it, or add it again, until the daemon is gone."""
+    source = random.Random(seed)
+    last = machine.devices[-1]
+    with suppress(Unavailable, DeviceError, ConnectionError), machine.client() as client:
+        while True:
+            with suppress(NotFound, InvalidRequest, NoSpace, ClaimRefused, InUse):
+                source.choice(
+                    (
+                        lambda: client.start_scrub(again=True),
+                        lambda: client.start_mover("rebalance"),
+                        lambda: client.remove_device(str(last)),
+                        lambda: client.keep_device(str(last)),
+                        lambda: client.add_device(str(last)),
+                        lambda: machine.daemon.pool(),
+                    )
+                )()
+
+
+@pytest.mark.parametrize("rounds", [2, pytest.param(100, marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("policy", ["contiguous", "striped", "mirrored"])
+def test_a_daemon_that_is_killed_while_everything_is_under_way(
+    make_daemon: MakeDaemon, make_loop: LoopDevices, policy: str, rounds: int, seed: int
+) -> None:
+    machine = Machine(make_daemon, [make_loop(48 * MIB) for _ in range(3)], Layout(3, policy)).create()
+    socket, nbd = machine.daemon.socket, machine.daemon.socket.with_name("nbd.sock")
+    with machine.client() as client:
+        client.create_volume("disk", Disk.BLOCKS * Disk.BLOCK)
+    source = random.Random(seed)
+    clients, disk = [Load(number, seed) for number in range(3)], Disk(seed)
+    for number in range(rounds):
+        threads = [threading.Thread(target=client.run, args=(socket,)) for client in clients]
+        threads.append(threading.Thread(target=disk.run, args=(nbd,)))
+        threads.append(threading.Thread(target=stir, args=(machine, f"{seed} {number}")))
+        enough = sum(client.count for client in clients) + source.randrange(50, 200)
+        flushed = disk.count + 1
+        for thread in threads:
+            thread.start()
+        until(lambda: have_done(clients, enough) and disk.count >= flushed, "the clients have worked")  # noqa: B023
+        machine.daemon.stop(signal.SIGKILL)
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+        machine.daemon.start()
+        with machine.client() as client:
+            listed = {stored.uuid: stored.name for stored in client.objects()}
+            for load in clients:
+                load.check(client, set(listed.values()))
+        disk.check(nbd)
+    with machine.client() as client, suppress(NotFound):
+        client.keep_device(str(machine.devices[-1]))
+    with machine.client() as client:
+        for stored in list(client.objects()):
+            client.delete(stored.uuid)
+        until(lambda: client.mover()["state"] != "running", "nothing is moved any more")
+        client.delete_volume("disk")
+        until(lambda: all(one["free_bytes"] == one["size_bytes"] for one in client.devices()), "all blocks are back")
     assert machine.daemon.stop() == 0
     acknowledged = set().union(*(client.acknowledged for client in clients))
     assert not traces(machine.devices) & acknowledged, "deleted data is still there"
