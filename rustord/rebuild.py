@@ -41,7 +41,7 @@ class Report:
     """Footers of Objects that were never committed, and are left out."""
     losses: tuple[str, ...]
     doubtful: tuple[str, ...]
-    """Where Objects contradicted one another, and how that was decided."""
+    """Where Objects contradicted one another, and how that was decided; and what a crash left unfinished."""
 
 
 def rebuild(
@@ -110,27 +110,30 @@ def _check_index(backend: Backend, directory: Path, label: Label, replace: bool)
 
 def _write(backend: Backend, survey: Survey) -> None:
     label = survey.label
-    objects = (Record(raw) for _, raw in sorted(survey.live.items()))
+    objects = (Record(survey.live[uuid]) for uuid in sorted(survey.live))
     bases = map(Record, survey.bases().values())
     state = (survey.sequence + skip_behind(survey), label.generation, label.pool_uuid)
     replace_index(backend, state, survey.positions, objects, survey.graves(), bases, survey.pages.values())
 
 
 def _report(survey: Survey, blocks: BlockStore) -> Report:
-    records = list(map(Record, survey.live.values()))
+    data_bytes = name_count = 0
+    for record in map(Record, survey.live.values()):
+        data_bytes += record.size
+        name_count += bool(record.name)
     return Report(
         pool_uuid=survey.label.pool_uuid,
         pool_name=survey.label.pool_name,
-        object_count=len(records),
-        data_bytes=sum(record.size for record in records),
-        name_count=sum(bool(record.name) for record in records),
+        object_count=len(survey.live),
+        data_bytes=data_bytes,
+        name_count=name_count,
         grave_count=len(survey.gone),
         volume_count=sum(
             bool(decode_head(page.content).name) for (_, number), page in survey.pages.items() if number == 0
         ),
         void_count=len(survey.void),
         losses=tuple(_losses(survey, blocks)),
-        doubtful=tuple(survey.doubtful),
+        doubtful=tuple(_shortened([*survey.doubtful, *survey.torn])),
     )
 
 
@@ -138,6 +141,7 @@ def _losses(survey: Survey, blocks: BlockStore) -> Iterator[str]:
     for index, slot in blocks.slots.items():
         if slot.device is None:
             yield f"device {index} is missing: what only it knows is not found, and what was deleted may be back"
+    yield from _shortened(survey.holes)
     for what, found in (
         ("cannot be read: if an Object ends there, it is not found", survey.unreadable),
         ("has half a footer: from a write that was cut short, or of an Object that is lost", survey.damaged),
@@ -147,3 +151,9 @@ def _losses(survey: Survey, blocks: BlockStore) -> Iterator[str]:
             yield f"block {extent.block} of device {extent.device} {what}"
         if len(lost) > _SHOWN_MAX:
             yield f"{len(lost) - _SHOWN_MAX:,} more such blocks"
+
+
+def _shortened(texts: Sequence[str]) -> Iterator[str]:
+    yield from texts[:_SHOWN_MAX]
+    if len(texts) > _SHOWN_MAX:
+        yield f"{len(texts) - _SHOWN_MAX:,} more of this kind"

@@ -28,7 +28,7 @@ from rustord.errors import DeviceError, FormatError
 from rustord.extent import Extent, without
 from rustord.footer import MAGIC, Piece, decode_piece
 from rustord.journal import NOTHING, Batch, Kind, decode_record_ids
-from rustord.keystore.ring import POSITION, Ring, newest_run
+from rustord.keystore.ring import POSITION, Ring, lost_batches, newest_run
 from rustord.label import Label, State
 from rustord.objkey import ObjectId, uuid_text
 from rustord.page import MAGIC as PAGE_MAGIC
@@ -90,6 +90,10 @@ class Survey:
     unreadable: list[Extent] = field(default_factory=list)
     doubtful: list[str] = field(default_factory=list)
     """Where Objects contradicted one another, and how that was decided."""
+    torn: list[str] = field(default_factory=list)
+    """What a crash left unfinished at the end of a journal; if it is damage, something that counted."""
+    holes: list[str] = field(default_factory=list)
+    """Batches that are missing in the midst of a journal."""
 
     def bases(self) -> dict[ObjectId, bytes]:
         """The Records of deleted Objects on which Layers build."""
@@ -129,7 +133,8 @@ def take_survey(label: Label, blocks: BlockStore, progress: Progress = lambda si
         scans = [_Scan(slot, label, blocks) for slot in blocks.slots.values() if slot.device is not None]
         for _ in pool.map(lambda scan: scan.run(progress), scans):
             pass
-    _Verdict(survey, journals, blocks).judge(scans)
+    verdict = _Verdict(survey, journals, blocks)
+    verdict.judge(scans)
     found = [page for scan in scans for page in scan.pages]
     survey.pages = journals.layers(found)
     for page in found:
@@ -138,6 +143,7 @@ def take_survey(label: Label, blocks: BlockStore, progress: Progress = lambda si
             survey.left.setdefault(RecordId(page.layer, page.sequence), set()).update(slots_at(page.address))
     survey.sequence = journals.settled(survey.live.values(), survey.pages.values())
     survey.positions = journals.positions()
+    survey.torn, survey.holes = [*journals.torn, *verdict.torn], journals.holes
     for scan in scans:
         survey.footers[scan.index] = scan.footers
         survey.written += scan.written
@@ -162,6 +168,8 @@ class _Journals:
         self.unerased: set[RecordId] = set()
         self.reach: dict[int, tuple[int, int]] = {}
         """The sequences that the journal of a device has, all of them, of changes that concern it; half-open."""
+        self.torn: list[str] = []
+        self.holes: list[str] = []
         self._label = label
         self._block_size = label.block_size
         self._newest = 0
@@ -190,10 +198,26 @@ class _Journals:
             self._sequences[slot.uuid, batch.number] = [entry.sequence for entry in batch.entries if entry.sequence]
         run = newest_run(batches)
         self._runs[slot.uuid] = run
+        self._look_for_damage(slot, ring, batches)
         sequences = [sequence for _, batch in run for sequence in self._sequences[slot.uuid, batch.number]]
         if sequences:
             first = 0 if run[0][1].number == 1 else min(sequences)
             self.reach[slot.index] = (first, max(sequences) + 1)
+
+    def _look_for_damage(self, slot: Slot, ring: Ring, batches: Sequence[tuple[int, Batch]]) -> None:
+        for number in lost_batches(batches, self._block_size):
+            self.holes.append(
+                f"batch {number} in the journal of device {slot.index} is damaged: what was deleted by it may be back, "
+                "and what was written to volumes may be as it was before"
+            )
+        if batches:
+            block, last = max(batches, key=lambda item: item[1].number)
+            end = block + -(-last.length // self._block_size)
+            if ring.is_torn(last.number + 1, end):
+                self.torn.append(
+                    f"batch {last.number + 1}, the last in the journal of device {slot.index}, is not whole: it was "
+                    "never acknowledged if the power failed then; or it is damaged, and what was done last is lost"
+                )
 
     def _absorb(self, batch: Batch) -> None:
         self._durable.add(batch.durable)
@@ -379,6 +403,7 @@ class _Verdict:
         self._journals = journals
         self._blocks = blocks
         self._label = survey.label
+        self.torn: list[str] = []
         self._missing = {index for index, slot in blocks.slots.items() if slot.device is None}
 
     def judge(self, scans: Sequence[_Scan]) -> None:
@@ -462,8 +487,20 @@ class _Verdict:
                 self._bury(record, has_footer=True)
         elif self._is_void(record) or (self._is_unsure(record) and not self._may_be_whole(record)):
             survey.void[record.id] = record.raw
+            self._note_if_torn(record)
         else:
             self._commit(record, ended)
+
+    def _note_if_torn(self, record: Record) -> None:
+        """A void that is whole, and behind the end of its journals, never counted if only the power failed."""
+        reaches = [self._journals.reach.get(device) for device in record.devices]
+        is_last = self._label.state is State.OPEN and all(reach and reach[1] <= record.sequence for reach in reaches)
+        if is_last and self._is_on(record) and self._may_be_whole(record):
+            name = f" ({record.name!r})" if record.name else ""
+            self.torn.append(
+                f"Object {uuid_text(record.uuid)}{name} is whole, and in no journal: it is left out, as what was never "
+                "acknowledged when the power failed; or the end of a journal is damaged, and it is lost"
+            )
 
     def _is_void(self, record: Record) -> bool:
         """Whether the Record was certainly never committed, or was on a device that has been removed."""

@@ -9,6 +9,7 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -18,6 +19,7 @@ from rustord.change import Change, Delete, Put
 from rustord.errors import DeviceError, NoSpace, PoolError
 from rustord.keygen import HashKeyGen
 from rustord.keystore.lmdb import LmdbBackend
+from rustord.keystore.ring import Ring
 from rustord.objectstore import ObjectStore
 from rustord.page import CHUNK_BYTES
 from rustord.placer import Contiguous, Mirrored, Placer, Striped
@@ -143,6 +145,52 @@ def test_what_cannot_be_known_any_more_is_told(pool: Simulation) -> None:
     assert report.object_count == 1
     assert len(report.losses) == 1
     assert report.losses[0].startswith(f"block {block} of device 0 has half a footer")
+
+
+# What damage to a journal may have lost
+
+
+def damage_journal(pool: Simulation, number: int, offset: int) -> None:
+    """Write over a byte of the last batch but ``number`` of the first device's journal."""
+    with closing(open_device(pool.paths[0])) as device:
+        label = read_label(device)
+        assert label is not None
+        ring = Ring(device, label.device_uuid, label.geometry, label.secret)
+        (block, _) = sorted(ring.batches(), key=lambda item: item[1].number)[-1 - number]
+        at = label.geometry.journal_offset + block * 4096
+        data = bytearray(4096)
+        device.read(at, (data,))
+        data[offset] ^= 1
+        device.write(at, (data,))
+
+
+@pytest.mark.parametrize("offset", [0, 100])  # within the head of the batch, and behind it
+def test_damage_at_the_end_of_the_only_journal_is_told(pool: Simulation, offset: int) -> None:
+    store = pool.open()
+    store.put(b"kept", name="kept")
+    lost = store.put(b"lost", name="last")
+    pool.cut_power()
+    pool.lose_index()
+    assert rebuilt(pool, dry_run=True).doubtful == ()
+    damage_journal(pool, 0, offset)
+    report = rebuilt(pool)
+    assert (report.object_count, report.void_count) == (1, 1)
+    told = [text for text in report.doubtful if str(UUID(bytes=lost.uuid)) in text]
+    assert len(told) == 1
+    assert "('last') is whole, and in no journal" in told[0]
+    assert len(report.doubtful) == (1 if offset == 0 else 2), "a batch that was begun is told as well"
+
+
+def test_damage_in_the_midst_of_a_journal_is_told(pool: Simulation) -> None:
+    store = pool.open()
+    for number in range(4):
+        store.put(b"kept", name=str(number))
+    pool.cut_power()
+    pool.lose_index()
+    damage_journal(pool, 2, 100)
+    report = rebuilt(pool)
+    assert (report.object_count, report.doubtful) == (4, ())
+    assert [text.partition(":")[0] for text in report.losses] == ["batch 2 in the journal of device 0 is damaged"]
 
 
 # What never comes back

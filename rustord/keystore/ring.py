@@ -6,6 +6,7 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from rustord.blockdevice import BlockDevice
@@ -139,6 +140,14 @@ class Ring:
         there = [self._read(block) for block in (0, *(self.block + head for head in heads))]
         return any(batch is not None and batch.number > self.number for batch in there)
 
+    def is_torn(self, number: int, block: int) -> bool:
+        """Whether batch ``number``, which is not there whole, was begun in ``block`` or at the start of the ring."""
+        for at in {block, 0} - {self._block_count}:
+            head = self._read_bytes(at, self._block_size)
+            if batch_length(head) is not None and BATCH.unpack_from(head)[3] == number:
+                return True
+        return False
+
     def _follow(self, number: int, block: int) -> Iterator[tuple[int, Batch]]:
         self.number, self.block = number, block
         while True:
@@ -181,6 +190,23 @@ class Ring:
                     batch = self._read(first + block)
                     if batch is not None:
                         yield first + block, batch
+
+
+def lost_batches(batches: Iterable[tuple[int, Batch]], block_size: int) -> Iterator[int]:
+    """The numbers of batches that are missing between ``batches`` though no newer one was written over them.
+
+    Where the numbers go on to the right of a batch, nobody has come around since: that would have overwritten it first.
+    Where they go on at the start of the ring, what came between may have been there, and be overwritten by newer ones,
+    which begin before what was left of it, or in the first block.
+    """
+    found = sorted(batches, key=lambda item: item[1].number)
+    for at, ((block, batch), (next_block, following)) in enumerate(pairwise(found)):
+        missing = range(batch.number + 1, following.number)
+        if missing and next_block < block + -(-batch.length // block_size):
+            is_overwritten = any(start < next_block for start, _ in found[at + 2 :])
+            if is_overwritten or (next_block == 0 and len(missing) > 1):
+                continue
+        yield from missing
 
 
 def newest_run(batches: Iterable[tuple[int, Batch]]) -> list[tuple[int, Batch]]:

@@ -10,7 +10,7 @@ import pytest
 
 from rustord.blockdevice import BlockDevice, open_device
 from rustord.journal import Batch, Kind, delete_entry
-from rustord.keystore.ring import POSITION, Ring, RingFull
+from rustord.keystore.ring import POSITION, Ring, RingFull, lost_batches
 from rustord.label import Geometry
 
 MIB = 1 << 20
@@ -201,6 +201,36 @@ def test_a_damaged_batch_with_others_behind_it_is_noticed(device: BlockDevice, o
     again = make(device)
     assert sequences(again.replay(position)) == [1]
     assert again.is_broken()
+
+
+@pytest.mark.parametrize("offset", [3, 60, 5000])
+def test_a_batch_that_is_missing_between_others_was_damaged(device: BlockDevice, offset: int) -> None:
+    ring = make(device)
+    for sequence in range(1, 5):
+        append(ring, sequence, blocks=2)
+    assert list(lost_batches(make(device).batches(), 4096)) == []
+    device.write(MIB + 2 * 4096 + offset, [b"?"])
+    assert list(lost_batches(make(device).batches(), 4096)) == [2]
+
+
+def test_what_a_ring_has_overwritten_is_not_taken_for_damage(device: BlockDevice, seed: int) -> None:
+    chance = random.Random(seed)
+    ring = make(device)
+    for sequence in range(1, 120):
+        append(ring, sequence, blocks=chance.choice([1, 2, 30, 100, 200]))
+        ring.release(sequence + 1, sequence)
+        if sequence % 3 == 0:
+            assert list(lost_batches(make(device).batches(), 4096)) == []
+
+
+def test_a_batch_that_was_begun_is_told_from_none(device: BlockDevice) -> None:
+    ring = make(device)
+    append(ring, 1, blocks=2)
+    assert not ring.is_torn(2, 2)
+    append(ring, 2, blocks=2)
+    device.write(MIB + 3 * 4096 + 9, [b"?"])
+    assert ring.is_torn(2, 2)
+    assert not ring.is_torn(3, 2)
 
 
 def test_batches_of_another_device_or_pool_are_nothing(device: BlockDevice) -> None:
