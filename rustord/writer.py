@@ -34,6 +34,10 @@ CHECKPOINT_S = 0.25
 _CHECKPOINT_COUNT = 8192
 
 
+def _stopping() -> Unavailable:
+    return Unavailable("rustord is stopping", hint="try again when it has started")
+
+
 class Writer:
     """Runs the store's cycles on a thread of its own, long erasures beside them, and puts changes into the index.
 
@@ -66,6 +70,7 @@ class Writer:
         self._erasing = 0
         self._erasers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="erase")
         self._closing = threading.Event()
+        self._ended = threading.Event()
         self._index_due = threading.Event()
         self._threads = [
             threading.Thread(target=self._run, name="writer", daemon=True),
@@ -77,15 +82,17 @@ class Writer:
     def submit(self, changes: Sequence[Change], deliver: Deliver) -> None:
         """Have ``changes`` made; ``deliver`` is called on the writer's thread with the outcomes of each cycle together.
 
-        Any thread may call this. ``deliver`` must be quick and must not raise.
+        Any thread may call this. ``deliver`` must be quick and must not raise; if it does, that is logged.
         """
         if self._closing.is_set():
-            problem = Unavailable("rustord is stopping", hint="try again when it has started")
+            problem = _stopping()
             deliver([(change, problem) for change in changes])
             return
         self._waiting.update(dict.fromkeys(changes, deliver))
         for first in range(0, len(changes), CHANGE_COUNT_MAX):
             self._queue.put(changes[first : first + CHANGE_COUNT_MAX])
+        if self._ended.is_set():
+            self._refuse_the_rest()
 
     def make(self, changes: Sequence[Change], timeout_s: float) -> list[tuple[Change, Outcome]]:
         """Have ``changes`` made, and wait for all outcomes. Raises TimeoutError; they may be made all the same then.
@@ -156,11 +163,25 @@ class Writer:
     def _run(self) -> None:
         self._clock = time.pthread_getcpuclockid(threading.get_ident())
         stopping = False
-        while not stopping or self._following or self._erasing or not self._queue.empty():
-            changes, self._following = self._following, []
-            stopping = self._gather(changes, wait=not changes) or stopping
-            if changes or self.store.idle_work():
-                self._cycle(changes)
+        try:
+            while not stopping or self._following or self._erasing or not self._queue.empty():
+                changes, self._following = self._following, []
+                stopping = self._gather(changes, wait=not changes) or stopping
+                if changes or self.store.idle_work():
+                    self._cycle(changes)
+        finally:
+            self._ended.set()
+            self._refuse_the_rest()
+
+    def _refuse_the_rest(self) -> None:
+        """Answer what was submitted while the writer stopped: by itself behind its end, and by who submitted later."""
+        problem = _stopping()
+        with suppress(Empty):
+            while True:
+                item = self._queue.get_nowait()
+                for change in item if isinstance(item, Sequence) else ():
+                    if deliver := self._waiting.pop(change, None):
+                        deliver([(change, problem)])
 
     def _gather(self, changes: list[Change], *, wait: bool) -> bool:
         """Add what has been submitted to ``changes``; whether the writer is to stop.
@@ -217,7 +238,10 @@ class Writer:
                 answers.setdefault(deliver, []).append((change, outcome))
         self._expected = len(self._waiting) + len(outcomes)
         for deliver, finished in answers.items():
-            deliver(finished)
+            try:
+                deliver(finished)
+            except Exception:
+                log.exception("somebody could not be told what became of his changes", extra=FAULT())
         self._busy_since = 0.0
         self.cycle_count += 1
         self.change_count += len(changes)

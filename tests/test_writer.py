@@ -340,6 +340,31 @@ def test_closing_finishes_what_was_submitted(simulation: Simulation, store: Obje
     check_sound(store)
 
 
+def test_what_is_submitted_while_it_stops_is_answered(store: ObjectStore) -> None:
+    """Somebody has seen that it runs, and comes with his changes when it has stopped."""
+    writer = Writer(store)
+    closing, writer._closing = writer._closing, SimpleNamespace(is_set=lambda: False)  # type: ignore[assignment]
+    writer._queue.put(None)
+    writer._threads[0].join(SECONDS_MAX)
+    assert isinstance(submit(writer, Put(b"too late")), Unavailable)
+    writer._closing = closing
+    assert writer.close(SECONDS_MAX)
+
+
+def test_who_cannot_be_told_stops_nobody_else(
+    store: ObjectStore, writer: Writer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def deliver(outcomes: object) -> None:
+        raise ZeroDivisionError
+
+    answers = Answers()
+    writer.call(lambda: [writer.submit([Put(b"x")], deliver), writer.submit([Put(b"y")], answers)])
+    stored(answers.get())
+    stored(submit(writer, Put(b"z")))
+    assert len(live(store)) == 3
+    assert "could not be told" in caplog.text
+
+
 def test_an_internal_error_is_answered_and_stops_changes_but_not_reads(
     store: ObjectStore, writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
