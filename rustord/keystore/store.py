@@ -191,7 +191,7 @@ class KeyStore:
                     record = Record(entry.payload[16:])
                     self._bury(overlay, record, self.get(record.uuid), record.sequence)
                 elif entry.kind is Kind.PUT:
-                    self._learn_put(overlay, Record(entry.payload[16:]), entry.payload[:16])
+                    self._replay_put(overlay, Record(entry.payload[16:]), entry.payload[:16])
                 elif entry.kind is Kind.DELETE and (raw := self._raw(entry.payload)):
                     self._learn_delete(overlay, Record(raw), entry.sequence)
                 elif entry.kind in (Kind.LAYER, Kind.MAP):
@@ -203,6 +203,20 @@ class KeyStore:
                     self._learn_erased(overlay, gone)
             self._note_positions(overlay)
         self.checkpoint()
+
+    def _replay_put(self, overlay: _Overlay, record: Record, replaced: ObjectId) -> None:
+        """Learn a PUT of the journal. Where two Objects have one name, the newer one counts.
+
+        The older one was not acknowledged; its devices failed one after the other, so that no UNDO says so.
+        """
+        uuid = self.resolve(record.name) if record.name and replaced != record.uuid else None
+        other = self.get(uuid) if uuid is not None and uuid not in (replaced, record.uuid) else None
+        if other is not None and other.sequence > record.sequence:
+            self._bury(overlay, record, None, record.sequence)
+            return
+        if other is not None:
+            self._learn_delete(overlay, other, record.sequence)
+        self._learn_put(overlay, record, replaced)
 
     def expect_generation(self, generation: int) -> None:
         """Remember the generation that the labels are about to have, and change nothing else in the index."""

@@ -266,6 +266,46 @@ def _mutants() -> Iterator[Mutant]:
         by=(s.adding_a_device,),
     )
     yield mutant(
+        "the other labels name a new device before it has one",
+        (
+            membership.add_device,
+            "write_label(device, replace(label, generation=generation).for_member(member))",
+            "renew_labels(store, label)",
+        ),
+        by=(s.adding_a_device,),
+    )
+    yield mutant(
+        "the new device's label is of another round than the others",
+        (membership.add_device, "store.label = replace(store.label, generation=generation)", "pass"),
+        by=(s.adding_a_device,),
+    )
+    yield mutant(
+        "a device is wiped while the others name it",
+        (
+            membership.remove_device,
+            "renew_labels(store, replace(store.label, members=members))",
+            "wipe(device, slot.geometry); device.flush()\n"
+            "    renew_labels(store, replace(store.label, members=members))",
+        ),
+        by=(s.removing_a_device,),
+    )
+    # Bad blocks
+    yield mutant(
+        "the table of bad blocks is not flushed",
+        (blockstore.write_bad_blocks, "device.flush()"),
+        by=(s.condemning,),
+    )
+    yield mutant(
+        "the copies of the table of bad blocks are written all at once",
+        (blockstore.write_bad_blocks, "        device.flush()", "    device.flush()"),
+        by=(s.condemning,),
+    )
+    yield mutant(
+        "bad blocks are free at the start",
+        (pool._take_stock, "allocator.condemn(Extent(index, run.block, run.count) for run in slot.bad.runs)"),
+        by=(s.condemning,),
+    )
+    yield mutant(
         "a batch after a crash proves what was before the crash",
         (
             pool.was_flushed,
@@ -289,6 +329,11 @@ def _mutants() -> Iterator[Mutant]:
         "no UNDO is written",
         (ObjectStore._settle_puts, "batch.following.append(Undo(record, placed.remains(record, replaced)))"),
         by=(s.failing_flush,),
+    )
+    yield mutant(
+        "of two Objects that took one name on different devices, both stay",
+        (KeyStore._replay_put, "self._learn_delete(overlay, other, record.sequence)"),
+        by=(s.failing_to_take_back,),
     )
     yield mutant(
         "blocks are free though the flush of their erasure failed",

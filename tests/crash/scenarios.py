@@ -219,6 +219,19 @@ def failing_flush(stage: Stage) -> None:
     story.change(story.named("b"))
 
 
+def failing_to_take_back(stage: Stage) -> None:
+    """Both devices of an Object fail, one when it is stored and one when that is to be undone; the others go on."""
+    story = opened(stage)
+    story.put(some(1, 5000, "a"), some(2, 5000))
+    first, second = (stage.devices[extent.device] for extent in story.store.stat(story.named("a")).extents)
+    second.fail_flushes = 1
+    story.change(some(3, 5000, "b"), turns=1)
+    first.fail_flushes = 1
+    story.change()
+    story.put(some(4, 5000, "b"))
+    story.put(some(5, 5000))
+
+
 def deleting_and_putting_at_once(stage: Stage) -> None:
     """Each cycle stores something while the one before it is still erasing."""
     story = opened(stage)
@@ -269,8 +282,10 @@ def moving(stage: Stage) -> None:
 
 
 def condemning(stage: Stage) -> None:
-    """Blocks that are bad are never used again."""
+    """Blocks that are bad are never used again; their table fills several sectors."""
     story = opened(stage)
+    story.condemn(*(Extent(0, block, 1) for block in range(2200, 2300, 2)))
+    stage.recording.mark()
     story.put(some(1, 9000, "a"))
     story.condemn(Extent(0, 1300, 2))
     story.put(some(2, 9000))
@@ -309,6 +324,7 @@ def _scenarios() -> Any:
     yield Scenario(filling_the_journal, 1, OnFirst())
     yield Scenario(failing_flush, 2, Mirrored(2))
     yield Scenario(failing_flush_of_one, 2)
+    yield Scenario(failing_to_take_back, 4, Mirrored(2))
     yield Scenario(failing_erasure)
 
 

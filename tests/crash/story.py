@@ -279,6 +279,7 @@ class Stage:
         for device, block, length in told.bad:
             assert store.blocks.slots[device].bad.within(block, length), f"block {block} is not bad any more"
         assert told.members - told.joining <= self.members(store), "a device is missing"
+        assert all(slot.device for slot in store.blocks.slots.values()), "a device is missing that bears no label"
         records = live(store)
         found = {record.uuid: content_of(store, record) for record in records}
         for record in records:
@@ -480,7 +481,8 @@ def _learnt(told: Told, asked: Content | bytes, outcome: Record | RustordError) 
         if isinstance(outcome, RustordError):
             return told  # its device failed: nobody knows
         objects = dict(told.objects)
-        deleted = {**told.deleted, asked: objects.pop(asked)}
+        content = objects.pop(asked, None) or told.deleted[asked]  # its name may be another's before this is answered
+        deleted = {**told.deleted, asked: content}
         erased = told.erased | {asked}
         return told._replace(objects=objects, deleted=deleted, deleting=told.deleting - {asked}, erased=erased)
     assert isinstance(asked, Content)
