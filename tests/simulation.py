@@ -146,6 +146,8 @@ def check_sound(store: ObjectStore, *, redundant: bool = True) -> None:
     named += [e for layer in store.layers.by_uuid.values() for e in layer.extents(store.layers.chunk_blocks)]
     for index, slot in store.blocks.slots.items():
         runs = list(store.allocator._free[index])
+        free = BadBlocks(tuple(BadRun(block, count) for block, count in runs))
+        assert not any(free.within(bad.block, bad.count) for bad in slot.bad.runs), "a bad block is free"
         runs += [(block, count) for device, block, count in named if device == index]
         used = BadBlocks(tuple(BadRun(block, count) for block, count in sorted(runs)))
         runs += [run for bad in slot.bad.runs for run in used.without(bad.block, bad.count)]
