@@ -27,7 +27,7 @@ from click.shell_completion import get_completion_class  # noqa: E402
 
 from rustord import __version__  # noqa: E402
 from rustord.cli import edge, reference  # noqa: E402
-from rustord.cli.rustorctl import rustorctl  # noqa: E402
+from rustord.cli.commands import rustorctl  # noqa: E402
 from rustord.cli.rustord import rustord  # noqa: E402
 from rustord.event import EVENTS  # noqa: E402
 

@@ -14,7 +14,7 @@ import click
 import pytest
 
 import rustord
-from rustord.cli.rustorctl import rustorctl
+from rustord.cli.commands import rustorctl
 from rustord.config import Config
 from rustord.event import EVENTS
 from rustord.settings import settings_of

@@ -60,6 +60,8 @@ class Commands(click.Group):
 def run(command: click.Command, program: str) -> NoReturn:
     """Run a command line to its end. Never shows a traceback, except for a fault of rustord with RUSTORD_TRACEBACK."""
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if f"_{program.upper()}_COMPLETE" in os.environ:  # the shell asks for completions
         command.main(prog_name=program)
     status = _status(command, program)

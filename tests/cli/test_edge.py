@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from rustord import errors
-from rustord.cli import edge, rustorctl
+from rustord.cli import commands, edge
 from rustord.errors import ClaimRefused, RangeNotSatisfiable, RustordError
 
 BIN = Path(sys.executable).parent
@@ -121,7 +121,7 @@ def test_a_reader_that_went_away_ends_it_quietly() -> None:
 
 
 def test_the_statuses_in_the_help_are_those_of_the_errors() -> None:
-    shown = CliRunner().invoke(rustorctl.rustorctl, ["--help"]).output
+    shown = CliRunner().invoke(commands.rustorctl, ["--help"]).output
     listed = {int(number) for number in re.findall(r"(\d+) [a-z]", shown[shown.index("Exit status") :])}
     assert len(listed) > 5
     assert listed < {edge.LOCAL_FILE, *(kind.exit_status for kind in all_errors())}

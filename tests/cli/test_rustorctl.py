@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 import rustord
-from rustord.cli.rustorctl import rustorctl as root
+from rustord.cli.commands import rustorctl as root
 
 Command = Callable[..., Any]
 HEAVY = ("asyncio", "BTrees", "concurrent.futures", "email", "http.client", "importlib.metadata", "lmdb", "logging")
@@ -62,6 +63,26 @@ def test_the_socket_is_named_by_option_or_environment(daemon: object, rustorctl:
     other = {key: value for key, value in rustorctl.environment.items() if key != "RUSTORD_SOCKET"}  # type: ignore[attr-defined]
     assert rustorctl.ok("--socket", socket_path, "ls", env=other) == ""
     assert rustorctl("ls", env={**other, "RUSTORD_SOCKET": "/nowhere"}).returncode == 8
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_while_it_is_being_loaded(rustorctl: Command, ignored: bool) -> None:
+    script = (
+        "import os, signal, sys\n"
+        f"if {ignored}: signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "from rustord.cli.rustorctl import main\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *others):\n"
+        "        if name == 'click': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "main()\n"
+    )
+    environment = rustorctl.environment  # type: ignore[attr-defined]
+    done = subprocess.run(
+        [sys.executable, "-c", script, "ls"], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (8 if ignored else -signal.SIGINT), done
 
 
 def test_a_small_get_imports_nothing_heavy(daemon: object, rustorctl: Command) -> None:
