@@ -110,6 +110,9 @@ class Audit:
             self._bases = self._known_bases()
             self._layers = Layers(self._blocks, lambda uuid: self._live.get(uuid) or self._bases.get(uuid))
             self._layers.load(self._pages.values())
+            for record in self._live.values():
+                self._layers.use(record.layer)
+            self._layers.part(())
             self._blocks.read_layer = self._layers.read_object
             self._check_names()
             self._check_blocks()

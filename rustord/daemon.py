@@ -30,6 +30,7 @@ from rustord.frontends.http import HttpServer
 from rustord.frontends.nbd import Left, NbdServer, listen_tcp, server_tls
 from rustord.frontends.peer import Principals, Roles
 from rustord.hotplug import Hotplug, find_devices
+from rustord.layermerger import LayerMerger
 from rustord.metrics import Metrics
 from rustord.mover import Mover
 from rustord.objectstore import ObjectStore
@@ -292,6 +293,7 @@ class _Daemon:
         self._repairer = Repairer(store, self._writer)
         self._scrub = Scrub(store, self._repairer, config.pool.directory / "scrub.json", config.scrub.rate)
         self._volumes = Volumes(store, self._writer)
+        self._merger = LayerMerger(store, self._volumes)
         exports = Exports(store, self._writer, self._volumes)
         tcp_role = Role[config.nbd.tcp_role.upper()]
         who = roles(config)
@@ -333,6 +335,7 @@ class _Daemon:
         following = self._follow_devices()
         self._scrub.resume()
         self._mover.start()
+        await asyncio.to_thread(self._merger.start)
         await asyncio.to_thread(self._nbd.resume, listeners.left)
         await self._server.serve(listeners.api)
         await self._nbd.serve(listeners.nbd)
@@ -355,6 +358,7 @@ class _Daemon:
             _give_up()
         await asyncio.to_thread(self._scrub.close)
         await asyncio.to_thread(self._mover.pause)
+        await asyncio.to_thread(self._merger.close)
         await asyncio.to_thread(self._volumes.close)
         if not await asyncio.to_thread(self._writer.close, FINISH_S):
             _give_up()

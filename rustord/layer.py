@@ -12,6 +12,7 @@ import threading
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 from rustord.blockstore import BlockStore
@@ -79,6 +80,11 @@ class Layer:
             self._pages[number] = array("Q", bytes(8 * PAGE_CHUNKS))
         self._pages[number][chunk % PAGE_CHUNKS] = address
 
+    def drop(self, chunks: Iterable[int]) -> None:
+        """Name these chunks no more: another Layer does."""
+        for chunk in chunks:
+            self._pages[page_of(chunk)][chunk % PAGE_CHUNKS] = BASE
+
     def chunks(self, first: int = 0, end: int = 1 << 62) -> Iterator[tuple[int, int]]:
         """(chunk, address) of each chunk from ``first`` to before ``end`` that is not the base's, in order."""
         for number in sorted(self._pages):
@@ -122,6 +128,10 @@ class Layers:
         """The top Layer of each volume, by its name."""
         self.users: Counter[bytes] = Counter()
         """How many name an Object or Layer as what they build on, by its uuid. There are no zeros."""
+        self.torn: set[bytes] = set()
+        """Layers of which the one above has taken some chunks, and not all: they have to be merged."""
+        self.on_less_used: Callable[[], None] = lambda: None
+        """Is told that there may be something to merge."""
         self._blocks = blocks
         self._record_of = record_of
         self._by_number: dict[int, Layer] = {}
@@ -157,6 +167,42 @@ class Layers:
         layer.head = head
         if head.name:
             self.volumes[head.name] = layer
+
+    def rebase(self, layer: Layer, head: Head) -> None:
+        """Give the Layer another head with another base, and the same name and number."""
+        below, layer.head = layer.head.base, head
+        if head.base != NOTHING:
+            self.users[head.base] += 1
+        self.let_go(below)
+
+    def mergeable(self) -> list[tuple[Layer, Layer]]:
+        """(upper, lower) where nobody but the upper Layer needs the lower one."""
+        pairs = [(upper, self.by_uuid.get(upper.head.base)) for upper in [*self.by_uuid.values()]]
+        return [(upper, lower) for upper, lower in pairs if lower is not None and self.is_mergeable(upper, lower)]
+
+    def is_mergeable(self, upper: Layer, lower: Layer) -> bool:
+        there = self.by_uuid.get(upper.uuid) is upper and self.by_uuid.get(lower.uuid) is lower
+        only = upper.head.base == lower.uuid and self.users[lower.uuid] == 1
+        return there and only and not lower.head.name
+
+    def part(self, needless: Sequence[Layer]) -> None:
+        """Where a crash has left chunks with two Layers that were being merged: they are the upper one's."""
+        lower = [*needless, *(below for _, below in reversed(self.mergeable()))]
+        if not lower:
+            return
+        shared = {address for layer in lower for _, address in layer.chunks() if address > ZEROS}
+        owners: dict[int, set[bytes]] = {}
+        for layer in self.by_uuid.values():
+            for _, address in layer.chunks():
+                if address in shared:
+                    owners.setdefault(address, set()).add(layer.uuid)
+        for layer in lower:
+            taken = [chunk for chunk, address in layer.chunks() if owners.get(address, set()) - {layer.uuid}]
+            for chunk in taken:
+                owners[layer.get(chunk)].discard(layer.uuid)
+            layer.drop(taken)
+            if taken and layer.uuid in self.by_uuid:
+                self.torn.add(layer.uuid)
 
     def new_number(self, sequence: int) -> int:
         """A number that no Layer has, nor had in the last 2**32 changes; ``sequence`` is that of the next change."""
@@ -206,6 +252,8 @@ class Layers:
         if self.users[uuid] <= 0:
             del self.users[uuid]
             self._bases.pop(uuid, None)
+        else:
+            self.on_less_used()
 
     def leave(self, records: Iterable[RecordId]) -> None:
         """Read no more where Objects were before they were moved: it is erased next. The KeyStore knows better."""
@@ -246,6 +294,14 @@ class Layers:
         """The opposite of `watch`."""
         with self._gating:
             self._gates.discard(gate)
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Nobody reads through any Layer; not from within a gate."""
+        with self._gating, ExitStack() as shut:
+            for gate in self._gates:
+                shut.enter_context(gate.shut())
+            yield
 
     def drain(self) -> None:
         """Wait until nobody reads any more where the Layers had something up to now; not from within a gate."""

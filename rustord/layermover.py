@@ -136,9 +136,12 @@ class LayerMover:
             quota[extent_at(address, 1).device] -= extent.count
             return extent
 
-        if volume := self._volumes.writer_of(layer):
-            return volume.move(layer, chunks, take)
-        return self._move_unwritten(layer, chunks, take)
+        with self._volumes.reshaping:
+            if layer.uuid in self._layers.torn:
+                raise DeviceError("its map is not in order", hint="the log says why")
+            if volume := self._volumes.writer_of(layer):
+                return volume.move(layer, chunks, take)
+            return self._move_unwritten(layer, chunks, take)
 
     def _move_unwritten(self, layer: Layer, chunks: list[int], take: Callable[[int], Extent | None]) -> int:
         """Move chunks of a Layer that nobody writes, and many may read."""

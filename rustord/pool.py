@@ -480,6 +480,7 @@ def _take_stock(
 def _add_layers(keystore: KeyStore, layers: Layers, used: Mapping[int, list[int]]) -> list[Grave]:
     """Add the blocks of Layers, and of the deleted Objects below them, to ``used``; returns what nobody needs."""
     needless = layers.collect()
+    layers.part(needless)
     for base in layers.bases(needless):
         layers.let_go(base)
     graves = [Grave(layer.id, layer.extents(layers.chunk_blocks)) for layer in needless]

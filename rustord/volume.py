@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from rustord.allocator import Allocator
 from rustord.blockdevice import BlockDevice
@@ -100,17 +100,25 @@ class Volume:
         """The volume's name."""
         return self.layer.head.name
 
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """What the volume has is durable, and nobody reads, writes or moves it: its Layers may be changed."""
+        with self._flushing, self._gate.shut():
+            freed = self._commit()
+            try:
+                yield
+            finally:
+                self._chain = self._layers.chain(self.layer)
+                self._erase(freed)
+
     def split(self, split: Callable[[Layer], Layer]) -> Layer:
         """Have ``split`` put a new Layer on top of the present one, which is returned and not written any more.
 
         What the volume has at this moment is durable then. Raises what ``split`` raises; nothing has changed then.
         """
-        with self._flushing, self._gate.shut():
-            freed = self._commit()
+        with self.still():
             left = self.layer
             self.layer = split(left)
-            self._chain = self._layers.chain(self.layer)
-        self._erase(freed)
         return left
 
     def move(self, layer: Layer, chunks: Iterable[int], take: Callable[[int], Extent | None]) -> int:

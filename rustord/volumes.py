@@ -70,7 +70,7 @@ class Info(NamedTuple):
 class Volumes:
     """Any thread may call any method; all of them may wait for devices.
 
-    One operation at a time works on a volume. A volume that is open is neither resized, frozen nor deleted.
+    One operation at a time works on a volume. A volume that is open is neither made shorter, frozen nor deleted.
     """
 
     def __init__(self, store: ObjectStore, writer: Writer) -> None:
@@ -83,6 +83,8 @@ class Volumes:
         self._warned = False
         self._lock = threading.Lock()
         self._making = threading.Lock()
+        self.reshaping = threading.Lock()
+        """Held by who moves chunks of Layers, or merges these."""
         self._ending: set[str] = set()
 
     # Looking
@@ -145,8 +147,19 @@ class Volumes:
         if self._layers.is_frozen(layer):
             raise InUse(f"volume {name} has become an Object", hint="restart rustord, which finishes that")
         self._store.blocks.device(layer.home)
+        self._check_whole(layer)
         with self._making:
             return self._made(layer)
+
+    def _check_whole(self, layer: Layer) -> None:
+        def is_torn() -> bool:
+            return any(below.uuid in self._layers.torn for below in self._layers.chain(layer))
+
+        if is_torn() and not self._store.read_only:
+            with self.reshaping:  # it may be being merged at this moment
+                if is_torn():
+                    what = f"the map of volume {layer.head.name} is not in order, because a merge was cut short"
+                    raise Unavailable(what, hint="the log says why it cannot be finished; see 'rustorctl status'")
 
     def _made(self, layer: Layer) -> Volume:
         name, store = layer.head.name, self._store
@@ -273,10 +286,15 @@ class Volumes:
     # Changing
 
     def resize(self, name: str, size: int) -> Info:
-        """Make the volume longer, or shorter if there is nothing beyond the new end. Raises InvalidRequest, ..."""
+        """Make the volume longer, or shorter if there is nothing beyond the new end. Raises InvalidRequest, ...
+
+        Who has it open sees that it is longer when he opens it again.
+        """
         size = _rounded(size)
-        with self._working_on(name, closed=True):
+        with self._working_on(name, closed=False):
             layer = self._layer(name)
+            if size < layer.head.size and self._open.get(name):
+                raise InUse(f"volume {name} is in use", hint="detach it first; making it longer need not wait")
             used = self._layers.used_size(self._layers.chain(layer))
             if size < used:
                 raise InvalidRequest(
@@ -344,7 +362,15 @@ class Volumes:
             layer = self._layer(name)
             self._check_depth(layer)
             left = self._volume(name).split(lambda left: self.call(lambda: self._cover(left)))
-        return self._store_frozen(left, object_name)
+        try:
+            return self._store_frozen(left, object_name)
+        finally:
+            self.call(lambda: self._let_go(left))
+
+    def _let_go(self, left: Layer) -> None:
+        """Called between cycles: whoever needs the Layer has said so."""
+        self._layers.let_go(left.uuid)
+        self._store.sweep()
 
     def _cover(self, left: Layer) -> Layer:
         """Put a new Layer on top of that of a volume. Called between cycles."""
@@ -353,6 +379,7 @@ class Volumes:
         head = Head(left.head.size, time.time_ns(), left.uuid, number, left.head.name)
         top = self._add(head, left.home, _entry(left, nameless))
         left.head = nameless
+        self._layers.users[left.uuid] += 1  # as long as it takes to make it an Object
         return top
 
     def _check_new(self, object_name: str) -> None:

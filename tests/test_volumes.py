@@ -13,6 +13,7 @@ import pytest
 from rustord.change import Change
 from rustord.errors import InUse, InvalidRequest, NoSpace, NotFound, PreconditionFailed, ReadOnly, RustordError
 from rustord.keystore.lmdb import LmdbBackend
+from rustord.layermerger import LayerMerger
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
 from rustord.page import CHUNK_BYTES
@@ -64,6 +65,7 @@ class Bench:
             self.simulation.lose_index()
         self.store = self.simulation.open()
         self.volumes = Volumes(self.store, Direct(self.store))
+        LayerMerger(self.store, self.volumes).run()
 
     def check(self) -> None:
         """Nothing leaks: every block is free or named once."""
@@ -378,7 +380,7 @@ def test_bad_input_gets_a_clear_error_and_changes_nothing(bench: Bench) -> None:
     volumes.create("disk", SIZE)
     volume = volumes.open("disk")
     write(volume, 10 * CHUNK_BYTES, b"x")
-    for act in (lambda: volumes.delete("disk"), lambda: volumes.resize("disk", 2 * SIZE)):
+    for act in (lambda: volumes.delete("disk"), lambda: volumes.resize("disk", 20 * CHUNK_BYTES)):
         with pytest.raises(InUse, match="in use"):
             act()
     volume.close()
@@ -459,10 +461,9 @@ class Run:
             self.create()
             return
         name = chance.choice(sorted(self.volumes))
-        kind = chance.choices(
-            ("write", "flush", "trim", "snapshot", "freeze", "delete", "clone", "object", "remove", "checkpoint"),
-            (60, 15, 8, 3, 1, 1, 2, 4, 3, 6),
-        )[0]
+        kinds = {"write": 60, "flush": 15, "trim": 8, "snapshot": 3, "freeze": 1, "delete": 1, "clone": 2, "object": 4}
+        kinds |= {"remove": 3, "checkpoint": 6, "merge": 3}
+        kind = chance.choices([*kinds], [*kinds.values()])[0]
         getattr(self, kind)(name)
 
     def fresh(self) -> str:
@@ -559,6 +560,10 @@ class Run:
             self.bench.store.delete(uuid)
             self.unsure.discard(label)
             del self.objects[label]
+
+    def merge(self, name: str) -> None:
+        del name
+        LayerMerger(self.bench.store, self.bench.volumes).run()
 
     def checkpoint(self, name: str) -> None:
         del name
@@ -702,6 +707,9 @@ def cut(bench: Bench, run: Run, chance: random.Random) -> None:
         rebuild_index(bench.simulation)
     bench.store = bench.simulation.open()
     bench.volumes = Volumes(bench.store, Direct(bench.store))
+    if chance.random() < 0.5:
+        check_sound(bench.store)
+    LayerMerger(bench.store, bench.volumes).run()
     run.check()
 
 
@@ -731,3 +739,30 @@ def test_a_power_cut_at_any_moment_loses_nothing_that_was_flushed(
             bench.simulation.power.left = 0
             cut(bench, work, chance)
         bench.simulation.close()
+
+
+def test_a_volume_grows_while_it_is_in_use(bench: Bench) -> None:
+    bench.volumes.create("disk", SIZE)
+    volume = bench.volumes.open("disk")
+    write(volume, SIZE - 3, b"end")
+    assert bench.volumes.resize("disk", 2 * SIZE).size == 2 * SIZE
+    write(volume, 2 * SIZE - 5, b"later")
+    volume.flush()
+    volume.close()
+    bench.reopen(clean=False)
+    data = content(bench, "disk")
+    assert (len(data), data[SIZE - 3 : SIZE], data[-5:]) == (2 * SIZE, b"end", b"later")
+    bench.check()
+
+
+def test_what_was_trimmed_and_not_flushed_is_given_back_with_the_volume(bench: Bench) -> None:
+    before = free_count(bench.store)
+    bench.volumes.create("disk", SIZE)
+    volume = bench.volumes.open("disk")
+    write(volume, 0, b"x" * SIZE)
+    volume.flush()
+    volume.trim(0, SIZE // 2)
+    volume.close()
+    bench.volumes.delete("disk")
+    bench.check()
+    assert free_count(bench.store) == before

@@ -102,7 +102,8 @@ def stat(socket: Path | None, name: str, as_json: bool) -> None:
 def resize(socket: Path | None, name: str, size: int, as_json: bool) -> None:
     """Make a volume longer, or shorter if nothing is beyond the new end.
 
-    Nobody may be using it.
+    Nobody may be using it when it becomes shorter. Who is using it sees
+    that it is longer when he attaches or connects again.
     """
     with connect(socket) as client:
         _show(client.resize_volume(name, size), as_json)

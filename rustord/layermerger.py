@@ -1,0 +1,133 @@
+"""LayerMerger: puts a Layer that only the one above needs into that, so that snapshots may come and go for years.
+
+No data is moved::
+
+    the upper Layer takes over the chunks of the lower one, in its map, as far as it has none of its own
+    the upper Layer's head names what the lower one builds on = the commit point
+    the lower Layer is erased, with the chunks that it has left
+
+Before the commit point chunks are named by both. Nobody writes there, nor moves or erases them, as long as that is so.
+A crash leaves both; the next opening takes it that the chunks are the upper one's, and the merger goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from contextlib import nullcontext
+from itertools import islice
+
+from rustord.errors import RustordError
+from rustord.event import FAULT
+from rustord.journal import NOTHING
+from rustord.layer import Layer
+from rustord.objectstore import ObjectStore
+from rustord.objkey import uuid_text
+from rustord.page import BASE, SLOT_COUNT, ZEROS, LayerEntry, MapEntry, address_of, extent_at, page_of
+from rustord.volumes import Volumes
+
+log = logging.getLogger(__name__)
+
+_BATCH_CHUNKS = 4096
+"""Chunks in one entry of the journal."""
+_CLOSE_S = 60.0
+
+
+class LayerMerger:
+    """`run` merges what there is now; `start` has it done whenever there is something, on a thread of its own."""
+
+    def __init__(self, store: ObjectStore, volumes: Volumes) -> None:
+        self._store = store
+        self._layers = store.layers
+        self._volumes = volumes
+        self._due = threading.Event()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="merger", daemon=True)
+
+    def start(self) -> None:
+        """Merge what there is, before anybody opens a volume, and whatever there will be."""
+        self._layers.on_less_used = self._due.set
+        self._try()
+        self._thread.start()
+
+    def close(self) -> None:
+        """End; what is half done is gone on with at the next start."""
+        self._closing = True
+        self._due.set()
+        self._thread.join(_CLOSE_S)
+
+    def _work(self) -> None:
+        while not self._closing:
+            self._due.wait()
+            self._due.clear()
+            self._try()
+
+    def _try(self) -> None:
+        try:
+            self.run()
+        except RustordError as error:
+            log.error("Layers of volumes could not be merged, which is tried again later: %s", error)
+        except Exception:
+            log.exception("Layers of volumes could not be merged", extra=FAULT())
+
+    def run(self) -> int:
+        """Merge all that can be; returns how many Layers are gone. Raises NoSpace or DeviceError."""
+        count = 0
+        while not (self._closing or self._store.read_only) and (pairs := self._layers.mergeable()):
+            merged = sum(self._merge(*pair) for pair in pairs)
+            count += merged
+            if not merged:
+                break
+        return count
+
+    def _merge(self, upper: Layer, lower: Layer) -> bool:
+        with self._volumes.reshaping:
+            volume = self._volumes.writer_of(upper)
+            with volume.still() if volume else nullcontext():
+                if volume is not None and volume.layer is not upper:
+                    return False
+                merged = self._merge_still(upper, lower, is_written=volume is not None)
+        if merged:
+            log.info("layer %s has become part of %s", uuid_text(lower.uuid), uuid_text(upper.uuid))
+        return merged
+
+    def _merge_still(self, upper: Layer, lower: Layer, *, is_written: bool) -> bool:
+        """The upper Layer is not changed meanwhile."""
+        for layer in (upper, lower):
+            self._store.blocks.writable(layer.home)
+        least = BASE if lower.head.base != NOTHING else ZEROS  # zeros over nothing need not be said
+        chunks = {chunk: address for chunk, address in lower.chunks() if address > least and upper.get(chunk) == BASE}
+        left = iter(chunks.items())
+        while batch := list(islice(left, _BATCH_CHUNKS)):
+            if not self._volumes.call(lambda batch=batch: self._take_over(upper, lower, batch)):  # type: ignore[misc]
+                return False
+        with nullcontext() if is_written else self._layers.still():
+            return self._volumes.call(lambda: self._finish(upper, lower, chunks))
+
+    def _take_over(self, upper: Layer, lower: Layer, chunks: list[tuple[int, int]]) -> bool:
+        """Say in the journal that chunks are the upper Layer's. Called between cycles."""
+        if not self._layers.is_mergeable(upper, lower):
+            return False
+        self._layers.torn.add(lower.uuid)
+        pages: dict[int, int] = {}
+        for number in {page_of(chunk) for chunk, _ in chunks} - upper.places.keys():
+            pages[number] = address_of(self._store.allocator.run(SLOT_COUNT, upper.home))
+            upper.places[number] = pages[number]
+        places = [*pages.values(), *(address for _, address in chunks if address > ZEROS)]
+        devices = {upper.home, lower.home, *(extent_at(place, 1).device for place in places)}
+        self._store.note([MapEntry(upper.uuid, sorted(pages.items()), chunks)], devices)
+        return True
+
+    def _finish(self, upper: Layer, lower: Layer, chunks: dict[int, int]) -> bool:
+        """Have the upper Layer without the lower one. Called between cycles, and nobody reads."""
+        if not self._layers.is_mergeable(upper, lower):
+            return False
+        head = upper.head._replace(base=lower.head.base)
+        self._store.note([LayerEntry(upper.uuid, upper.address, head.encode())], {upper.home, lower.home})
+        for chunk, address in chunks.items():
+            upper.set(chunk, address)
+        lower.drop(chunks)
+        self._layers.torn.discard(lower.uuid)
+        self._layers.rebase(upper, head)
+        self._store.sweep()
+        return True

@@ -1,0 +1,218 @@
+"""Snapshots come and go, and leave no Layer behind; whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from rustord.change import Delete
+from rustord.layermerger import LayerMerger
+from rustord.objectstore import ObjectStore
+from rustord.page import CHUNK_BYTES
+from rustord.record import Record
+from rustord.volumes import LAYERS_MAX, Volumes
+from rustord.writer import Writer
+from tests.simulation import MIB, PowerCut, Simulation, check_sound, free_count, live, run
+from tests.test_volumes import Bench, Direct, content, read, rebuild_index, write
+
+SIZE = 80 * CHUNK_BYTES
+
+
+@pytest.fixture
+def bench(disk_path: Path) -> Iterator[Bench]:
+    bench = Bench(Simulation(disk_path, (32 * MIB, 32 * MIB)))
+    yield bench
+    bench.simulation.close()
+
+
+def contents(store: ObjectStore, volumes: Volumes) -> dict[str, bytes]:
+    found = {record.name: store.get(record.uuid) for record in live(store)}
+    for name in volumes.names():
+        volume = volumes.open(name)
+        found[f"volume {name}"] = read(volume, 0, volume.size)
+        volume.close()
+    return found
+
+
+def change(volumes: Volumes, name: str, chance: random.Random) -> None:
+    volume = volumes.open(name)
+    for _ in range(3):
+        write(volume, chance.randrange(volume.size - 100_000), chance.randbytes(chance.choice((10, 5000, 100_000))))
+    end = volume.size // CHUNK_BYTES - 2
+    volume.trim(chance.randrange(end) * CHUNK_BYTES, chance.randrange(3) * CHUNK_BYTES)
+    volume.flush()
+    volume.close()
+
+
+def delete(store: ObjectStore, name: str) -> None:
+    uuid = store.resolve(name)
+    assert uuid is not None
+    store.delete(uuid)
+
+
+def test_a_snapshot_every_hour_and_the_oldest_goes(bench: Bench, seed: int) -> None:
+    chance = random.Random(seed)
+    before = free_count(bench.store)
+    merger = LayerMerger(bench.store, bench.volumes)
+    bench.volumes.create("disk", SIZE)
+    expected: dict[str, bytes] = {}
+    for number in range(2 * LAYERS_MAX):
+        change(bench.volumes, "disk", chance)
+        expected[f"snapshot{number}"] = content(bench, "disk")
+        bench.volumes.snapshot("disk", f"snapshot{number}")
+        if len(expected) > 3:
+            gone = chance.choice(list(expected))
+            delete(bench.store, gone)
+            del expected[gone]
+        assert merger.run() <= 1
+        assert bench.volumes.stat("disk").layer_count == len(expected) + 1
+        if number % 16 == 0:
+            bench.check()
+            assert contents(bench.store, bench.volumes) == expected | {"volume disk": content(bench, "disk")}
+        if number % 48 == 47:
+            bench.reopen(clean=chance.random() < 0.5)
+            merger = LayerMerger(bench.store, bench.volumes)
+    for name in expected:
+        delete(bench.store, name)
+    merger.run()
+    assert bench.volumes.stat("disk").layer_count == 1
+    bench.volumes.delete("disk")
+    bench.check()
+    assert free_count(bench.store) == before
+
+
+def test_what_a_clone_or_a_snapshot_needs_stays(bench: Bench, seed: int) -> None:
+    chance = random.Random(seed)
+    merger = LayerMerger(bench.store, bench.volumes)
+    bench.store.put(chance.randbytes(5 * CHUNK_BYTES), name="image")
+    bench.volumes.clone("image", "disk")
+    change(bench.volumes, "disk", chance)
+    bench.volumes.snapshot("disk", "one")
+    change(bench.volumes, "disk", chance)
+    bench.volumes.clone("one", "other")
+    expected = contents(bench.store, bench.volumes)
+    assert merger.run() == 0
+    delete(bench.store, "one")
+    del expected["one"]
+    assert merger.run() == 0  # "other" builds on its Layer
+    assert contents(bench.store, bench.volumes) == expected
+    bench.volumes.delete("other")
+    del expected["volume other"]
+    delete(bench.store, "image")
+    del expected["image"]
+    assert merger.run() == 1
+    assert contents(bench.store, bench.volumes) == expected
+    bench.check()
+    assert bench.volumes.stat("disk").layer_count == 1
+
+
+def test_a_volume_in_use_does_not_notice(simulate: Callable[..., Simulation], seed: int) -> None:
+    simulation = simulate(64 * MIB, 64 * MIB)
+    store = simulation.open()
+    writer = Writer(store)
+    volumes = Volumes(store, writer)
+    merger = LayerMerger(store, volumes)
+    merger.start()
+    volumes.create("disk", SIZE)
+    volume = volumes.open("disk")
+    stop = threading.Event()
+
+    def work(lane: int) -> dict[int, bytes]:
+        chance, mine = random.Random(seed + lane), dict[int, bytes]()
+        while not stop.is_set():
+            block = chance.randrange(SIZE // 4096 // 3) * 3 + lane
+            assert read(volume, block * 4096, 4096) == mine.get(block, bytes(4096))
+            mine[block] = chance.randbytes(4096)
+            write(volume, block * 4096, mine[block])
+            if chance.random() < 0.05:
+                volume.flush()
+        return mine
+
+    with ThreadPoolExecutor(3) as threads:
+        working = [threads.submit(work, lane) for lane in range(3)]
+        try:
+            names: list[Record] = []
+            for _ in range(25):
+                names.append(volumes.snapshot("disk"))
+                if len(names) > 2:
+                    ((_, outcome),) = writer.make([Delete(names.pop(seed % 2).uuid)], 60)
+                    assert isinstance(outcome, Record)
+        finally:
+            stop.set()
+        for done in working:
+            for block, data in done.result(60).items():
+                assert read(volume, block * 4096, 4096) == data
+    volume.close()
+    merger.close()
+    merger = LayerMerger(store, volumes)
+    merger.run()
+    assert volumes.stat("disk").layer_count == 3
+    volumes.close()
+    assert writer.close()
+    run(store)
+    check_sound(store)
+
+
+@pytest.mark.parametrize("fate", ["index", "rebuild"])
+def test_a_power_cut_at_any_step_leaves_all_of_it(
+    disk_path: Path, seed: int, fate: str, pytestconfig: pytest.Config
+) -> None:
+    chance = random.Random(seed)
+    simulation = Simulation(disk_path, (24 * MIB, 24 * MIB))
+    bench = Bench(simulation)
+    bench.store.put(chance.randbytes(5 * CHUNK_BYTES), name="image")
+    bench.volumes.clone("image", "disk")
+    for number in range(5):
+        change(bench.volumes, "disk", chance)
+        bench.volumes.snapshot("disk", f"snapshot{number}")
+    change(bench.volumes, "disk", chance)
+    for name in ("snapshot0", "snapshot2", "snapshot4"):
+        delete(bench.store, name)
+    expected = contents(bench.store, bench.volumes)
+    bench.volumes.close()
+    simulation.close()
+    images = [path.read_bytes() for path in simulation.paths]
+    saved = disk_path / "saved"
+    simulation.index.rename(saved)
+    step = 1 if pytestconfig.getoption("long") else 5
+    count, done = chance.randrange(step), False
+    while not done:
+        for path, image in zip(simulation.paths, images, strict=True):
+            path.write_bytes(image)
+        if simulation.index.exists():
+            simulation.lose_index()
+        simulation.index.mkdir()
+        for file in saved.iterdir():
+            (simulation.index / file.name).write_bytes(file.read_bytes())
+        bench = Bench(simulation)
+        simulation.power.left = count
+        with suppress(PowerCut):
+            assert LayerMerger(bench.store, bench.volumes).run() == 3
+            run(bench.store)
+            bench.store.keystore.checkpoint()
+            done = True
+        simulation.power.left = 0
+        share = chance.choice((0.0, 0.5, 1.0))
+        simulation.cut_power(lambda offset, share=share: chance.random() < share)  # type: ignore[misc]
+        if fate == "rebuild":
+            rebuild_index(simulation)
+        bench.store = simulation.open()
+        bench.volumes = Volumes(bench.store, Direct(bench.store))
+        bench.check()
+        LayerMerger(bench.store, bench.volumes).run()
+        bench.check()
+        assert contents(bench.store, bench.volumes) == expected
+        assert len(bench.store.layers.by_uuid) == 3
+        change(bench.volumes, "disk", chance)
+        left = contents(bench.store, bench.volumes)
+        bench.reopen(clean=False)
+        assert contents(bench.store, bench.volumes) == left
+        bench.check()
+        simulation.close()
+        count += step
