@@ -320,7 +320,10 @@ class Layers:
         runs = list(self._runs(chain, skip, len(buffer)))
         at = 0
         for address, begin, length in runs:
-            if not self._fill_run_now(chain, address, begin, buffer[at : at + length]):
+            try:
+                if not self._fill_run_now(chain, address, begin, buffer[at : at + length]):
+                    return False
+            except NotFound:  # it has just got another base
                 return False
             at += length
         # Blocks are erased only when no map leads there any more, so those that it still leads to had not been.

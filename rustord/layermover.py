@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 from typing import TypeAlias
 
-from rustord.errors import DeviceError, NoSpace, RustordError
+from rustord.errors import Damaged, DeviceError, NoSpace, RustordError
 from rustord.extent import Extent
 from rustord.layer import Layer
 from rustord.objectstore import ObjectStore
@@ -53,7 +53,7 @@ class LayerMover:
         ``pace`` is told the length of what has been moved, and may wait or raise. What cannot be moved is ``problem``.
         """
         self.problem = None
-        moved = 0
+        moved = self._move_bases(quota, pace) if slots else 0
         for layer in self._all():
             if slots:
                 moved += SLOT_COUNT * self._volumes.call(lambda layer=layer: self._move_slots(layer, quota))  # type: ignore[misc]
@@ -69,6 +69,18 @@ class LayerMover:
 
     def _leaves(self, address: int, quota: Quota) -> bool:
         return quota.get(extent_at(address, 1).device, 0) > 0
+
+    def _move_bases(self, quota: Quota, pace: Callable[[int], None]) -> int:
+        """Have Layers have what deleted Objects have below them: an Object that is deleted cannot be moved."""
+        moved = 0
+        for record in self._store.keystore.bases():
+            if record.uuid in self._layers.users and record.devices & quota.keys():
+                try:
+                    self._volumes.adopt(record, pace)
+                    moved += sum(extent.count for extent in record.extents)
+                except (DeviceError, NoSpace, Damaged) as error:
+                    self.problem = self.problem or error
+        return moved
 
     # Slots
 

@@ -335,11 +335,6 @@ class Mover:
 def check_volumes(store: ObjectStore, index: int) -> None:
     """Raise DeviceError if volumes have data on a device that is not there: nobody else has it."""
     slot, layers = store.blocks.slots[index], store.layers
-    if any(index in record.devices for record in store.keystore.bases()):
-        raise DeviceError(
-            f"an Object that was deleted, and on which volumes build, has blocks on device {index}: it cannot be moved",
-            hint="copy the volumes that were cloned from it elsewhere, and delete them",
-        )
     if slot.device is not None and not slot.device.failed:
         return
     chunks = (address for layer in [*layers.by_uuid.values()] for _, address in layer.chunks() if address > ZEROS)

@@ -316,6 +316,10 @@ class ObjectStore:
         if finished is not None and not erases:
             finished(None)
 
+    def sweep_base(self, record: Record) -> None:
+        """Erase a deleted Object on which nothing builds any more, in later cycles. Called between cycles."""
+        self._erasures.add(Erase(record.extents, (record.id,), layer=record.layer))
+
     def _sweep(self) -> list[Erase]:
         """The erasure, all in one, of the Layers that nobody needs."""
         collected = self.layers.collect()

@@ -80,10 +80,9 @@ class Volume:
         self._note = note
         self._free = free
         self.close = on_close
-        self._chain = layers.chain(layer)
-        self._base_size = layers.base_size(self._chain)
         self._gate = Gate()
-        layers.watch(self._gate)
+        layers.watch(self._gate)  # before looking at the Layers: they are not changed until this has returned
+        self.look()
         self._ended = False
         self._flushing = threading.Lock()
         self._mapping = threading.Lock()  # held while the map, or what is pending of it, changes
@@ -108,8 +107,13 @@ class Volume:
             try:
                 yield
             finally:
-                self._chain = self._layers.chain(self.layer)
+                self.look()
                 self._erase(freed)
+
+    def look(self) -> None:
+        """See what the volume builds on now. Nobody is reading or writing it."""
+        self._chain = self._layers.chain(self.layer)
+        self._base_size = self._layers.base_size(self._chain)
 
     def split(self, split: Callable[[Layer], Layer]) -> Layer:
         """Have ``split`` put a new Layer on top of the present one, which is returned and not written any more.

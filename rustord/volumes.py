@@ -338,6 +338,58 @@ class Volumes:
         finally:
             self._ending.discard(name)
 
+    def adopt(self, base: Record, pace: Callable[[int], None]) -> None:
+        """Put what a deleted Object has into a Layer, for those that build on it; then its blocks are erased.
+
+        What it has is verified now, and has no checksums of its own any more. ``pace`` is told the length of each piece
+        and may raise. Raises NoSpace, DeviceError or Damaged as well; nothing has changed then.
+        """
+        with self.reshaping:
+            layer = self.call(lambda: self._add_held(_rounded(base.size)))
+            try:
+                self._fill(layer, base, pace)
+                with self._layers.still():
+                    self.call(lambda: self._replace(base, layer))
+                    for volume in [*self._volumes.values()]:
+                        volume.look()
+            finally:
+                self.call(lambda: self._let_go(layer))
+
+    def _add_held(self, size: int) -> Layer:
+        """A Layer that nothing builds on yet, and that stays until `_let_go`. Called between cycles."""
+        head = Head(size, time.time_ns(), NOTHING, self._layers.new_number(self._store.sequence + 1), "")
+        layer = self._add(head)
+        self._layers.users[layer.uuid] += 1
+        return layer
+
+    def _fill(self, layer: Layer, base: Record, pace: Callable[[int], None]) -> None:
+        store = self._store
+        writing = Volume(layer, self._layers, store.blocks, store.allocator, self._note, self.free)
+        try:
+            for offset in range(0, base.size, _READ_BYTES):
+                length = min(_READ_BYTES, base.size - offset)
+                data = store.blocks.read(base, offset, length)
+                assert data is not None
+                if bytes(data).strip(b"\0"):
+                    writing.write(offset, data)
+                pace(length)
+            writing.flush()
+        finally:
+            writing.end()
+
+    def _replace(self, base: Record, layer: Layer) -> None:
+        """Have build on a Layer what built on a deleted Object, if anything does still. Called between cycles."""
+        kept = self._store.keystore.kept(base.uuid)
+        above = [upper for upper in self._layers.by_uuid.values() if upper.head.base == base.uuid]
+        if kept is None or kept.id != base.id or not above:
+            return
+        heads = [upper.head._replace(base=layer.uuid) for upper in above]
+        entries = [_entry(upper, head) for upper, head in zip(above, heads, strict=True)]
+        self._store.note(entries, {layer.home, *(upper.home for upper in above)})
+        for upper, head in zip(above, heads, strict=True):
+            self._layers.rebase(upper, head)
+        self._store.sweep_base(base)
+
     # Freezing
 
     def freeze(self, name: str, object_name: str = "") -> Record:

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from rustord.change import Delete
 from rustord.label import Standing
 from rustord.layermover import LayerMover
 from rustord.membership import set_standing
 from rustord.mover import Mover
 from rustord.objectstore import ObjectStore
 from rustord.page import CHUNK_BYTES, ZEROS, extent_at
+from rustord.record import Record
 from rustord.testing.device import VolatileDevice
 from rustord.volumes import Volumes
 from rustord.writer import Writer
@@ -94,6 +96,13 @@ def prepare(volumes: Volumes, store: ObjectStore, chance: random.Random) -> dict
     return contents(volumes, store)
 
 
+def delete(one: Pool, name: str) -> None:
+    uuid = one.store.resolve(name)
+    assert uuid is not None
+    ((_, outcome),) = one.writer.make([Delete(uuid)], 60)
+    assert isinstance(outcome, Record)
+
+
 def contents(volumes: Volumes, store: ObjectStore) -> dict[str, bytes]:
     found = {record.name: store.get(record.uuid) for record in live(store)}
     for name in volumes.names():
@@ -106,12 +115,22 @@ def contents(volumes: Volumes, store: ObjectStore) -> dict[str, bytes]:
 def test_a_device_with_volumes_can_be_emptied(pool: Callable[..., Pool], seed: int) -> None:
     one = pool(32 * MIB, 32 * MIB, 32 * MIB)
     expected = prepare(one.volumes, one.store, random.Random(seed))
+    delete(one, "image")  # which volumes build on
+    one.store.keystore.checkpoint()
+    (image,) = one.store.keystore.bases()
+    assert image.devices <= {0, 1}
+    del expected["image"]
+    clone = one.volumes.open("clone")
     for index in (0, 1):
         one.leave(index)
         one.done()
         assert index not in one.store.blocks.slots
         assert homes(one.store) <= one.store.blocks.slots.keys()
         assert contents(one.volumes, one.store) == expected
+        assert read(clone, 0, clone.size) == expected["volume clone"]
+    clone.close()
+    one.store.keystore.checkpoint()
+    assert not one.store.keystore.bases()
 
 
 def test_a_volume_is_written_and_read_while_it_moves(pool: Callable[..., Pool], seed: int) -> None:
@@ -252,6 +271,11 @@ def test_a_power_cut_at_any_step_leaves_all_of_it(
     store = template.open()
     volumes = Volumes(store, Direct(store))
     expected = prepare(volumes, store, chance)
+    uuid = store.resolve("image")
+    assert uuid is not None
+    assert store.stat(uuid).devices == {0}
+    store.delete(uuid)
+    del expected["image"]
     volumes.close()
     for _ in range(700):  # until no journal has anything of what was before
         store.put(b"x", name="filler", text="t" * 7500)
@@ -285,7 +309,7 @@ def test_a_power_cut_at_any_step_leaves_all_of_it(
         assert contents(volumes, store) | {"filler": b"x"} == expected | {"filler": b"x"}
         check_sound(store)
         move_all(store, 0)  # it goes on
-        assert 0 not in homes(store)
+        assert 0 not in homes(store).union(*(record.devices for record in store.keystore.bases()))
         volumes = Volumes(store, Direct(store))
         assert contents(volumes, store) | {"filler": b"x"} == expected | {"filler": b"x"}
         check_sound(store)
