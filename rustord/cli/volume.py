@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from rustord.cli.edge import Commands
+from rustord.cli.edge import Commands, complain
 from rustord.cli.output import print_facts, print_json, print_table, say
 from rustord.cli.parameters import connect, json_option, to_size
 from rustord.errors import RustordError
 from rustord.quantity import human_size
+
+if TYPE_CHECKING:
+    from rustord.client import Client
 
 _ROW = ("SIZE", "OWN", "SHARED", "OPEN")
 
@@ -46,9 +49,13 @@ def volume() -> None:
 @json_option
 @click.pass_obj
 def create(socket: Path | None, name: str, size: int, as_json: bool) -> None:
-    """Make an empty volume."""
+    """Make an empty volume.
+
+    It is kept once, also where the pool keeps each Object twice.
+    """
     with connect(socket) as client:
         _show(client.create_volume(name, size), as_json)
+        _warn(client)
 
 
 @volume.command()
@@ -64,6 +71,14 @@ def clone(socket: Path | None, source: str, name: str, as_json: bool) -> None:
     """
     with connect(socket) as client:
         _show(client.clone_volume(source, name), as_json)
+        _warn(client)
+
+
+def _warn(client: Client) -> None:
+    """Say that a volume is not kept as safely as the Objects of the pool, if that is so."""
+    if client.pool()["placer"] == "mirrored":
+        text = "the pool keeps each Object more than once, but a volume once: it is lost with a device that it is on"
+        complain("rustorctl", text, hint="take snapshots, and copy them elsewhere: 'rustorctl get'")
 
 
 @volume.command("list")

@@ -57,3 +57,16 @@ def test_what_is_wrong_is_told(daemon: object, rustorctl: Any) -> None:
         assert done.returncode == status, done
         assert done.stderr.startswith(("rustorctl:", "Usage:")), done
     assert [volume["name"] for volume in json.loads(rustorctl.ok("volume", "list", "--json"))] == ["disk"]
+
+
+def test_who_makes_a_volume_in_a_mirrored_pool_is_told_that_it_is_kept_once(
+    disk_path: Path, rustorctl: Any, start_daemon: Any
+) -> None:
+    devices = [disk_path / "one.img", disk_path / "two.img"]
+    rustorctl.ok("pool", "create", "--pool-name", "test", "--size", "64 MiB", *devices)
+    config = disk_path / "rustord.toml"
+    config.write_text('[placer]\npolicy = "mirrored"\n')
+    start_daemon("--config", config, "--device", devices[0], "--device", devices[1])
+    done = rustorctl("volume", "create", "disk", "--size", "1 MiB", "--json")
+    assert (done.returncode, json.loads(done.stdout)["name"]) == (0, "disk")
+    assert "a volume once" in done.stderr
