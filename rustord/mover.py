@@ -341,7 +341,7 @@ def check_volumes(store: ObjectStore, index: int) -> None:
     if any(extent_at(address, 1).device == index for address in chunks):
         raise DeviceError(
             f"volumes have data on device {index}, which is {slot.state}, and nowhere else",
-            hint="bring it back; or delete these volumes, with their snapshots and clones: 'rustorctl volume list'",
+            hint="bring it back; or delete these volumes, with their snapshots and clones: 'rustorctl volume ls'",
         )
 
 

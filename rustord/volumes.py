@@ -113,7 +113,7 @@ class Volumes:
     def _layer(self, name: str) -> Layer:
         layer = self._layers.volumes.get(name)
         if layer is None:
-            raise NotFound(f"there is no volume {name[:80]!r}", hint="'rustorctl volume list' shows them")
+            raise NotFound(f"there is no volume {name[:80]!r}", hint="'rustorctl volume ls' shows them")
         return layer
 
     @contextmanager

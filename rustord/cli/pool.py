@@ -237,6 +237,7 @@ def _announce(path: Path, erasure: str) -> None:
     click.echo(f"{path}: erasing {erasure}", err=True)
 
 
+pool.add_command(status)
 pool.add_command(map_devices)
 
 COMMANDS = (status, pool, device)

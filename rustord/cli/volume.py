@@ -81,7 +81,7 @@ def _warn(client: Client) -> None:
         complain("rustorctl", text, hint="take snapshots, and copy them elsewhere: 'rustorctl get'")
 
 
-@volume.command("list")
+@volume.command("ls")
 @json_option
 @click.pass_obj
 def list_volumes(socket: Path | None, as_json: bool) -> None:

@@ -31,7 +31,7 @@ def test_the_pool_can_be_served_under_what_was_asked(
 ) -> None:
     made = json.loads(rustorctl.ok("pool", "create", "--pool-name", "n", "--block-size", "16384", "--json", image))
     start_daemon("--device", image)
-    pool = json.loads(rustorctl.ok("status", "--json"))
+    pool = json.loads(rustorctl.ok("pool", "status", "--json"))
     assert (pool["uuid"], pool["name"], pool["block_size"]) == (made["uuid"], "n", 16384)
 
 
@@ -120,6 +120,7 @@ def test_status_is_read_by_people_and_programs(daemon: object, rustorctl: Comman
     assert str(pool_image) in shown
     told = json.loads(rustorctl.ok("status", "--json"))
     assert (told["state"], told["objects"], len(told["devices"])) == ("ok", 1, 1)
+    assert rustorctl.ok("pool", "status").splitlines()[0] == shown.splitlines()[0]
 
 
 def test_a_missing_device_is_told(

@@ -15,7 +15,7 @@ def test_a_volume_from_an_object_and_back(daemon: object, rustorctl: Any, tmp_pa
     rustorctl.ok("put", tmp_path / "image", "--name", "image")
     made = json.loads(rustorctl.ok("volume", "clone", "image", "disk", "--json"))
     assert (made["name"], made["size"], made["own_bytes"], made["shared_bytes"]) == ("disk", 4 * CHUNK, 0, 4 * CHUNK)
-    assert "disk" in rustorctl.ok("volume", "list")
+    assert "disk" in rustorctl.ok("volume", "ls")
     grown = json.loads(rustorctl.ok("volume", "resize", "disk", "--size", "1MiB", "--json"))
     assert grown["size"] == 1 << 20
     taken = json.loads(rustorctl.ok("volume", "snapshot", "disk", "--as", "before", "--json"))
@@ -25,7 +25,7 @@ def test_a_volume_from_an_object_and_back(daemon: object, rustorctl: Any, tmp_pa
     for name in ("before", "after"):
         rustorctl.ok("get", name, "-o", tmp_path / name)
         assert (tmp_path / name).read_bytes() == image + bytes((1 << 20) - len(image))
-    assert json.loads(rustorctl.ok("volume", "list", "--json")) == []
+    assert json.loads(rustorctl.ok("volume", "ls", "--json")) == []
     rustorctl.ok("delete", "before", "after")
     assert json.loads(rustorctl.ok("status", "--json"))["objects"] == 0
 
@@ -56,7 +56,7 @@ def test_what_is_wrong_is_told(daemon: object, rustorctl: Any) -> None:
         done = rustorctl("volume", *arguments)
         assert done.returncode == status, done
         assert done.stderr.startswith(("rustorctl:", "Usage:")), done
-    assert [volume["name"] for volume in json.loads(rustorctl.ok("volume", "list", "--json"))] == ["disk"]
+    assert [volume["name"] for volume in json.loads(rustorctl.ok("volume", "ls", "--json"))] == ["disk"]
 
 
 def test_who_makes_a_volume_in_a_mirrored_pool_is_told_that_it_is_kept_once(
