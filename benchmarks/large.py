@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -20,6 +21,7 @@ SIZE = LARGE_SIZE
 PIECE = MIB
 GET_MB_PER_S_MIN = 2500.0
 EXTRA_MIB_MAX = 96.0
+CLONE_MS_MAX = 50.0
 
 Seconds = float
 
@@ -84,12 +86,15 @@ def huge(subject: Rustord, effort: Effort) -> Iterator[Row]:
 
         watch("PUT", store)
         watch("GET", lambda: get(talking, uuid, size, room))
+        clones = [clone(talking, uuid, f"clone{number}") for number in range(effort.rounds)]
         delete(talking, uuid)
     for work in extra:
         figures = {"rustord": extra[work]}
         goals = (Bound(EXTRA_MIB_MAX),)
         yield Row(f"memory for one {work} of {gib}, above idle", "MiB", figures, goals, more_is_better=False)
         yield Row(f"speed of that {work}", "MB/s", {"rustord": speed[work]})
+    figures = {"rustord": [seconds * 1000 for seconds in clones]}
+    yield Row(f"a clone of {gib}, writable", "ms", figures, (Bound(CLONE_MS_MAX),), more_is_better=False)
 
 
 def put_durably(subject: Rustord, data: bytes) -> Seconds:
@@ -119,6 +124,22 @@ def get_from_lmdb(database: lmdb.Environment) -> Seconds:
     with database.begin() as transaction:
         assert len(transaction.get(b"key", b"")) == SIZE
     return time.monotonic() - start
+
+
+def clone(talking: UnixConnection, uuid: str, name: str) -> float:
+    """Makes a volume of an Object; in how many seconds. Raises LoadError if that fails."""
+    start = time.monotonic()
+    talking.request("POST", "/v1/volumes", json.dumps({"name": name, "source": uuid}))
+    expect_volume(talking)
+    return time.monotonic() - start
+
+
+def expect_volume(talking: UnixConnection) -> None:
+    """Waits for the reply to the making of a volume. Raises LoadError if that failed."""
+    reply = talking.getresponse()
+    said = reply.read()
+    if reply.status != 201:
+        raise LoadError(f"no volume: {reply.status} {said!r}")
 
 
 def put(talking: UnixConnection, size: int, piece: bytes | bytearray) -> str:

@@ -12,22 +12,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.effort import MIB, Effort
-from benchmarks.large import put
+from benchmarks.large import clone, expect_volume, put
 from benchmarks.load import LoadError
-from benchmarks.report import Goal, Row, Times
+from benchmarks.processes import forget_peak, memory
+from benchmarks.report import Bound, Goal, Row, Times
 from benchmarks.subject import Rustord, connection
 
 SIZE = 256 * MIB
 SECONDS_MAX = 3.0
 """Longer turns tell no more: everything is cached."""
+BUSY_COUNT, BUSY_MIB_MAX = 16, 64.0
 NBDKIT, QEMU = "nbdkit", "qemu-nbd"
 
 
 class Target(NamedTuple):
-    """Where a contestant serves what is only read, and what is written; both of `SIZE` bytes."""
+    """Where a contestant serves what is only read, what is written, and a clone; all of `SIZE` bytes."""
 
     reading: str
     writing: str
+    clone: str
 
 
 def nbd(subject: Rustord, device: str, place: Path, effort: Effort) -> Iterator[Row]:
@@ -35,19 +38,22 @@ def nbd(subject: Rustord, device: str, place: Path, effort: Effort) -> Iterator[
     with peer(NBDKIT, device, place) as nbdkit, peer(QEMU, device, place) as qemu:
         targets = {
             "rustord": make_exports(subject),
-            NBDKIT: Target(nbdkit, nbdkit),
-            QEMU: Target(qemu, qemu),
+            NBDKIT: Target(nbdkit, nbdkit, nbdkit),
+            QEMU: Target(qemu, qemu, qemu),
         }
         for target in targets.values():
             for uri in set(target):
                 fio(uri, "read", seconds=0.0, block="1m", depth=4)
         yield from rows(targets, effort)
+    yield busy_memory(subject, targets["rustord"], effort)
 
 
 def rows(targets: dict[str, Target], effort: Effort) -> Iterator[Row]:
     for depth, factor in ((1, 0.85), (16, 1.1), (64, 1.2)):
         work = f"NBD 4 KiB random read of an Object, verified, cached, depth {depth}"
         yield row(work, targets, effort, "randread", depth, Times(factor, (NBDKIT,)))
+    clones = {name: target._replace(reading=target.clone) for name, target in targets.items()}
+    yield row("NBD 4 KiB random read of a clone, cached, depth 16", clones, effort, "randread", 16)
     for depth in (1, 16, 64):
         yield row(
             f"NBD 4 KiB random write to a volume, depth {depth}",
@@ -89,7 +95,7 @@ def row(
     for turn in range(effort.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             target = targets[name]
-            uris = list(target) if both else [target.writing if "write" in kind else target.reading]
+            uris = [target.reading, target.writing] if both else [target.writing if "write" in kind else target.reading]
             with ThreadPoolExecutor(len(uris)) as threads:
                 seconds = min(effort.seconds, SECONDS_MAX)
                 rates = [
@@ -98,6 +104,22 @@ def row(
                 ]
                 figures[name].append(sum(rate.result() for rate in rates))
     return Row(work, "MB/s" if block == "1m" else "op/s", figures, goals)
+
+
+def busy_memory(subject: Rustord, target: Target, effort: Effort) -> Row:
+    """The peak of the daemon's memory above what it had before, while many clients read long pieces."""
+    forget_peak(subject.pid)
+    before = memory(subject.pid)["VmRSS"]
+    with ThreadPoolExecutor(BUSY_COUNT) as threads:
+        seconds = min(effort.seconds, SECONDS_MAX)
+        clients = [
+            threads.submit(fio, target.reading, "read", seconds=seconds, block="1m", depth=8) for _ in range(BUSY_COUNT)
+        ]
+        for client in clients:
+            client.result()
+    figures = {"rustord": [memory(subject.pid)["VmHWM"] - before]}
+    work = f"memory of {BUSY_COUNT} busy NBD connections, above idle"
+    return Row(work, "MiB", figures, (Bound(BUSY_MIB_MAX),), more_is_better=False)
 
 
 def fio(uri: str, kind: str, *, seconds: float, block: str, depth: int, flush: bool = False) -> float:
@@ -115,18 +137,16 @@ def fio(uri: str, kind: str, *, seconds: float, block: str, depth: int, flush: b
 
 
 def make_exports(subject: Rustord) -> Target:
-    """An Object and a volume, both written all over."""
+    """An Object, a volume that is written all over, and a clone of the Object."""
     piece = bytearray(range(1, 256)) * (MIB // 255 + 1)
     with connection(subject.socket) as talking:
         uuid = put(talking, SIZE, piece[:MIB])
         talking.request("POST", "/v1/volumes", json.dumps({"name": "volume", "size": SIZE}))
-        reply = talking.getresponse()
-        if reply.status != 201:
-            raise LoadError(f"no volume: {reply.status} {reply.read()!r}")
-        reply.read()
+        expect_volume(talking)
+        clone(talking, uuid, "clone")
     ours = subject.socket.with_name("nbd.sock")
     fio(address(ours, "volume"), "write", seconds=0.0, block="1m", depth=4)
-    return Target(address(ours, uuid), address(ours, "volume"))
+    return Target(address(ours, uuid), address(ours, "volume"), address(ours, "clone"))
 
 
 def address(socket: Path, name: str = "") -> str:

@@ -319,13 +319,13 @@ class Layers:
         chain = self.chain(layer)
         runs = list(self._runs(chain, skip, len(buffer)))
         at = 0
-        for address, begin, length in runs:
-            try:
+        try:
+            for address, begin, length in runs:
                 if not self._fill_run_now(chain, address, begin, buffer[at : at + length]):
                     return False
-            except NotFound:  # it has just got another base
-                return False
-            at += length
+                at += length
+        except RustordError:
+            return False  # to read it from the device will say what is wrong
         # Blocks are erased only when no map leads there any more, so those that it still leads to had not been.
         return runs == list(self._runs(chain, skip, len(buffer)))
 
