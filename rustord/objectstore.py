@@ -367,11 +367,11 @@ class ObjectStore:
         failed = self._write(batch)
         erased = self._erase(batch)
         times.append(perf_counter())
-        committed = self._journal(batch, failed)
+        committed, refused = self._journal(batch, failed)
         times.append(perf_counter())
         failed |= self.blocks.flush((committed | erased) - failed.keys())
         times.append(perf_counter())
-        cycle = self._settle(batch, failed, committed - failed.keys())
+        cycle = self._settle(batch, failed, refused, committed - failed.keys())
         times.append(perf_counter())
         self.last_phase_s = [ended - began for began, ended in pairwise(times)]
         for phase, seconds in zip(self.phase_s.values(), self.last_phase_s, strict=True):
@@ -531,27 +531,32 @@ class ObjectStore:
         except DeviceError as error:
             erase.error = error
 
-    def _journal(self, batch: _Batch, failed: dict[int, RustordError]) -> set[int]:
-        """Append the batch to the journals; adds to ``failed``. Returns the devices that need a flush for it."""
+    def _journal(self, batch: _Batch, failed: dict[int, RustordError]) -> tuple[set[int], dict[int, RustordError]]:
+        """Append the batch to the journals. Returns the devices that need a flush for it, and those that refused it."""
         puts = [(placed.record, placed.replaced_uuid) for placed in batch.puts if not placed.failure(failed)]
         deletes = [(record, sequence) for _, record, sequence in batch.deletes]
         undone = [(undo.record, sequence) for undo, sequence in batch.undos]
         written, refused = self.keystore.journal(
             puts, deletes, undone, self._erased, self._durable, self.blocks.writable_indices()
         )
-        failed |= refused
-        return written
+        return written, refused
 
-    def _settle(self, batch: _Batch, failed: dict[int, RustordError], durable: set[int]) -> Cycle:
-        """After the flush: know what is durable (on which devices), free what is erased, and answer."""
+    def _settle(
+        self, batch: _Batch, failed: dict[int, RustordError], refused: dict[int, RustordError], durable: set[int]
+    ) -> Cycle:
+        """After the flush: know what is durable (on which devices), free what is erased, and answer.
+
+        What has been erased needs no journal: a device whose journal is full has not failed.
+        """
         for device in durable:
             self._erased.pop(device, None)
-        puts = self._settle_puts(batch, failed)
-        deletes = self._settle_deletes(batch, failed, durable)
+        missing = refused | failed if refused else failed
+        puts = self._settle_puts(batch, missing)
+        deletes = self._settle_deletes(batch, missing, durable)
         undone = self._settle_undos(batch)
         gone = [id for erase in batch.erases for id in self._bury(erase, failed, batch)]
         self.keystore.learn(puts, deletes, undone, gone, self._sequence)
-        if failed:
+        if missing:
             self._all_flushed = False  # what a device lost may be in its journal all the same: a replay has to look
         elif self._all_flushed:
             self._durable = self._sequence

@@ -27,7 +27,7 @@ from rustord.errors import (
     ReadOnly,
     RustordError,
 )
-from rustord.extent import Extent
+from rustord.extent import Extent, block_count
 from rustord.keygen import HASHES, find_hash
 from rustord.objectstore import ObjectStore
 from rustord.placer import Contiguous, FirstFit, FreeView, Mirrored, Placer, Striped
@@ -667,6 +667,30 @@ class TestFailingDevices:
         two.cut_power()
         store = two.open()
         assert stored_now <= {record.uuid for record in live(store)}
+        check_sound(store)
+
+    def test_a_journal_that_is_full_does_not_keep_what_is_deleted_from_being_free(
+        self, simulation: Simulation, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = simulation.open()
+        key = store.put(DATA)
+        free = free_count(store)
+        delete = Delete(key.uuid)
+        (erase,) = store.cycle([delete]).following
+        put = Put(b"new")
+
+        def refuse(*arguments: object) -> None:
+            raise NoSpace("no space left for the index")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store.keystore, "_append", refuse)
+            cycle = store.cycle([put, erase])
+        outcomes = dict(cycle.outcomes)
+        assert isinstance(outcomes[put], NoSpace)
+        assert stored(outcomes[delete]).uuid == key.uuid
+        while cycle.following:
+            cycle = store.cycle(cycle.following)
+        assert free_count(store) == free + block_count(stored(outcomes[delete]).extents)
         check_sound(store)
 
     def test_a_flush_is_never_retried_into_success(self, simulation: Simulation) -> None:

@@ -151,8 +151,9 @@ def _mutants() -> Iterator[Mutant]:
         "the index knows of a PUT before the journal is durable",
         (
             ObjectStore._journal,
-            "failed |= refused",
-            "failed |= refused; self.keystore.learn(puts, (), (), (), self._sequence); self.keystore.checkpoint()",
+            "return written, refused",
+            "self.keystore.learn(puts, (), (), (), self._sequence); self.keystore.checkpoint()\n"
+            "    return written, refused",
         ),
         by=(s.putting,),
     )
