@@ -438,9 +438,9 @@ class Connection:
         if isinstance(failure, (PeerGone, OSError)):
             self._break_off(exchange, failure)
             return
+        exchange.complete = monotonic()
         if failure is None:
             self._data = receiving.leftover
-            exchange.complete = monotonic()
             self._service.operations.submit(exchange, receiving.put)
         else:
             self._last = self._unread = True

@@ -92,6 +92,13 @@ def test_a_slow_request_is_logged(serve: Serve, caplog: pytest.LogCaptureFixture
     assert (slow["method"], slow["target"], slow["status"]) == ("PUT", "/v1/names/slow", 201)
     assert list(slow["phases_s"]) == ["body", "wait", "place", "write", "journal", "flush", "settle"]
     assert sum(slow["phases_s"].values()) == pytest.approx(slow["taken_s"])
+    with served.connect() as peer:  # refused when much of it has arrived: that took the time
+        peer.send(b"PUT /v1/names/bad HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+        peer.send(b"1\r\nx\r\nnone\r\n")
+        assert peer.reply().status == 400
+    slow = json.loads(served.ask("GET", "/v1/slow-requests").body)[-1]
+    assert (slow["target"], slow["status"]) == ("/v1/names/bad", 400)
+    assert slow["phases_s"]["body"] > 0
     served.server.slow_request_s = 60.0
     served.ask("PUT", "/v1/names/quick", b"data")
     assert "quick" not in caplog.text
