@@ -426,6 +426,39 @@ def test_a_mirrored_pool_goes_on_without_a_device_that_is_pulled(
     daemon.delete(next(iter(objects)))
 
 
+def test_a_storm_of_events_ends_with_what_is_there(make_daemon: MakeDaemon, pair: list[Path], tmp_path: Path) -> None:
+    """Of 10,000 events many are lost; and what they say is the smaller part of what they are about."""
+    daemon = make_daemon(*pair, config=MIRRORED).start()
+    uuid = daemon.put(b"data")
+    plug = Plug(pair[1])
+    for change, expected in ((plug.pull, "missing"), (plug.push, "online"), (plug.pull, "missing")):
+        with Path(f"/sys/block/{pair[0].name}/uevent").open("w") as uevent:
+            for number in range(10_000):
+                uevent.write("change")
+                uevent.flush()
+                if number == 5_000:
+                    change()
+        until(lambda: states(daemon) == ["online", expected], "it knows what is there")  # noqa: B023
+        assert daemon.get(uuid) == b"data"
+    assert "following the devices failed" not in daemon.log
+
+
+def test_names_that_move_do_not_matter(
+    make_daemon: MakeDaemon, disks: Disks, pair: list[Path], make_loop: LoopDevices
+) -> None:
+    named = [disks.link(pair[0], "a"), disks.link(pair[1], "b")]
+    daemon = make_daemon(*named, config=MIRRORED).start()
+    objects = {daemon.put(data): data for data in (b"x", os.urandom(100_000))}
+    daemon.stop()
+    disks.link(pair[1], "a")
+    disks.link(pair[0], "b")
+    daemon.start()
+    assert states(daemon) == ["online", "online"]
+    assert [device["path"] for device in daemon.devices()] == [str(path) for path in reversed(named)]
+    assert {uuid: daemon.get(uuid) for uuid in objects} == objects
+    assert daemon.pool()["state"] == "ok"
+
+
 def test_another_disk_of_the_same_number_that_has_gone_is_not_ours(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
