@@ -351,9 +351,7 @@ def _read(source: Path) -> dict[str, Any]:
         with source.open("rb") as opened:
             return tomllib.load(opened)
     except OSError as error:
-        raise ConfigError(
-            f"{source}: it cannot be read: {error.strerror}", hint="name another file"
-        ) from error
+        raise ConfigError(f"{source}: it cannot be read: {error.strerror}", hint="name another file") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source}: byte {error.start} is not UTF-8", hint="save the file as UTF-8") from error
     except tomllib.TOMLDecodeError as error:

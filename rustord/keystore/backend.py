@@ -25,7 +25,9 @@ class Backend(Protocol):
     `open` comes first and `close` last, with no other call running beside either of them. Between the two, `get` and
     `scan` may be called from any number of threads, and `commit` from any thread, though never from two at a time.
 
-    Every method raises `Damaged` when what is stored cannot be right, and `DeviceError` when it cannot be reached.
+    Every method raises `Damaged` when what is stored cannot be right, and `DeviceError` when it cannot be reached. An
+    entry that neither `get` nor `scan` has any more is noticed by the core (`rustord.keystore.state`). One that only
+    `get` has lost is not: a backend looks for that itself, when it is opened at the latest.
     """
 
     def open(self, directory: Path, *, read_only: bool = False) -> None:

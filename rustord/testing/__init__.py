@@ -7,7 +7,7 @@ A plugin's tests run it with one class::
     class TestSpread(PlacerContract):
         factory = staticmethod(make_spread)     # what the hook offers: options -> Placer
 
-and `check` runs it on whatever is installed, as ``rustorctl plugin check`` does. The suites need pytest.
+and `check` runs it on whatever is installed, as ``rustorctl plugin check`` does. The suites need pytest and hypothesis.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from __future__ import annotations
 from rustord.errors import PluginError
 
 try:
+    import hypothesis  # noqa: F401
     import pytest
 except ImportError as error:
     raise PluginError(
-        "the contract suites need pytest, which is not installed",
-        hint="install it: apt-get install python3-pytest, or pip install 'rustord[test]'",
+        f"the contract suites need pytest and hypothesis, and {error.name} is not installed",
+        hint="install both: apt-get install python3-pytest python3-hypothesis, or pip install 'rustord[test]'",
     ) from error
 
 # Before they are imported: so that a failed assert shows the values it saw.
