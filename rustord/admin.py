@@ -188,7 +188,8 @@ class Admin:
         lost. Raises NotFound, DeviceError, InvalidRequest, or NoSpace if the others have no room for what is on it.
         """
         slot = self._find(which)
-        if slot.state == "online" and self._store.allocator.is_empty(slot.index):
+        is_leaving = slot.standing is not Standing.IN_USE  # then it is the mover that lets go of it
+        if not is_leaving and slot.state == "online" and self._store.allocator.is_empty(slot.index):
             entry = self._device(slot)
             self._writer.call(lambda: remove_device(self._store, slot.index))
             log.info("device %d was removed", slot.index, extra=DEVICE_REMOVED(device=entry["path"] or ""))

@@ -27,6 +27,8 @@ from rustord.errors import (
     ReadOnly,
     RustordError,
 )
+from rustord.label import Standing
+from rustord.membership import set_standing
 from rustord.objectstore import ObjectStore
 from rustord.objkey import parse_uuid, uuid_text
 from rustord.placer import Contiguous, Mirrored, Placer
@@ -337,6 +339,15 @@ def test_a_device_is_emptied_and_then_removed(admin: Admin, store: ObjectStore, 
     assert not is_locked(added)
     with closing(open_device(added, read_only=True)) as device:
         assert read_label(device) is None
+
+
+def test_a_device_that_leaves_is_left_to_the_mover(admin: Admin, store: ObjectStore, added: Path) -> None:
+    """Which may be at work on it: it would stumble if somebody else let go of the device."""
+    set_standing(store, 1, Standing.LEAVING)
+    assert store.allocator.is_empty(1)
+    assert admin.remove_device("1")["standing"] == "leaving"
+    assert ended(admin)["state"] == "done"
+    assert len(admin.devices()) == 1
 
 
 def test_a_device_is_replaced(admin: Admin, store: ObjectStore, make_image: MakeImage) -> None:
