@@ -49,7 +49,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    worker = getattr(config, "workerinput", None)  # under pytest-xdist, all processes share one seed
+    worker = getattr(config, "workerinput", None)  # what `pytest_configure_node` gave us, if pytest-xdist started us
+    config.option.in_ci = worker["in_ci"] if worker else IN_CI
     if worker is not None:
         config.option.seed = worker["seed"]
     elif config.option.seed is None:
@@ -59,6 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     node.workerinput["seed"] = node.config.option.seed
+    node.workerinput["in_ci"] = IN_CI
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -97,18 +99,18 @@ def _lacking_for_root() -> str:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    return _skipped_is_failed(item.nodeid, (yield))
+    return _skipped_is_failed(item.config, item.nodeid, (yield))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    return _skipped_is_failed(collector.nodeid, (yield))
+    return _skipped_is_failed(collector.config, collector.nodeid, (yield))
 
 
-def _skipped_is_failed(nodeid: str, report: Report) -> Report:
-    if IN_CI and report.skipped and not hasattr(report, "wasxfail"):
+def _skipped_is_failed(config: pytest.Config, nodeid: str, report: Report) -> Report:
+    if config.option.in_ci and report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome = "failed"
         report.longrepr = f"{nodeid} was skipped, and in CI nothing may be: {reason}"
