@@ -3,7 +3,9 @@
 
     packaging/build.py DIRECTORY [wheel|deb|rpm]...
 
-The source distribution comes first, and all else is made from it. Two builds of one commit are equal, byte by byte.
+The source distribution comes first, and all else is made from it. Two builds of one commit are equal, byte by byte, but
+for what tells of the build itself: Debian's .buildinfo and .changes; and an RPM's source has the name of the directory
+that it was built in, its header an id of that source.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ def build_sdist(destination: Path) -> Path:
     run(PYTHON, "-m", "hatchling", "build", "--target", "sdist", "--directory", destination, cwd=ROOT)
     (sdist,) = destination.glob("*.tar.gz")
     sdist.chmod(0o644)
+    os.utime(sdist, (int(os.environ["SOURCE_DATE_EPOCH"]),) * 2)  # which a source package keeps
     return sdist
 
 
@@ -70,6 +73,7 @@ def build_rpm(sdist: Path, work: Path, destination: Path) -> None:
     spec = unpack(sdist, work) / "packaging" / "rustord.spec"
     define = ["--define", f"_topdir {work}/rpm", "--define", f"_sourcedir {sdist.parent}"]
     define += ["--define", "use_source_date_epoch_as_buildtime 1", "--define", "_buildhost rustord"]
+    define += ["--define", "clamp_mtime_to_source_date_epoch 1"]
     run("rpmbuild", "-ba", "--nodeps", *define, spec, cwd=work)
     for path in (work / "rpm").glob("*RPMS/**/*.rpm"):
         shutil.copy(path, destination)
@@ -82,6 +86,7 @@ def main() -> None:
     arguments = parser.parse_args()
     destination = arguments.directory.resolve()
     destination.mkdir(parents=True, exist_ok=True)
+    os.umask(0o022)
     os.environ.setdefault("SOURCE_DATE_EPOCH", epoch())
     os.environ["PATH"] = PATH
     for kind in arguments.kinds:

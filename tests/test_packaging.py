@@ -112,17 +112,50 @@ def test_completions_are_valid(manual: Path, shell: str) -> None:
 # The packages
 
 
+SURROUNDINGS = (
+    {"TZ": "UTC", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0"},
+    {"TZ": "Pacific/Kiritimati", "LC_ALL": "C", "PYTHONHASHSEED": "1"},
+)
+"""Of two builds; the umask and the directory are others, too."""
+TELL_OF_THE_BUILD = (".buildinfo", ".changes", ".src.rpm")
+
+
+def digest(path: Path) -> str:
+    """Of all that is in a package."""
+    if path.suffix == ".rpm":
+        files = "[%{FILENAMES} %{FILEMODES} %{FILEUSERNAME} %{FILEMTIMES}\n]"
+        return run("rpm", "--query", "--package", "--queryformat", f"%{{BUILDTIME}} %{{PAYLOADDIGEST}}\n{files}", path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 @needs("/usr/bin/python3")
-def test_two_builds_are_equal(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "suffixes"),
+    [
+        ("wheel", {".whl", ".gz"}),
+        pytest.param("deb", {".deb", ".dsc", ".gz", ".xz"}, marks=[pytest.mark.long, needs("pybuild")]),
+        pytest.param("rpm", {".rpm"}, marks=[pytest.mark.long, needs("rpmbuild")]),
+    ],
+)
+@pytest.mark.timeout(900)
+def test_two_builds_are_equal(tmp_path: Path, kind: str, suffixes: set[str]) -> None:
     if not Path("/usr/lib/python3/dist-packages/hatchling").exists():
         pytest.skip("there is no python3-hatchling; `./dev package` brings it")
     builds = []
-    for name in ("one", "two"):
-        run(sys.executable, PACKAGING / "build.py", tmp_path / name, "wheel")
-        built = sorted((tmp_path / name).iterdir())
-        builds.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in built})
+    for number, surroundings in enumerate(SURROUNDINGS):
+        umask = ["sh", "-euc", f'umask 00{2 + 5 * number}{2 + 5 * number}; exec "$@"', "sh"]
+        run(
+            *umask,
+            sys.executable,
+            PACKAGING / "build.py",
+            directory := tmp_path / f"build{number}",
+            kind,
+            **surroundings,
+        )
+        built = [path for path in sorted(directory.iterdir()) if not path.name.endswith(TELL_OF_THE_BUILD)]
+        builds.append({path.name: digest(path) for path in built})
     assert builds[0] == builds[1]
-    assert {Path(name).suffix for name in builds[0]} == {".whl", ".gz"}
+    assert {Path(name).suffix for name in builds[0]} == suffixes
 
 
 def test_the_packages_have_the_version_of_the_program() -> None:
