@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import TypeVar
 
 from rustord.badblocks import BadBlocks, BadRun
 from rustord.blockdevice import open_device
@@ -22,6 +23,8 @@ from rustord.pool import create_pool, open_pool
 from rustord.record import Record
 from rustord.testing.device import Power, VolatileDevice
 from rustord.testing.device import PowerCut as PowerCut
+
+T = TypeVar("T")
 
 MIB = 1 << 20
 
@@ -180,6 +183,23 @@ def run(store: ObjectStore, *changes: Change) -> list[Record | RustordError]:
         outcomes.update(cycle.outcomes)
         following = cycle.following
     return [outcomes[change] for change in changes]
+
+
+class Direct:
+    """A writer that makes all cycles at once, on the caller's thread."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+
+    def make(self, changes: Sequence[Change], timeout_s: float) -> list[tuple[Change, Record | RustordError]]:
+        del timeout_s
+        return list(zip(changes, run(self._store, *changes), strict=True))
+
+    def call(self, function: Callable[[], T], timeout_s: float = 60.0) -> T:
+        del timeout_s
+        answer = function()
+        run(self._store)
+        return answer
 
 
 def stored(outcome: Record | RustordError) -> Record:

@@ -22,8 +22,7 @@ from rustord.placer import Mirrored
 from rustord.pool import open_devices
 from rustord.record import Metadata, Record, encode_record
 from rustord.volumes import Volumes
-from tests.simulation import MIB, PowerCut, Simulation, check_sound, live, run, stored
-from tests.test_volumes import Direct
+from tests.simulation import MIB, Direct, PowerCut, Simulation, check_sound, live, run, stored
 
 BLOCK = 4096
 

@@ -22,8 +22,8 @@ from rustord.record import Record
 from rustord.testing.device import VolatileDevice
 from rustord.volumes import Volumes
 from rustord.writer import Writer
-from tests.simulation import MIB, PowerCut, Simulation, check_sound, live, run
-from tests.test_volumes import Direct, read, rebuild_index, write
+from tests.simulation import MIB, Direct, PowerCut, Simulation, check_sound, live, run
+from tests.test_volumes import read, rebuild_index, write
 
 
 class Pool:

@@ -130,7 +130,6 @@ class TestReturning:
             assert [slot.state for slot in store.blocks.slots.values()] == ["online", "online"]
             pair.close()
 
-
     @pytest.mark.parametrize("reuse", [False, True])
     def test_what_was_deleted_without_a_device_does_not_return_with_its_journal(
         self, simulate: Callable[..., Simulation], reuse: bool

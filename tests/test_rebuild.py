@@ -27,8 +27,7 @@ from rustord.pool import open_devices, open_pool
 from rustord.rebuild import Report, rebuild
 from rustord.record import Metadata, Record
 from rustord.volumes import Volumes
-from tests.simulation import MIB, PowerCut, Simulation, check_sound, free_blocks, live, run, stored, upload
-from tests.test_volumes import Direct
+from tests.simulation import MIB, Direct, PowerCut, Simulation, check_sound, free_blocks, live, run, stored, upload
 
 POLICIES: Sequence[ErasePolicy] = ("zero", "discard", "none")
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
-from rustord.change import Change
-from rustord.errors import InUse, InvalidRequest, NoSpace, NotFound, PreconditionFailed, ReadOnly, RustordError
+from rustord.errors import InUse, InvalidRequest, NoSpace, NotFound, PreconditionFailed, ReadOnly
 from rustord.keystore.lmdb import LmdbBackend
 from rustord.layermerger import LayerMerger
-from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
 from rustord.page import CHUNK_BYTES
 from rustord.placer import Contiguous, FirstFit, Mirrored, Striped
@@ -24,27 +22,10 @@ from rustord.record import Record
 from rustord.testing.device import SECTOR_BYTES
 from rustord.volume import Volume
 from rustord.volumes import Volumes
-from tests.simulation import MIB, PowerCut, Simulation, check_sound, free_count, live, run
+from tests.simulation import MIB, Direct, PowerCut, Simulation, check_sound, free_count, live, run
 
 T = TypeVar("T")
 SIZE = 40 * CHUNK_BYTES
-
-
-class Direct:
-    """A writer that makes all cycles at once, on the caller's thread."""
-
-    def __init__(self, store: ObjectStore) -> None:
-        self._store = store
-
-    def make(self, changes: Sequence[Change], timeout_s: float) -> list[tuple[Change, Record | RustordError]]:
-        del timeout_s
-        return list(zip(changes, run(self._store, *changes), strict=True))
-
-    def call(self, function: Callable[[], T], timeout_s: float = 60.0) -> T:
-        del timeout_s
-        answer = function()
-        run(self._store)
-        return answer
 
 
 class Bench:

@@ -17,12 +17,15 @@ from typing import Any, NamedTuple
 import rustord.blockstore
 import rustord.journal
 import rustord.membership
+import rustord.page
 import rustord.placement
 import rustord.pool
 from rustord.blockstore import BlockStore
 from rustord.keystore.ring import Ring
 from rustord.keystore.store import KeyStore
 from rustord.objectstore import ObjectStore
+from rustord.volume import Volume
+from rustord.volumes import Volumes
 from tests.crash import scenarios
 from tests.crash.scenarios import Scenario
 
@@ -84,6 +87,7 @@ def _compiled(source: str, function: FunctionType) -> CodeType:
 
 pool = rustord.pool
 membership = rustord.membership
+page = rustord.page
 blockstore = rustord.blockstore
 journal = rustord.journal
 cycle = ObjectStore.cycle
@@ -314,6 +318,72 @@ def _mutants() -> Iterator[Mutant]:
             "return True",
         ),
         by=(s.crashing_often,),
+    )
+    # Volumes
+    yield mutant(
+        "a flush of a volume leaves the map where it was",
+        (Volume._commit, "if chunks or pages:", "if False:"),
+        by=(s.writing_a_volume,),
+    )
+    yield mutant(
+        "what was written to a volume in place is not flushed",
+        (Volume._commit, "self._flush_devices(dirty)"),
+        by=(s.writing_a_volume,),
+    )
+    yield mutant(
+        "a change of a map is not flushed",
+        (ObjectStore.note, "failed |= self.blocks.flush(written)"),
+        by=(s.writing_a_volume,),
+    )
+    yield mutant(
+        "the blocks of a volume that is deleted are not erased",
+        (ObjectStore._sweep, "if collected else []", "if False else []"),
+        by=(s.writing_a_volume,),
+    )
+    yield mutant(
+        "the map of a volume is not kept",
+        (KeyStore.checkpoint, "self._keep_pages([page for page in pages if page.layer not in self._retired])"),
+        by=(s.keeping_a_map,),
+    )
+    yield mutant(
+        "the map of a volume is kept in one place",
+        (page.slot_of, "page.generation % SLOT_COUNT", "0"),
+        by=(s.keeping_a_map,),
+    )
+    yield mutant(
+        "what an opening learnt of maps is not marked as to be kept",
+        (KeyStore.checkpoint, 'puts[_UNKEPT] = b""'),
+        by=(s.keeping_a_map,),
+    )
+    yield mutant(
+        "maps that are marked are not kept",
+        (KeyStore.begin_to_keep, "if self._backend.get(_UNKEPT) is None:", "if True:"),
+        by=(s.keeping_a_map,),
+    )
+    yield mutant(
+        "a volume is frozen without a flush",
+        (Volumes.freeze, "self._volume(name).flush()"),
+        by=(s.freezing_and_cloning,),
+    )
+    yield mutant(
+        "a volume that was frozen when the power failed stays a volume",
+        (pool._finish_freezing, "if store.layers.is_frozen(layer):", "if False:"),
+        by=(s.freezing_and_cloning,),
+    )
+    yield mutant(
+        "an Object is erased though a clone builds on it",
+        (ObjectStore._settle_deletes, "if record.uuid in self.layers.users:", "if False:"),
+        by=(s.cloning_an_object,),
+    )
+    yield mutant(
+        "the index forgets an Object that a clone builds on",
+        (KeyStore._learn_delete, "if uuid in self._bases.values():", "if False:"),
+        by=(s.cloning_an_object,),
+    )
+    yield mutant(
+        "an Object below a clone stays when both are deleted",
+        (ObjectStore._needed_no_more, "if base not in self.layers.users and", "if False and"),
+        by=(s.cloning_an_object,),
     )
     # Devices that fail
     yield mutant(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from rustord.errors import PoolError, RustordError
 from rustord.objectstore import ObjectStore
 from rustord.testing.recording import Note, State
+from tests.crash.disks import Disks
 from tests.crash.scenarios import DEVICE_BYTES, Scenario, some
 from tests.crash.story import Index, Stage, Story, Told
 
@@ -93,7 +94,7 @@ class Proof:
         if not self._rebuild(stage):
             return
         found = stage.check(stage.open(), redundant=False)
-        stage.tell(stage.told._replace(objects=found, putting=(), deleting=frozenset()))
+        stage.tell(stage.told._replace(objects=found, putting=(), deleting=frozenset(), unsure={}))
         stage.lose_power()
         assert stage.check(stage.open(), redundant=False) == found, "the opening after a rebuild found something else"
 
@@ -141,6 +142,10 @@ def work_on(story: Story, chance: random.Random) -> None:
     story.put(some(at, chance.choice([0, 100, 5000, 9000]), chance.choice(["", "a", "new"])), some(at + 1, 6000))
     if chance.random() < 0.5:
         story.move(chance.choice(story.uuids))
+    for name in sorted(story.stage.told.disks):
+        disks = Disks(story)
+        disks.write(name, chance.randrange(16) * 4096, some(at + 3, 6000).data)
+        disks.flush(name)
     if chance.random() < 0.5:
         story.checkpoint()
     story.delete(chance.choice(story.uuids))

@@ -8,7 +8,9 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from rustord.extent import Extent
+from rustord.page import CHUNK_BYTES
 from rustord.placer import Contiguous, FreeView, Mirrored, Placer, Striped
+from tests.crash.disks import Disks
 from tests.crash.story import Content, Stage, Story
 from tests.simulation import MIB
 
@@ -149,6 +151,13 @@ def nearly_around(stage: Stage, *, indexing: bool) -> Story:
     stage.create()
     story = Story(stage, stage.open())
     story.put(*(some(number, 600, f"early{number}") for number in range(5)))
+    fill_journal(story, indexing=indexing)
+    stage.recording.mark()
+    return story
+
+
+def fill_journal(story: Story, *, indexing: bool) -> None:
+    """Have all but a few blocks of the journal used."""
     ring = story.store.keystore._rings[0]
     number = count(100)
     while ring.block < RING_BLOCKS - 60:  # records of 8 KiB, 20 in a batch
@@ -157,8 +166,6 @@ def nearly_around(stage: Stage, *, indexing: bool) -> Story:
             story.checkpoint()
     while ring.block < RING_BLOCKS - 3:
         story.put(some(next(number), 10, "often"))
-    stage.recording.mark()
-    return story
 
 
 def uploading(stage: Stage) -> None:
@@ -294,6 +301,66 @@ def condemning(stage: Stage) -> None:
     story.condemn(Extent(0, 1302, 1))
 
 
+def writing_a_volume(stage: Stage) -> None:
+    disks = Disks(opened(stage))
+    disks.create("disk", 4)
+    disks.write("disk", 500, some(1, 3000).data)
+    disks.flush("disk")
+    disks.write("disk", 70_000, some(2, 70_000).data)
+    disks.write("disk", 1000, some(3, 5000).data)  # in place
+    disks.flush("disk")
+    disks.trim("disk", 1)
+    disks.flush("disk")
+    disks.delete("disk")
+
+
+def freezing_and_cloning(stage: Stage) -> None:
+    """A volume becomes an Object without a byte being moved, and volumes share that until the last is gone."""
+    story = opened(stage)
+    disks = Disks(story)
+    data = some(1, 70_000).data
+    disks.create("disk", 3)
+    disks.write("disk", 0, data)
+    disks.freeze("disk", Content(data + bytes(3 * CHUNK_BYTES - len(data)), "image"))
+    disks.clone("image", "copy")
+    disks.write("copy", 65_000, some(2, 3000).data)
+    disks.flush("copy")
+    story.delete(story.named("image"))
+    disks.write("copy", 10_000, some(3, 3000).data)
+    disks.flush("copy")
+
+
+def cloning_an_object(stage: Stage) -> None:
+    """What a clone builds on stays when the Object is deleted, and goes with the clone."""
+    story = opened(stage)
+    story.put(some(1, 2 * CHUNK_BYTES, "image"))
+    disks = Disks(story)
+    disks.clone("image", "copy")
+    story.delete(story.named("image"))
+    disks.write("copy", 3000, some(2, 3000).data)
+    disks.flush("copy")
+    story.put(some(3, 9000))
+    disks.delete("copy")
+
+
+def keeping_a_map(stage: Stage) -> None:
+    """The journal has gone around since, so that the slots alone have the map of a volume if the index is lost."""
+    story = opened(stage)
+    disks = Disks(story)
+    disks.create("disk", 3)
+    disks.write("disk", 0, some(1, 3000).data)
+    disks.flush("disk")
+    story = stage.restart()
+    fill_journal(story, indexing=True)
+    stage.recording.mark()
+    disks = Disks(story)
+    for turn in range(3):
+        story.put(some(60 + turn, 5000, f"late{turn}"))
+        disks.write("disk", (turn + 1) * 50_000, some(70 + turn, 3000).data)
+        disks.flush("disk")
+        story.checkpoint()
+
+
 def opened(stage: Stage) -> Story:
     """A Story on a new pool, which is not itself to be cut."""
     stage.create()
@@ -320,6 +387,11 @@ def _scenarios() -> Any:
     yield Scenario(moving)
     yield Scenario(moving, 3, Mirrored(2))
     yield Scenario(condemning)
+    yield Scenario(writing_a_volume)
+    yield Scenario(writing_a_volume, 2, Striped(2))
+    yield Scenario(freezing_and_cloning)
+    yield Scenario(cloning_an_object, 2, Mirrored(2))
+    yield Scenario(keeping_a_map)
     yield Scenario(deleting_and_putting_at_once, 1, OnFirst())
     yield Scenario(filling_the_journal, 1, OnFirst())
     yield Scenario(failing_flush, 2, Mirrored(2))

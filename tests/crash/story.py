@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -16,7 +16,7 @@ from unittest.mock import patch
 from rustord.blockstore import ErasePolicy, read_label
 from rustord.change import Change, Delete, Put
 from rustord.errors import FormatError, NotFound, PoolError, RustordError
-from rustord.extent import Extent, block_count
+from rustord.extent import LAYERS, Extent, block_count
 from rustord.footer import encode_footer
 from rustord.keygen import HashKeyGen, Uuid7
 from rustord.membership import add_device, prepare_device, remove_device
@@ -27,6 +27,7 @@ from rustord.rebuild import Report, rebuild
 from rustord.record import Metadata, Record
 from rustord.testing.device import SECTOR_BYTES, MemoryDevice, VolatileDevice
 from rustord.testing.recording import Recording, Sectors, State
+from tests.crash.disks import Disk, found_disks
 from tests.simulation import MIB, check_sound, live
 
 T = TypeVar("T")
@@ -64,6 +65,8 @@ class Told(NamedTuple):
     ``deleted`` were acknowledged, as replaced ones too. ``moving`` are Objects whose moves began and did not end, even
     before an earlier power cut. ``members`` are the numbers of the pool's devices, with ``joining`` those that
     are being added or removed. ``made``: whether the pool was. ``bad`` are blocks that are never to be used again.
+    ``disks`` are the volumes, the ``unsure`` ones are being made or deleted or become an Object of that data, and
+    ``bases`` are Objects that may be kept for a volume when they are deleted.
     ``places`` are all blocks that Objects are known to have had; those of the ``erased`` were to be zeroed.
     """
 
@@ -76,13 +79,21 @@ class Told(NamedTuple):
     joining: frozenset[int] = frozenset()
     made: bool = False
     bad: frozenset[Extent] = frozenset()
+    disks: Mapping[str, Disk] = {}
+    unsure: Mapping[str, bytes] = {}
+    bases: frozenset[bytes] = frozenset()
     places: Mapping[bytes, frozenset[Extent]] = {}
     erased: frozenset[bytes] = frozenset()
 
     def at(self, record: Record) -> Told:
         """The Object is, or has been, where its record says."""
-        places = self.places.get(record.uuid, frozenset()) | frozenset(record.extents)
-        return self._replace(places={**self.places, record.uuid: places})
+        own = frozenset(extent for extent in record.extents if extent.device != LAYERS)
+        return self._replace(places={**self.places, record.uuid: self.places.get(record.uuid, frozenset()) | own})
+
+    def leaving(self, layer: bytes, extents: frozenset[Extent], data: bytes) -> Told:
+        """A Layer with this data is being deleted, and what it had there is to be erased."""
+        deleted = {**self.deleted, layer: Content(data)}
+        return self._replace(places={**self.places, layer: extents}, deleted=deleted)
 
     def after(self, found: Mapping[bytes, Content], members: frozenset[int]) -> Told:
         """What holds once somebody has looked at what a power cut left."""
@@ -94,6 +105,7 @@ class Told(NamedTuple):
             deleted={**self.deleted, **gone},
             members=members,
             joining=frozenset(),
+            unsure={},
         )
 
 
@@ -217,11 +229,15 @@ class Stage:
 
     def create(self) -> None:
         """Make a pool of all devices."""
-        with ExitStack() as stack:
-            stack.enter_context(patch("rustord.pool.os.urandom", self.chance.randbytes))
-            stack.enter_context(patch("rustord.pool.time.time_ns", self.now))
+        with self.determined():
             create_pool([self.device(number) for number in self.sizes], self._keygen)
         self.tell(Told(members=frozenset(self.sizes), made=True))
+
+    @contextmanager
+    def determined(self) -> Iterator[None]:
+        """Randomness and time are those of the stage meanwhile."""
+        with patch("rustord.pool.os.urandom", self.chance.randbytes), patch("rustord.pool.time.time_ns", self.now):
+            yield
 
     def open(self) -> ObjectStore:
         """Open the pool on its devices: those of which users know, and whatever else bears its label."""
@@ -297,6 +313,8 @@ class Stage:
                 assert found[uuid] == content, "an Object has changed"
             else:
                 assert uuid in told.deleting or content.name in replaced, "an acknowledged Object is lost"
+        objects = {content.data for content in found.values()}
+        self.told = told = told._replace(disks=found_disks(store, told.disks, told.unsure, objects))
         names = {content.name: uuid for uuid, content in found.items() if content.name}
         assert names == dict(store.names()), "names and Objects do not agree"
         assert sum(1 for content in found.values() if content.name) == len(names), "a name has two Objects"
@@ -328,7 +346,7 @@ class Stage:
             return True
         content = self.told.deleted.get(uuid, Content(b""))
         starts = (content.data[at : at + 64] for at in range(0, len(content.data), BLOCK))
-        return self.policy == "zero" and any(data.startswith(start) for start in starts)
+        return self.policy == "zero" and any(any(start) and data.startswith(start) for start in starts)
 
     def check_zeroed(self) -> None:
         """Assert that nothing is left of Objects whose DELETE was answered, but where others are by now.
@@ -435,7 +453,7 @@ class Story:
         record = self.store.stat(uuid)
         moving = self.stage.told.moving
         self.stage.tell(self.stage.told._replace(moving=moving | {uuid}))
-        self.follow([self.store.relocate(record, record.extents)])
+        self.follow([self.store.relocate(record, [extent for extent in record.extents if extent.device != LAYERS])])
         self.stage.tell(self.stage.told._replace(moving=moving))
 
     def condemn(self, *extents: Extent) -> None:
@@ -455,7 +473,7 @@ class Story:
         stage.tell(told._replace(joining=frozenset({number})))
         device = stage.device(number)
         prepare_device(self.store, device)
-        with patch("rustord.pool.os.urandom", stage.chance.randbytes):
+        with stage.determined():
             add_device(self.store, device)
         stage.tell(told._replace(members=told.members | {number}))
 
@@ -483,7 +501,7 @@ def _learnt(told: Told, asked: Content | bytes, outcome: Record | RustordError) 
         objects = dict(told.objects)
         content = objects.pop(asked, None) or told.deleted[asked]  # its name may be another's before this is answered
         deleted = {**told.deleted, asked: content}
-        erased = told.erased | {asked}
+        erased = told.erased | ({asked} - told.bases)
         return told._replace(objects=objects, deleted=deleted, deleting=told.deleting - {asked}, erased=erased)
     assert isinstance(asked, Content)
     if isinstance(outcome, RustordError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from rustord.errors import RustordError
 from tests.crash.mutants import MUTANTS, Mutant
 from tests.crash.proof import Proof
 
@@ -20,7 +21,7 @@ def test_a_mutant_is_caught(mutant: Mutant, seed: int) -> None:
             try:
                 with mutant.applied():
                     proof.of(scenario)
-            except AssertionError:
+            except (AssertionError, RustordError):
                 return
             states += proof.counts["states"]
     pytest.fail(f"nothing shows that {mutant}; {states} states were examined")
