@@ -380,11 +380,6 @@ def _mutants() -> Iterator[Mutant]:
         (KeyStore._learn_delete, "if uuid in self._bases.values():", "if False:"),
         by=(s.cloning_an_object,),
     )
-    yield mutant(
-        "an Object below a clone stays when both are deleted",
-        (ObjectStore._needed_no_more, "if base not in self.layers.users and", "if False and"),
-        by=(s.cloning_an_object,),
-    )
     # Devices that fail
     yield mutant(
         "a PUT is acknowledged though a flush failed",
