@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 
 from rustord.change import Delete
+from rustord.errors import Unavailable
 from rustord.layermerger import LayerMerger
 from rustord.objectstore import ObjectStore
 from rustord.page import CHUNK_BYTES
 from rustord.record import Record
 from rustord.volumes import LAYERS_MAX, Volumes
 from rustord.writer import Writer
-from tests.simulation import MIB, PowerCut, Simulation, check_sound, free_count, live, run
-from tests.test_volumes import Bench, Direct, content, read, rebuild_index, write
+from tests.simulation import MIB, Direct, PowerCut, Simulation, check_sound, free_count, live, run
+from tests.test_volumes import Bench, content, read, rebuild_index, write
 
 SIZE = 80 * CHUNK_BYTES
 
@@ -216,3 +217,39 @@ def test_a_power_cut_at_any_step_leaves_all_of_it(
         bench.check()
         simulation.close()
         count += step
+
+
+@pytest.mark.parametrize("fate", ["index", "rebuild"])
+@pytest.mark.parametrize("stage", ["taken over", "named"])
+def test_chunks_that_two_layers_name_are_the_upper_ones(bench: Bench, seed: int, fate: str, stage: str) -> None:
+    """A crash between the steps of a merge."""
+    chance = random.Random(seed)
+    bench.volumes.create("disk", SIZE)
+    change(bench.volumes, "disk", chance)
+    bench.volumes.snapshot("disk", "gone")
+    change(bench.volumes, "disk", chance)
+    delete(bench.store, "gone")
+    expected = contents(bench.store, bench.volumes)
+    merger = LayerMerger(bench.store, bench.volumes)
+    ((upper, lower),) = bench.store.layers.mergeable()
+    chunks = {chunk: address for chunk, address in lower.chunks() if not upper.get(chunk)}
+    assert merger._take_over(upper, lower, [*chunks.items()])
+    if stage == "named":
+        assert merger._finish(upper, lower, chunks)
+    bench.simulation.cut_power()
+    if fate == "rebuild":
+        rebuild_index(bench.simulation)
+    bench.store = bench.simulation.open()
+    bench.volumes = Volumes(bench.store, Direct(bench.store))
+    bench.check()
+    if stage == "taken over":
+        with pytest.raises(Unavailable, match="cut short"):
+            bench.volumes.open("disk")
+    assert LayerMerger(bench.store, bench.volumes).run() == (stage == "taken over")
+    assert contents(bench.store, bench.volumes) == expected
+    bench.check()
+    bench.volumes.delete("disk")
+    bench.check()
+    for index, runs in bench.store.allocator._free.items():
+        for block, count in runs:
+            assert not any(bench.simulation.read(index, block, count)), "what is free was not erased"
