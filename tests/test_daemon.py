@@ -480,9 +480,10 @@ def test_an_index_whose_record_is_damaged_is_refused_and_made_anew(daemon: Daemo
     file.write_bytes(data)
     status, said = daemon.refusal()
     assert status == 10
-    assert "the index is damaged: the record of Object" in said
-    assert "'rustorctl pool rebuild --replace'" in said
-    rebuild = [Path(sys.executable).parent / "rustorctl", "pool", "rebuild", "--replace", "--config", daemon.config]
+    assert f"the index at {daemon.index} is damaged: of its 4 entries, some are not as they were written" in said
+    assert f"move {daemon.index} away, then 'rustorctl pool rebuild'" in said
+    daemon.index.rename(daemon.index.with_name("damaged"))
+    rebuild = [Path(sys.executable).parent / "rustorctl", "pool", "rebuild", "--config", daemon.config]
     subprocess.run(rebuild, check=True, capture_output=True)
     daemon.start()
     assert {uuid: daemon.get(uuid) for uuid in uuids} == uuids
