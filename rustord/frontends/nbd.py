@@ -3,9 +3,10 @@
 Every connection has a thread of its own, which blocks. That takes 16 µs of CPU for a 4 KiB read at depth 1 and 6.7 µs
 at depth 16, nbdkit 16.2 and 8.2 (side by side, system calls included), so there is little that a cleverer model
 could save. Processes would keep more CPUs busy when several clients are: here they share the interpreter's lock, and
-only what the kernel does for them runs side by side. But then every move of an Object, every change of a volume's map
-and every device that comes or goes would have to be told to all of them before the next request. The event loop accepts
-connections; what they do then is up to their threads.
+only what the kernel does for them runs side by side. Two clients of two exports together get no more 4 KiB reads than
+one does (1.03 times as many; nbdkit 1.6 times; depth 16, two CPUs). But with processes every move of an Object, every
+change of a volume's map and every device that comes or goes would have to be told to all of them before the next
+request. The event loop accepts connections; what they do then is up to their threads.
 
 What one client can take is bounded: how long it may negotiate, how many connections it and all together may have, and
 two buffers for each (see `rustord.wire.transmission`). One that reads no replies holds up nobody but itself.

@@ -113,9 +113,12 @@ def test_a_full_pool_is_told_and_heals(daemon: Daemon) -> None:
 
 
 def test_what_was_flushed_survives_the_death_of_the_daemon(daemon: Daemon) -> None:
-    with NbdPeer(nbd_socket(daemon)) as peer:
-        peer.go("disk").send(write(5, b"flushed") + request(3))
-        peer.receive(32)
+    """A flush on one connection covers what was written on another: that is what CAN_MULTI_CONN promises."""
+    with NbdPeer(nbd_socket(daemon)) as peer, NbdPeer(nbd_socket(daemon)) as other:
+        peer.go("disk").send(write(5, b"flushed"))
+        peer.receive(16)
+        other.go("disk").send(request(3))
+        other.receive(16)
         assert daemon.process is not None
         daemon.process.send_signal(signal.SIGKILL)
         daemon.process.wait()
