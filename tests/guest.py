@@ -83,7 +83,8 @@ def make_image(path: Path, files: dict[str, Path], work: Path) -> None:
 class Guest:
     """A machine that runs, with its root filesystem in ``image`` and more disks, given by serial number."""
 
-    def __init__(self, directory: Path, image: Path, disks: dict[str, Path]) -> None:
+    def __init__(self, directory: Path, image: Path | str, disks: dict[str, Path]) -> None:
+        """``image`` may be anything that QEMU takes for a file, as the address of an NBD export."""
         directory.mkdir()
         self._console, self._buffer = directory / "console", b""
         boot = kernel() / "boot"
