@@ -332,8 +332,10 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
         if put.sequence > keystore.indexed_sequence:
             return False
         record = Record(put.payload[16:])
+        if record.id in undone or record.id in buried or _lies_within(put.sequence, label.voids):
+            return False  # never committed, so it has replaced nothing, however much the index has learnt since
         others = record.devices & journals.keys()
-        return record.id not in buried and any(put.sequence not in journals[device] for device in others)
+        return any(put.sequence not in journals[device] for device in others)
 
     dropped: set[int] = set()
     known: dict[int, list[int]] = {}
@@ -374,6 +376,11 @@ def was_flushed(sequence: int, durable: Sequence[int], label: Label) -> bool:
         return False
     between = bisect_right(label.voids, (durable[at], _NO_RUN)) - 1  # the last that does not begin behind it
     return between < 0 or label.voids[between][1] <= sequence
+
+
+def _lies_within(sequence: int, voids: Sequence[tuple[int, int]]) -> bool:
+    before = bisect_right(voids, (sequence, _NO_RUN)) - 1
+    return before >= 0 and sequence < voids[before][1]
 
 
 def _without(voids: Iterable[tuple[int, int]], kept: Iterable[Entry]) -> list[tuple[int, int]]:
