@@ -5,9 +5,11 @@ In CI (`CI=true`) a test that is skipped has failed: there, everything that can 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,7 @@ from tests.simulation import Simulation
 from tests.zoo import Zoo
 
 MIB = 1 << 20
+_BLKROSET = 0x125D
 # pytest must not see it: in CI it prints whole differences, and takes minutes to find those of large values.
 IN_CI = os.environ.pop("CI", "").lower() == "true"
 LOOP_FIXTURES = {"loop_device", "make_loop", "faulty_loop", "container"}
@@ -194,7 +197,10 @@ class LoopDevices:
 
     def detach(self, device: Path) -> None:
         """Lets a device go. It is gone when nobody else has it open."""
-        os.close(self._held.pop(device)[1])
+        _, descriptor = self._held.pop(device)
+        with suppress(OSError):  # who gets this number next may not be one of us
+            fcntl.ioctl(descriptor, _BLKROSET, struct.pack("i", 0))
+        os.close(descriptor)
 
     def detach_all(self) -> None:
         for device in list(self._held):
