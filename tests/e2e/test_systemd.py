@@ -68,8 +68,7 @@ class Systemd:
         """A daemon that serves the listening socket, or one that it makes itself."""
         descriptor = "" if listener is None else str(listener.fileno())
         rustord = [f"{BIN}/rustord", "--device", str(self._image), "--directory", str(self._directory / "index")]
-        if listener is None:
-            rustord += ["--socket", str(self.socket_path)]
+        rustord += ["--socket", str(self.socket_path)]  # beside which it makes that for NBD, whoever made this one
         with subprocess.Popen(
             [sys.executable, "-c", START_AS_SYSTEMD, descriptor, *rustord],
             env={"NOTIFY_SOCKET": str(self._directory / "notify"), "WATCHDOG_USEC": "400000"},
