@@ -291,13 +291,10 @@ def _check_generation(keystore: KeyStore, label: Label) -> None:
 def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label, int]:
     """Bring the index up to the journal. Returns the label of this opening and the newest sequence used so far."""
     batches: list[Batch] = []
-    journals: dict[int, set[int]] = {}  # the sequences of what the index has not learnt from each device
     for slot in blocks.slots.values():
         if slot.device is not None:
             try:
-                found = keystore.add_ring(slot.index, Ring(slot.device, slot.uuid, slot.geometry, label.secret))
-                journals[slot.index] = {entry.sequence for batch in found for entry in batch.entries}
-                batches += found
+                batches += keystore.add_ring(slot.index, Ring(slot.device, slot.uuid, slot.geometry, label.secret))
             except DeviceError as error:
                 path = slot.device.path
                 log.error("%s is left out, its journal cannot be read: %s", path, error, extra=fields(device=path))
@@ -324,26 +321,9 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
             return True
         return record.id not in buried and (flushed or _is_believed(put, record, ordered, keystore, blocks, label))
 
-    def is_known(put: Entry) -> bool:
-        """Whether the index has learnt of it from another device, and so knows what became of the Object since.
-
-        That device was there while this one was away. If the Object is gone, its blocks may be somebody else's.
-        """
-        if put.sequence > keystore.indexed_sequence:
-            return False
-        record = Record(put.payload[16:])
-        if record.id in undone or record.id in buried or _lies_within(put.sequence, label.voids):
-            return False  # never committed, so it has replaced nothing, however much the index has learnt since
-        others = record.devices & journals.keys()
-        return any(put.sequence not in journals[device] for device in others)
-
     dropped: set[int] = set()
-    known: dict[int, list[int]] = {}
     for entry in reversed(ordered):
-        if entry.kind is Kind.PUT and is_known(entry):
-            known[entry.sequence] = [device for device, noted in journals.items() if entry.sequence in noted]
-            gone.add(entry.payload[:16])
-        elif entry.kind is Kind.PUT and not counts(entry):
+        if entry.kind is Kind.PUT and not counts(entry):
             dropped.add(entry.sequence)
         elif entry.kind is not Kind.UNDO:
             gone.add(entry.payload[:16])
@@ -361,7 +341,7 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
     # The labels come first: once the index has moved on, nobody can tell any more what the last cycle never committed.
     keystore.expect_generation(generation)
     label = write_labels(blocks, replace(label, generation=generation, state=State.OPEN, voids=voids))
-    keystore.replay(ordered, dropped, erased, known)
+    keystore.replay(ordered, dropped, erased)
     return label, last
 
 
@@ -376,11 +356,6 @@ def was_flushed(sequence: int, durable: Sequence[int], label: Label) -> bool:
         return False
     between = bisect_right(label.voids, (durable[at], _NO_RUN)) - 1  # the last that does not begin behind it
     return between < 0 or label.voids[between][1] <= sequence
-
-
-def _lies_within(sequence: int, voids: Sequence[tuple[int, int]]) -> bool:
-    before = bisect_right(voids, (sequence, _NO_RUN)) - 1
-    return before >= 0 and sequence < voids[before][1]
 
 
 def _without(voids: Iterable[tuple[int, int]], kept: Iterable[Entry]) -> list[tuple[int, int]]:

@@ -42,7 +42,7 @@ EXCLUDED = ("/usr/share/locale/*", "/usr/share/doc/*")
 SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
-SECONDS_MAX = 60
+SECONDS_MAX = 100
 LOOP_MAJOR = "7"
 LOOP_NUMBERS = range(200, 1 << 16)
 LOOP_CTL_ADD, LOOP_CTL_REMOVE = 0x4C80, 0x4C81

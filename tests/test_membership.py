@@ -27,7 +27,7 @@ from rustord.membership import (
 from rustord.objectstore import ObjectStore
 from rustord.placer import Mirrored
 from rustord.pool import open_devices
-from tests.simulation import MIB, PowerCut, Simulation, VolatileDevice, check_sound, live, run, stored
+from tests.simulation import MIB, PowerCut, Simulation, VolatileDevice, check_sound, run, stored
 
 
 @pytest.fixture
@@ -129,49 +129,6 @@ class TestReturning:
             store = pair.open()
             assert [slot.state for slot in store.blocks.slots.values()] == ["online", "online"]
             pair.close()
-
-    @pytest.mark.parametrize("reuse", [False, True])
-    def test_what_was_deleted_without_a_device_does_not_return_with_its_journal(
-        self, simulate: Callable[..., Simulation], reuse: bool
-    ) -> None:
-        """The index learnt of the Object from the other device, so it knows better than the journal of this one."""
-        simulation = simulate(*[16 * MIB] * 3, placer=Mirrored(2))
-        store = simulation.open()
-        key = store.put(b"deleted" * 1000)
-        while store.stat(key.uuid).devices != {0, 1}:
-            key = store.put(b"deleted" * 1000)
-        record = store.stat(key.uuid)
-        simulation.cut_power()
-        store = simulation.open(without=[1])
-        set_standing(store, 1, Standing.GIVEN_UP)
-        store.delete(key.uuid)
-        others = [store.put(b"another" * 1000) for _ in range(4 if reuse else 0)]
-        simulation.close()
-        store = simulation.open()
-        assert store.read_only == ""
-        assert store.keystore.get(key.uuid) is None
-        assert all(store.get(other.uuid) == b"another" * 1000 for other in others)
-        check_sound(store)
-        for device, block, count in record.extents:
-            assert device == 0 or simulation.read(device, block, count) == bytes(count * 4096)
-
-    def test_what_was_replaced_is_so_though_the_index_knew_only_the_newer_one(
-        self, simulate: Callable[..., Simulation]
-    ) -> None:
-        simulation = simulate(16 * MIB, 16 * MIB)
-        store = simulation.open()
-        older = store.put(b"older", name="name")
-        while store.stat(older.uuid).devices != {1}:
-            older = store.put(b"older", name="name")
-        store.allocator.placer = simulation.placer = Mirrored(2)
-        newer = store.put(b"newer", name="name")
-        simulation.cut_power()
-        assert simulation.open(without=[1]).resolve("name") == newer.uuid
-        simulation.close()
-        store = simulation.open()
-        assert [record.uuid for record in live(store)] == [newer.uuid]
-        assert store.get(newer.uuid) == b"newer"
-        check_sound(store)
 
 
 class TestLeaving:

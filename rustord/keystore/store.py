@@ -176,19 +176,12 @@ class KeyStore:
     def _note_rings(self) -> None:
         self.batch_bytes_max = min((ring.batch_bytes_max for ring in self._rings.values()), default=0)
 
-    def replay(
-        self,
-        entries: Iterable[Entry],
-        dropped: Collection[int],
-        erased: Iterable[Entry],
-        known: Mapping[int, Collection[int]],
-    ) -> None:
+    def replay(self, entries: Iterable[Entry], dropped: Collection[int], erased: Iterable[Entry]) -> None:
         """Learn what the journal holds beyond the index, in the order given, and put it into the index.
 
         ``dropped`` are the sequences of PUTs that were never acknowledged and are not whole or were undone: they become
         graves. ``erased`` are the entries that end graves; what they name is deleted, also if its tombstone was on a
-        device that is missing. ``known`` are the sequences of PUTs that the index learnt of while some of their
-        devices were away, with these: what has become of the Objects since counts.
+        device that is missing.
         """
         with self._learning:
             overlay = self._fresh
@@ -197,8 +190,6 @@ class KeyStore:
                 if entry.sequence in dropped:
                     record = Record(entry.payload[16:])
                     self._bury(overlay, record, self.get(record.uuid), record.sequence)
-                elif entry.sequence in known:
-                    self._replay_known(overlay, entry, known[entry.sequence])
                 elif entry.kind is Kind.PUT:
                     self._replay_put(overlay, Record(entry.payload[16:]), entry.payload[:16])
                 elif entry.kind is Kind.DELETE and (raw := self._raw(entry.payload)):
@@ -226,17 +217,6 @@ class KeyStore:
         if other is not None:
             self._learn_delete(overlay, other, record.sequence)
         self._learn_put(overlay, record, replaced)
-
-    def _replay_known(self, overlay: _Overlay, put: Entry, away: Collection[int]) -> None:
-        """If the Object is gone, or elsewhere, what it has on devices that were ``away`` is still to be erased."""
-        record, replaced = Record(put.payload[16:]), put.payload[:16]
-        live = self.get(record.uuid)
-        if live is None or live.id != record.id:
-            extents = [extent for extent in record.extents if extent.device in away]
-            left = without(extents, live.extents) if live else extents
-            self._learn_grave(overlay, Grave(record.id, left), put.sequence)
-        if replaced not in (NOTHING, record.uuid) and (raw := self._raw(replaced)):
-            self._learn_delete(overlay, Record(raw), put.sequence)
 
     def expect_generation(self, generation: int) -> None:
         """Remember the generation that the labels are about to have, and change nothing else in the index."""

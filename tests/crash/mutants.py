@@ -392,15 +392,6 @@ def _mutants() -> Iterator[Mutant]:
         by=(s.failing_flush,),
     )
     yield mutant(
-        "what was taken back has replaced another Object all the same",
-        (
-            pool._replay,
-            "record.id in undone or record.id in buried or _lies_within(put.sequence, label.voids)",
-            "record.id in buried",
-        ),
-        by=(s.failing_flush,),
-    )
-    yield mutant(
         "no UNDO is written",
         (ObjectStore._settle_puts, "batch.following.append(Undo(record, placed.remains(record, replaced)))"),
         by=(s.failing_flush,),

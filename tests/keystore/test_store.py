@@ -54,7 +54,7 @@ class Keys:
         entries = [entry for batch in batches for entry in batch.entries]
         erased = [entry for entry in entries if entry.kind is Kind.ERASED]
         self.replayed = [entry for entry in entries if entry.sequence]
-        self.store.replay(self.replayed, (), erased, {})
+        self.store.replay(self.replayed, (), erased)
         self.sequence = max([entry.sequence for entry in entries] + [self.store.indexed_sequence])
         self._erased: list[RecordId] = []
 
@@ -256,13 +256,13 @@ class TestReplay:
         assert found is not None
         assert found.raw == moved.raw
         assert again.store.graves() == [Grave(old.id, old.extents)]
-        again.store.replay([], (), [Entry(Kind.ERASED, 0, RECORD_ID.pack(*old.id))], {})
+        again.store.replay([], (), [Entry(Kind.ERASED, 0, RECORD_ID.pack(*old.id))])
         assert uuids(again.store) == [old.uuid]  # what was erased is where it was before
 
     def test_a_move_that_was_never_whole_leaves_the_object_where_it_was(self, keys: Keys) -> None:
         old = keys.put("name")
         moved = Record(old.moved(9, [[*old.extents, Extent(0, 1300, 1)]]))
-        keys.store.replay([Entry(Kind.PUT, 9, old.uuid + moved.raw)], {9}, [], {})
+        keys.store.replay([Entry(Kind.PUT, 9, old.uuid + moved.raw)], {9}, [])
         found = keys.store.get(old.uuid)
         assert found is not None
         assert found.raw == old.raw
@@ -273,7 +273,7 @@ class TestReplay:
         earlier = Record(old.moved(2, [[Extent(0, 1300, 1)]]))
         keys.sequence = 8
         later = keys.move(old, Extent(0, 1400, 1))
-        keys.store.replay([Entry(Kind.PUT, 2, old.uuid + earlier.raw)], (), [], {})
+        keys.store.replay([Entry(Kind.PUT, 2, old.uuid + earlier.raw)], (), [])
         found = keys.store.get(old.uuid)
         assert found is not None
         assert found.raw == later.raw
@@ -281,7 +281,7 @@ class TestReplay:
 
     def test_an_erasure_ends_an_object_whose_tombstone_is_missing(self, keys: Keys) -> None:
         record = keys.put("name")
-        keys.store.replay([], (), [Entry(Kind.ERASED, 0, RECORD_ID.pack(*record.id) + bytes(24))], {})
+        keys.store.replay([], (), [Entry(Kind.ERASED, 0, RECORD_ID.pack(*record.id) + bytes(24))])
         assert uuids(keys.store) == []
         assert names(keys.store) == []
         assert keys.store.graves() == []
