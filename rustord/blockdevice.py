@@ -134,6 +134,8 @@ def open_device(
     """
     path = os.fspath(path)
     try:
+        if "\0" in os.fspath(path):
+            raise DeviceError("no path has a null byte in it", hint="name a block device or an image file")
         mode = os.stat(path).st_mode
     except OSError as error:
         raise _open_error(path, error) from error
