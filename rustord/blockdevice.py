@@ -134,11 +134,11 @@ def open_device(
     """
     path = os.fspath(path)
     try:
-        if "\0" in os.fspath(path):
-            raise DeviceError("no path has a null byte in it", hint="name a block device or an image file")
         mode = os.stat(path).st_mode
     except OSError as error:
         raise _open_error(path, error) from error
+    except ValueError as error:  # a null byte, or half a character
+        raise DeviceError(f"{path!r} cannot be a path: {error}", hint="name a disk or an image file") from error
     if stat.S_ISBLK(mode):
         return RawDevice(path, read_only=read_only, exclusive=exclusive)
     if stat.S_ISREG(mode):

@@ -327,6 +327,9 @@ class TestOpening:
         for path in (tmp_path, Path("/dev/null")):
             with pytest.raises(DeviceError, match="neither a block device nor a regular file"):
                 open_device(path)
+        for name in ("a\0b", "a\ud800b"):
+            with pytest.raises(DeviceError, match="cannot be a path"):
+                open_device(name)
 
     def test_close_twice_and_use_after_close(self, path: Path) -> None:
         device = open_device(path)
