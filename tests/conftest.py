@@ -22,10 +22,12 @@ from typing import Any, TypeVar
 import hypothesis
 import pytest
 
+import rustord
+from rustord.objectstore import ObjectStore
 from tests import container as containers
 from tests import faultydisk
 from tests.container import Container
-from tests.daemon import Daemon
+from tests.daemon import Daemon, make_pool
 from tests.simulation import Simulation
 from tests.zoo import Zoo
 
@@ -163,6 +165,14 @@ def make_image(disk_path: Path) -> Callable[[int], Path]:
 def image(make_image: Callable[[int], Path]) -> Path:
     """A sparse image file of 64 MiB."""
     return make_image(64 * MIB)
+
+
+@pytest.fixture
+def store(image: Path) -> Iterator[ObjectStore]:
+    """A new pool on an image file, opened as a library."""
+    make_pool(image)
+    with rustord.open(image) as opened:
+        yield opened
 
 
 class LoopDevices:

@@ -102,6 +102,21 @@ class Simulation:
         self._store.close()
         self._store = None
 
+    def save(self) -> Callable[[], None]:
+        """Remember what a pool that is not open has on its devices and in its index; returns what brings it back."""
+        images = [path.read_bytes() for path in self.paths]
+        index = {file.name: file.read_bytes() for file in self.index.iterdir()}
+
+        def restore() -> None:
+            for path, image in zip(self.paths, images, strict=True):
+                path.write_bytes(image)
+            self.lose_index()
+            self.index.mkdir()
+            for name, data in index.items():
+                (self.index / name).write_bytes(data)
+
+        return restore
+
     def lose_index(self) -> None:
         """Remove the index of a pool that is not open."""
         shutil.rmtree(self.index)

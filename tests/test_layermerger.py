@@ -178,19 +178,11 @@ def test_a_power_cut_at_any_step_leaves_all_of_it(
     expected = contents(bench.store, bench.volumes)
     bench.volumes.close()
     simulation.close()
-    images = [path.read_bytes() for path in simulation.paths]
-    saved = disk_path / "saved"
-    simulation.index.rename(saved)
+    restore = simulation.save()
     step = 1 if pytestconfig.getoption("long") else 5
     count, done = chance.randrange(step), False
     while not done:
-        for path, image in zip(simulation.paths, images, strict=True):
-            path.write_bytes(image)
-        if simulation.index.exists():
-            simulation.lose_index()
-        simulation.index.mkdir()
-        for file in saved.iterdir():
-            (simulation.index / file.name).write_bytes(file.read_bytes())
+        restore()
         bench = Bench(simulation)
         simulation.power.left = count
         with suppress(PowerCut):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -282,20 +281,11 @@ def test_a_power_cut_at_any_step_leaves_all_of_it(
     for _ in range(700):  # until no journal has anything of what was before
         store.put(b"x", name="filler", text="t" * 7500)
     template.close()
-    images = [path.read_bytes() for path in template.paths]
-    index = disk_path / "saved"
-    template.index.rename(index)
-    store = None  # type: ignore[assignment]
+    restore = template.save()
     step = 1 if pytestconfig.getoption("long") else 61
     count, done = chance.randrange(step), False
     while not done:
-        for path, image in zip(template.paths, images, strict=True):
-            path.write_bytes(image)
-        if template.index.exists():
-            template.lose_index()
-        template.index.mkdir()
-        for file in index.iterdir():
-            (template.index / file.name).write_bytes(file.read_bytes())
+        restore()
         store = template.open()
         template.power.left = count
         with suppress(PowerCut):
@@ -362,12 +352,10 @@ def test_a_page_stays_in_its_old_slots_until_it_is_in_the_new_ones(disk_path: Pa
     move_within(store, chunks=False)  # or else the journal would have the whole map
     run(store)
     simulation.cut_power()
-    image, index = simulation.paths[0].read_bytes(), disk_path / "saved"
-    simulation.index.rename(index)
+    restore = simulation.save()
     count, done = 0, False
     while not done:
-        simulation.paths[0].write_bytes(image)
-        shutil.copytree(index, simulation.index, dirs_exist_ok=True)
+        restore()
         simulation.power.left = count
         with suppress(PowerCut):
             simulation.open()  # which erases the old slots
@@ -379,7 +367,6 @@ def test_a_page_stays_in_its_old_slots_until_it_is_in_the_new_ones(disk_path: Pa
         assert contents(Volumes(store, Direct(store)), store) == expected
         check_sound(store)
         simulation.close()
-        simulation.lose_index()
         count += 1
 
 
@@ -403,12 +390,10 @@ def test_no_page_is_left_behind_in_old_slots(disk_path: Path, fate: str) -> None
 
 def test_a_chunk_is_durable_in_its_new_place_before_the_journal_says_so(disk_path: Path) -> None:
     template, expected, _ = small(disk_path / "pool")
-    image, index = template.paths[0].read_bytes(), disk_path / "saved"
-    template.index.rename(index)
+    restore = template.save()
     count, done = 0, False
     while not done:
-        template.paths[0].write_bytes(image)
-        shutil.copytree(index, template.index, dirs_exist_ok=True)
+        restore()
         store = template.open()
         template.power.left = count
         with suppress(PowerCut):
@@ -420,5 +405,4 @@ def test_a_chunk_is_durable_in_its_new_place_before_the_journal_says_so(disk_pat
         assert contents(Volumes(store, Direct(store)), store) == expected
         check_sound(store)
         template.close()
-        template.lose_index()
         count += 1

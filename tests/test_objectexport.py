@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-import rustord
 from rustord.change import Delete
 from rustord.errors import Damaged, InUse, NotFound, ReadOnly
 from rustord.export import Run, State
@@ -17,16 +15,8 @@ from rustord.manifest import CHUNK_BYTES
 from rustord.objectexport import ObjectExport
 from rustord.objectstore import ObjectStore
 from rustord.objkey import ObjectId
-from tests.daemon import make_pool
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def store(image: Path) -> Iterator[ObjectStore]:
-    make_pool(image)
-    with rustord.open(image) as opened:
-        yield opened
 
 
 Export = Callable[[ObjectId], ObjectExport]

@@ -6,11 +6,9 @@ import os
 import random
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pytest
 
-import rustord
 from rustord.blockdevice import BlockDevice, Buffer, ImageFile
 from rustord.manifest import CHUNK_BYTES
 from rustord.objectexport import ObjectExport
@@ -18,18 +16,10 @@ from rustord.objectreader import ObjectReader
 from rustord.objectstore import ObjectStore
 from rustord.volumes import Volumes
 from rustord.writer import Writer
-from tests.daemon import make_pool
 
 MIB = 1 << 20
 PAGE = 4096
 DATA = os.urandom(MIB)
-
-
-@pytest.fixture
-def store(image: Path) -> Iterator[ObjectStore]:
-    make_pool(image)
-    with rustord.open(image) as opened:
-        yield opened
 
 
 @pytest.fixture

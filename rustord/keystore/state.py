@@ -106,7 +106,7 @@ def verify(backend: Backend, directory: Path, progress: Callable[[int], object] 
         if next_key <= key:  # a tree whose pages lead in a circle has no end
             raise damaged(directory, f"its entries are not in order behind {key[:40]!r}")
         key = next_key
-        total += xxh3_128_intdigest(value, xxh3_64_intdigest(key))
+        total += digest(key, value)
         count += 1
         if count % _PROGRESS_COUNT == 0:
             progress(count)

@@ -1,25 +1,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-import rustord
 from rustord.errors import Forbidden, InUse, NotFound
 from rustord.frontends.exports import Exports, Offered
 from rustord.objectstore import ObjectStore
 from rustord.volumes import Volumes
 from rustord.wire.api import Role
 from rustord.writer import Writer
-from tests.daemon import make_pool
-
-
-@pytest.fixture
-def store(image: Path) -> Iterator[ObjectStore]:
-    make_pool(image)
-    with rustord.open(image) as opened:
-        yield opened
 
 
 @pytest.fixture
