@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-from rustord.errors import DeviceError, NoSpace, PluginError
-from rustord.extent import COUNT_MAX, Extent, block_count, extend
+from rustord.errors import DeviceError, NoSpace, PluginError, RustordError
+from rustord.extent import COUNT_MAX, Extent, extend
 from rustord.freelist import FreeList
 from rustord.placer import Contiguous, Placer
 
@@ -55,19 +55,35 @@ class Allocator:
         DeviceError says that there would be devices enough if some of them were not missing or failed. Nothing has
         changed when it raises.
         """
+        (placed,) = self.place_each((count,))
+        if isinstance(placed, RustordError):
+            raise placed
+        return placed
+
+    def place_each(self, counts: Iterable[int]) -> list[list[list[Extent]] | RustordError]:
+        """The same for each of ``counts`` in turn, with what `place` would raise in place of its blocks."""
+        outcomes: list[list[list[Extent]] | RustordError] = []
         with self._lock:
             self._offered = [index for index in self._writable() if index in self._free]
-            if len(self._offered) < len(self._free):
-                self._check_set_aside(count * self.placer.copies)
-            try:
-                chosen = self.placer.place(count, self)
-            except NoSpace:
-                if len(self._offered) < self.placer.copies and (refusals := self._refusals()):
-                    raise self._degraded(refusals) from None
-                raise
-            except (Exception, SystemExit) as error:
-                raise self._blame(f"failed: {error!r}") from error
-            return self._take(chosen, count, self.placer.copies)
+            for count in counts:
+                try:
+                    outcomes.append(self._place(count))
+                except RustordError as error:
+                    outcomes.append(error)
+        return outcomes
+
+    def _place(self, count: int) -> list[list[Extent]]:
+        if len(self._offered) < len(self._free):
+            self._check_set_aside(count * self.placer.copies)
+        try:
+            chosen = self.placer.place(count, self)
+        except NoSpace:
+            if len(self._offered) < self.placer.copies and (refusals := self._refusals()):
+                raise self._degraded(refusals) from None
+            raise
+        except (Exception, SystemExit) as error:
+            raise self._blame(f"failed: {error!r}") from error
+        return self._take(chosen, count, self.placer.copies)
 
     def place_on(self, count: int, may: Callable[[int], bool]) -> list[Extent]:
         """``count`` blocks for one copy of an Object that moves, on devices that ``may`` allows.
@@ -87,9 +103,7 @@ class Allocator:
             except (Exception, SystemExit) as error:
                 raise self._blame(f"failed: {error!r}") from error
             (extents,) = self._take(chosen, count, placer.copies)
-            shorter: list[Extent] = []
-            extend(shorter, extents)
-            return shorter
+            return _split(extents)
 
     def run(self, count: int, device: int = -1, avoid: Collection[int] = ()) -> Extent:
         """``count`` blocks in one run: on ``device`` if it has one, else on the emptiest that has, but for ``avoid``.
@@ -126,28 +140,29 @@ class Allocator:
 
     def _take(self, chosen: Sequence[Sequence[Extent]], count: int, copy_count: int) -> list[list[Extent]]:
         taken: list[Extent] = []
+        longest = 0
         try:
             copies = [list(copy) for copy in chosen]  # it is asked once: the next time it might say something else
             if len(copies) != copy_count:
                 raise ValueError(f"{len(copies)} copies instead of {copy_count}")
             for copy in copies:
+                missing = count
                 for extent in copy:
-                    if extent.device not in self._offered:
-                        raise ValueError(f"device {extent.device} takes no new data")
-                    self._free[extent.device].take(extent.block, extent.count)
+                    device, block, length = extent.device, extent.block, extent.count
+                    if device not in self._offered:
+                        raise ValueError(f"device {device} takes no new data")
+                    self._free[device].take(block, length)
                     taken.append(extent)
-                if block_count(copy) != count:
-                    raise ValueError(f"{block_count(copy)} blocks instead of {count}")
+                    missing -= length
+                    longest = max(longest, length)
+                if missing:
+                    raise ValueError(f"{count - missing} blocks instead of {count}")
             if len(copies) > 1:
                 _check_apart(copies)
         except Exception as error:
             self._give_back(taken)
             raise self._blame(f"chose blocks that it may not: {error!r}") from error
-        for number, copy in enumerate(copies):
-            if max(extent.count for extent in copy) > COUNT_MAX:
-                copies[number] = []
-                extend(copies[number], copy)
-        return copies
+        return copies if longest <= COUNT_MAX else [_split(copy) for copy in copies]
 
     def _degraded(self, refusals: Sequence[str]) -> DeviceError:
         need, have = self.placer.copies, len(self._offered)
@@ -223,6 +238,13 @@ class Allocator:
 
     def longest_first(self, device: int) -> Iterator[tuple[int, int]]:
         return self._free[device].longest_first()
+
+
+def _split(copy: Iterable[Extent]) -> list[Extent]:
+    """The same blocks in extents that are no longer than one may be."""
+    split: list[Extent] = []
+    extend(split, copy)
+    return split
 
 
 def _check_apart(copies: Iterable[Iterable[Extent]]) -> None:

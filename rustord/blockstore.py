@@ -69,7 +69,8 @@ class BlockStore:
 
     def __init__(self, block_size: int, slots: Iterable[Slot], erase_policy: ErasePolicy = "zero") -> None:
         self.block_size = block_size
-        self.slots: dict[int, Slot] = {}
+        self.slots: Mapping[int, Slot] = {}
+        """By index, in order; never changed but replaced, since any thread may go through it."""
         self.device_uuids: dict[int, bytes] = {}
         """The uuid of each device, by index."""
         self.erase_policy = erase_policy
@@ -87,12 +88,13 @@ class BlockStore:
 
     def add(self, slot: Slot) -> None:
         """Make a device one of the pool's."""
-        self.slots[slot.index] = slot
+        self.slots = dict(sorted({**self.slots, slot.index: slot}.items()))
         self.device_uuids[slot.index] = slot.uuid
 
     def remove(self, index: int) -> None:
         """Forget a device, which the caller closes."""
-        del self.slots[index], self.device_uuids[index]
+        self.slots = {other: slot for other, slot in self.slots.items() if other != index}
+        del self.device_uuids[index]
 
     def device(self, index: int) -> BlockDevice:
         """The device in slot ``index``. Raises DeviceError if it is missing."""
@@ -117,7 +119,7 @@ class BlockStore:
 
     def writable_indices(self) -> list[int]:
         """The devices that take writes now, in order."""
-        return [index for index, slot in sorted(self.slots.items()) if slot.state == "online"]
+        return [index for index, slot in self.slots.items() if slot.state == "online"]
 
     def check_unchanged(self, devices: Mapping[int, BlockDevice]) -> None:
         """Raise DeviceError unless ``devices``, to which data was written, are still in their slots and take writes.
@@ -133,12 +135,12 @@ class BlockStore:
 
     def accepting_indices(self) -> list[int]:
         """The devices that take new data now, in order."""
-        slots = self.slots
-        return [index for index in self.writable_indices() if slots[index].standing is Standing.IN_USE]
+        in_use = Standing.IN_USE
+        return [i for i, slot in self.slots.items() if slot.standing is in_use and slot.state == "online"]
 
     def leaving_indices(self) -> list[int]:
         """The devices that are being emptied, in order."""
-        return [index for index, slot in sorted(self.slots.items()) if slot.standing is Standing.LEAVING]
+        return [index for index, slot in self.slots.items() if slot.standing is Standing.LEAVING]
 
     def is_given_up(self, index: int) -> bool:
         """Whether the device is lost for good: given up, and missing or without writes."""
@@ -149,7 +151,7 @@ class BlockStore:
         """Why the other devices take no new data, one line for each."""
         return [
             f"device {index} is {slot.state}: {slot.reason}" if slot.state != "online" else f"device {index} is leaving"
-            for index, slot in sorted(self.slots.items())
+            for index, slot in self.slots.items()
             if slot.state != "online" or slot.standing is not Standing.IN_USE
         ]
 
@@ -286,7 +288,7 @@ class BlockStore:
         buffer = memoryview(bytearray(end - start))
         if not wait:
             copy = record.copies[self.preferred(record)]
-            if not self._fill_now(copy, start, buffer) or not _verified(buffer, sums):
+            if not self._fill_now(copy, start, buffer) or chunk_sums(buffer) != sums:
                 return None
         else:
             self._fill_from_any(record, start, buffer, sums)
@@ -317,7 +319,7 @@ class BlockStore:
         if not self._fill_now(record.copies[number], offset, buffer):
             return False
         first, last = offset // CHUNK_BYTES, -(-(offset + len(buffer)) // CHUNK_BYTES)
-        return not verify or _verified(buffer, record.sums(first, last))
+        return not verify or chunk_sums(buffer) == record.sums(first, last)
 
     def _fill_now(self, copy: Copy, start: int, buffer: memoryview) -> bool:
         """Fill ``buffer`` from the page cache; False if that is not possible."""
@@ -343,7 +345,7 @@ class BlockStore:
                 except DeviceError as error:
                     problem = problem or error
                     continue
-                if _verified(buffer, sums):
+                if chunk_sums(buffer) == sums:
                     if problem is not None:
                         self.on_damage(record, start, start + len(buffer))
                     return
@@ -373,7 +375,7 @@ class BlockStore:
     def verify(self, record: Record, number: int, offset: int, length: int) -> bool:
         """Whether copy ``number`` holds the right bytes; ``offset`` is that of a chunk. Raises DeviceError."""
         first, last = offset // CHUNK_BYTES, -(-(offset + length) // CHUNK_BYTES)
-        return _verified(self.read_copy(record.copies[number], offset, length), record.sums(first, last))
+        return chunk_sums(self.read_copy(record.copies[number], offset, length)) == record.sums(first, last)
 
     def read_copy(self, copy: Copy, offset: int, length: int) -> memoryview:
         """Bytes of a copy, footer included, as they are on the device. Raises DeviceError."""
@@ -467,14 +469,10 @@ def _no_layer(offset: int, buffer: memoryview) -> None:
     raise DeviceError("the pool has no volumes, and an Object needs one", hint="the Object is damaged")
 
 
-def _verified(buffer: memoryview, sums: bytes) -> bool:
-    if len(buffer) <= CHUNK_BYTES:
-        return xxh3_64_digest(buffer) == sums if buffer else True
-    return chunk_sums(buffer) == sums
-
-
 def chunk_sums(data: Data) -> bytes:
     """The checksums of the chunks of ``data``, which begins on a chunk."""
+    if len(data) <= CHUNK_BYTES:
+        return xxh3_64_digest(data) if data else b""
     view = memoryview(data)
     return b"".join([xxh3_64_digest(view[at : at + CHUNK_BYTES]) for at in range(0, len(view), CHUNK_BYTES)])
 

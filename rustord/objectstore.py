@@ -32,8 +32,8 @@ from rustord.journal import Entry, Kind
 from rustord.keygen import KeyGen
 from rustord.keystore.store import KeyStore
 from rustord.label import Label
-from rustord.layer import Layers
-from rustord.manifest import Data
+from rustord.layer import Frozen, Layers
+from rustord.manifest import Data, chunk_count
 from rustord.objkey import ObjectId, ObjKey, uuid_text
 from rustord.page import LayerEntry, MapEntry
 from rustord.placement import Placement, Placements, writes
@@ -41,6 +41,8 @@ from rustord.record import Grave, Metadata, Record, RecordId
 from rustord.relocation import Relocation
 from rustord.upload import Upload
 
+_PLAIN_BYTES = 256
+"""What a Put takes in the journal beside its name, its metadata and its checksums, as a rule."""
 ERASE_BYTES_MAX = 1 << 20
 """Longer erasures are done beside the cycles, so that they hold up nobody; a cycle then only flushes them."""
 
@@ -70,8 +72,9 @@ class Cycle(NamedTuple):
 
 @dataclass(slots=True)
 class _Batch:
-    """A cycle in the making."""
+    """A cycle in the making. ``plain`` has the Puts that are not placed yet, with what each replaces."""
 
+    plain: list[tuple[Put, Data, Record | None]] = field(default_factory=list)
     puts: list[Placement] = field(default_factory=list)
     deletes: list[tuple[Delete, Record, int]] = field(default_factory=list)
     undos: list[tuple[Undo, int]] = field(default_factory=list)
@@ -79,6 +82,8 @@ class _Batch:
     names: set[str] = field(default_factory=set)
     gone: set[ObjectId] = field(default_factory=set)
     length: int = 0
+    plain_length: int = 0
+    """About how long the journal's entries will be, in bytes: of what is placed, and of what is ``plain``."""
     outcomes: list[tuple[Change, Record | RustordError]] = field(default_factory=list)
     following: list[Change] = field(default_factory=list)
 
@@ -390,11 +395,13 @@ class ObjectStore:
                 batch.outcomes.append((change, error))
                 if isinstance(change, Put | Move) and isinstance(change.source, Upload | Relocation):
                     change.source.abort()
+        if batch.plain:
+            self._place_plain(batch)
         return batch
 
     def _stage(self, change: Change, batch: _Batch) -> None:
         """Decide what the change comes to; nothing is written yet."""
-        if batch.length > self.keystore.batch_bytes_max // 2 and not isinstance(change, Erase):
+        if batch.length + batch.plain_length > self.keystore.batch_bytes_max // 2 and not isinstance(change, Erase):
             batch.following.append(change)  # the journal takes no more at once
         elif isinstance(change, Put):
             if change.name and change.name in batch.names:
@@ -419,13 +426,33 @@ class ObjectStore:
                 batch.following.append(put)  # it will see that the name is free
                 return
             self._check_erasable(replaced)
-        placed = self._placements.put(put, self._sequence + 1, self.keystore.batch_bytes_max // 2)
-        placed.replaced = replaced
-        self._add(placed, batch)
+        source = put.source
+        if isinstance(source, Upload | Frozen):
+            placed = self._placements.put(put, source, self._sequence + 1, self.keystore.batch_bytes_max // 2)
+            placed.replaced = replaced
+            self._add(placed, batch)
+        else:
+            batch.plain.append((put, source, replaced))
+            batch.plain_length += 8 * chunk_count(len(source)) + len(put.name_bytes) + len(put.metadata) + _PLAIN_BYTES
         if put.name:
             batch.names.add(put.name)
         if replaced is not None:
             batch.gone.add(replaced.uuid)
+
+    def _place_plain(self, batch: _Batch) -> None:
+        length_max = self.keystore.batch_bytes_max // 2
+        plain = [(put, data) for put, data, _ in batch.plain]
+        placements = self._placements.put_each(plain, self._sequence + 1, length_max)
+        for put, _, replaced in batch.plain:
+            placed = placements[put]
+            if isinstance(placed, RustordError):
+                batch.outcomes.append((put, placed))
+            elif batch.length > length_max:  # they have more extents than was to be expected
+                self._placements.take_back(placed)
+                batch.following.append(put)
+            else:
+                placed.replaced = replaced
+                self._add(placed, batch)
 
     def _stage_move(self, move: Move, batch: _Batch) -> None:
         source = move.source

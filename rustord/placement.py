@@ -65,29 +65,59 @@ class Placements:
         self._copy_count = allocator.placer.copies
         self._layout = allocator.placer.name.encode("ascii")
 
-    def put(self, put: Put, sequence: int, length_max: int) -> Placement:
-        """Place what a Put stores; its Record is given ``sequence``, and may have ``length_max`` bytes.
+    def put(self, put: Put, source: Upload | Frozen, sequence: int, length_max: int) -> Placement:
+        """Place what a Put stores whose data is there; its Record is given ``sequence``, and may have ``length_max``
+        bytes.
 
         Raises NoSpace, DeviceError or PluginError, and InvalidRequest or DeviceError if an Upload is not whole. The
         blocks of an Upload stay its own then; nothing else has changed.
         """
-        source = put.source
         if isinstance(source, Upload):
             return self._put_upload(put, source, sequence, length_max)
-        if isinstance(source, Frozen):
-            return self._put_frozen(put, source, sequence, length_max)
-        hasher = self._keygen.hasher()
-        hasher.update(source)
-        key = ObjKey(self._keygen.uuid(), self._keygen.algorithm, hasher.digest(), len(source))
-        copies = self._allocator.place(self._blocks_needed(put, key, self._copy_count))
-        try:
-            if max(map(len, copies)) > 1:
-                self._fit(put, key, copies)
-            record = self._record(put, key, copies, chunk_sums(source), sequence, length_max)
-        except RustordError:
-            self._release(copies)
-            raise
-        return self._with_footers(put, record, copies, 0, source)
+        return self._put_frozen(put, source, sequence, length_max)
+
+    def put_each(
+        self, puts: Iterable[tuple[Put, Data]], sequence: int, length_max: int
+    ) -> dict[Put, Placement | RustordError]:
+        """Place what Puts of plain data store; the Records are given sequences from ``sequence`` on.
+
+        What comes of each is its Placement or an error, as of `put`. Every step is taken for all of them before the
+        next one: what was just done is still in the processor's caches, so that it takes half of the time.
+        """
+        outcomes: dict[Put, Placement | RustordError] = {}
+        drafts: list[tuple[Put, Data, ObjKey]] = []
+        for put, data in puts:
+            try:
+                hasher = self._keygen.hasher()
+                hasher.update(data)
+                key = ObjKey(self._keygen.uuid(), self._keygen.algorithm, hasher.digest(), len(data))
+            except RustordError as error:
+                outcomes[put] = error
+            else:
+                drafts.append((put, data, key))
+        counts = [self._blocks_needed(put, key, self._copy_count) for put, _, key in drafts]
+        whole: list[tuple[Put, Data, Record, list[list[Extent]]]] = []
+        for (put, data, key), copies in zip(drafts, self._allocator.place_each(counts), strict=True):
+            if isinstance(copies, RustordError):
+                outcomes[put] = copies
+                continue
+            try:
+                if max(map(len, copies)) > 1:
+                    self._fit(put, key, copies)
+                record = self._record(put, key, copies, chunk_sums(data), sequence, length_max)
+            except RustordError as error:
+                self._release(copies)
+                outcomes[put] = error
+                continue
+            whole.append((put, data, record, copies))
+            sequence += 1
+        for put, data, record, copies in whole:
+            outcomes[put] = self._with_footers(put, record, copies, 0, data)
+        return outcomes
+
+    def take_back(self, placed: Placement) -> None:
+        """Give back the blocks of a Placement that is not written."""
+        self._release(placed.copies)
 
     def _put_upload(self, put: Put, upload: Upload, sequence: int, length_max: int) -> Placement:
         upload.finish()

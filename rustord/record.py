@@ -81,7 +81,7 @@ class Record:
         "_layout_length",
         "_metadata_length",
         "_name_length",
-        "_sums_offset",
+        "_sums_at",
         "created_ns",
         "raw",
         "sequence",
@@ -111,8 +111,8 @@ class Record:
         if length != len(raw) or xxh3_64_digest(memoryview(raw)[_CHECKSUM_BYTES:]) != checksum:
             raise FormatError(f"the record of Object {uuid_text(self.uuid)} does not match its checksum")
         self.raw: bytes = raw
-        self._copies: tuple[Copy, ...] | None = None
-        self._sums_offset = 0  # worked out when it is asked for: a scan of the whole index does not
+        self._copies: tuple[Copy, ...] = ()  # decoded when they are asked for: a scan of the whole index does not
+        self._sums_at = 0
 
     @property
     def id(self) -> RecordId:
@@ -121,19 +121,23 @@ class Record:
     @property
     def copies(self) -> tuple[Copy, ...]:
         """The Manifest's copies."""
-        if self._copies is None:
-            self._copies = self._decode_copies()
+        if not self._sums_at:
+            self._decode_copies()
         return self._copies
 
-    def _decode_copies(self) -> tuple[Copy, ...]:
+    def _decode_copies(self) -> None:
         raw, copy_count = self.raw, self._copy_count
         at = RECORD.size + EXTENT_COUNT.size * copy_count
-        if copy_count == 1 and raw[RECORD.size : at] == _ONE_EXTENT:  # as nearly every small Object
+        if copy_count == 1 and raw.startswith(_ONE_EXTENT, RECORD.size):  # as nearly every small Object
             block, count, device, _ = EXTENT.unpack_from(raw, at)
-            return ((Extent(device, block, count),),)
+            self._copies = ((Extent(device, block, count),),)
+            self._sums_at = at + EXTENT.size
+            return
         counts = struct.unpack_from(f"<{copy_count}I", raw, RECORD.size)
-        extents = decode_extents(memoryview(raw)[at : at + EXTENT.size * sum(counts)])
-        return tuple(tuple(extents[first:end]) for first, end in pairwise(accumulate(counts, initial=0)))
+        end = at + EXTENT.size * sum(counts)
+        extents = decode_extents(memoryview(raw)[at:end])
+        self._copies = tuple(tuple(extents[first:end]) for first, end in pairwise(accumulate(counts, initial=0)))
+        self._sums_at = end
 
     @property
     def extents(self) -> list[Extent]:
@@ -143,7 +147,7 @@ class Record:
     @property
     def devices(self) -> set[int]:
         """The indices of the devices that hold any part of the Object."""
-        return {extent.device for copy in self.copies for extent in copy if extent.device != LAYERS}
+        return {device for copy in self.copies for device, _, _ in copy if device != LAYERS}
 
     @property
     def layer(self) -> int:
@@ -151,20 +155,17 @@ class Record:
         device, block, _ = self.copies[0][0]
         return block >> LAYER_SHIFT if device == LAYERS else 0
 
-    @property
-    def _sums_at(self) -> int:
-        if not self._sums_offset:
-            counts = struct.unpack_from(f"<{self._copy_count}I", self.raw, RECORD.size)
-            self._sums_offset = RECORD.size + EXTENT_COUNT.size * self._copy_count + EXTENT.size * sum(counts)
-        return self._sums_offset
-
     def sums(self, first: int, end: int) -> bytes:
         """The checksums of the chunks from ``first`` to before ``end``, 8 bytes each."""
+        if not self._sums_at:
+            self._decode_copies()
         at = self._sums_at
         return self.raw[at + 8 * first : at + 8 * end]
 
     @property
     def _texts_at(self) -> int:
+        if not self._sums_at:
+            self._decode_copies()
         return self._sums_at + 8 * chunk_count(self.size)
 
     @property
@@ -180,9 +181,9 @@ class Record:
     @property
     def etag(self) -> str:
         """The entity tag of the data: its hash, as "algorithm:hexadecimal digits"."""
-        at = self._texts_at
+        raw, at = self.raw, self._texts_at
         end = at + self._digest_length
-        return f"{str(self.raw[end : end + self._algorithm_length], 'ascii')}:{self.raw[at:end].hex()}"
+        return f"{raw[end : end + self._algorithm_length].decode('ascii')}:{raw[at:end].hex()}"
 
     @property
     def layout(self) -> str:
@@ -291,8 +292,8 @@ def encode_record(
 ) -> bytes:
     """The bytes that `Record` decodes."""
     algorithm = key.algorithm.encode("ascii")
-    extents = encode_extents(extent for copy in copies for extent in copy)
     counts = b"".join([EXTENT_COUNT.pack(len(copy)) for copy in copies])
+    extents = b"".join([EXTENT.pack(block, count, device, 0) for copy in copies for device, block, count in copy])
     body = b"".join((counts, extents, sums, key.digest, algorithm, layout, name, metadata))
     head = RECORD.pack(
         b"",

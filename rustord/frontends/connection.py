@@ -47,7 +47,7 @@ class _Phase(Enum):
 
 
 class Connection:
-    """Reads what has arrived, begins every request that may begin, and sends all replies of a wake-up at once.
+    """Reads what has arrived, begins every request that may begin, and sends all replies of a turn at once.
 
     Requests are answered in their order. One begins when those before it have been answered; only changes of the store
     follow each other without waiting, since the writer keeps their order. While the peer does not read its replies,
@@ -57,7 +57,7 @@ class Connection:
     def __init__(self, service: Service, sock: socket.socket, role: Role, on_end: Callable[[Connection], None]) -> None:
         """``on_end`` is called when the connection has ended, and its socket is closed."""
         self.now = monotonic()
-        """When the current wake-up began."""
+        """When it last began to look at what has come."""
         self.deadline = self.now + service.limits.idle_s
         self.closed = False
         self._phase = _Phase.NEW
@@ -65,6 +65,7 @@ class Connection:
         self._on_end = on_end
         self._limits = service.limits
         self._sock = sock
+        self._fd = sock.fileno()
         self._role = role
         self._outbox = Outbox(sock)
         self._data = b""
@@ -91,7 +92,7 @@ class Connection:
 
     # Reading
 
-    def _readable(self) -> None:
+    def readable(self) -> None:
         if self._transfer is not None:
             self._next_turn()
             return
@@ -109,7 +110,7 @@ class Connection:
         elif self._phase is not _Phase.LINGER:
             self._data = self._data[self._at :] + data if self._at < len(self._data) else data
             self._at = 0
-            self.proceed()
+            self._service.go_on(self)
 
     def _end_of_input(self) -> None:
         if self._exchanges and self._collecting is None:
@@ -119,16 +120,16 @@ class Connection:
             self.close()
 
     def proceed(self) -> None:
-        """Take up answers, begin every request that may begin, send all replies, and wait for what comes next."""
+        """Take up answers, and begin every request that may begin; the replies are sent at the end of the turn."""
         if self.closed or self._transfer is not None:
             return
         self.now = monotonic()
-        while self._exchanges and self._exchanges[0].reply is not None:
-            exchange = self._exchanges.popleft()
-            assert exchange.reply is not None
-            self._finish(exchange, exchange.reply)
         unsent_max = self._limits.unsent_bytes
         try:
+            while self._exchanges and self._exchanges[0].reply is not None:
+                exchange = self._exchanges.popleft()
+                assert exchange.reply is not None
+                self._finish(exchange, exchange.reply)
             while self._at < len(self._data) and not self._last and self._outbox.byte_count <= unsent_max:
                 if not self._exchanges and self._answer_plain_get():
                     continue
@@ -142,10 +143,14 @@ class Connection:
             log.exception("a connection is cut, since its requests could not be read")
             self.close()
             return
-        many = self._outbox.byte_count > unsent_max
+        self._service.unsent.add(self)
+
+    def send(self) -> None:
+        """Send all replies that are there, and wait for what comes next."""
+        many = self._outbox.byte_count > self._limits.unsent_bytes
         self._send()
         if many and not self._outbox.byte_count:
-            self._service.loop.call_soon(self.proceed)  # with the next ones, after others
+            self._service.poller.wake(lambda: self._service.go_on(self))  # with the next ones, after others
 
     def _answer_plain_get(self) -> bool:
         """Answer the request at hand if it is a plain GET and all is well; otherwise it goes the way of all others."""
@@ -180,12 +185,12 @@ class Connection:
                     f"this takes the role {operation.role.name.lower()}, and you have {self._role.name.lower()}",
                     hint="[roles] in the configuration says who may do what",
                 )
-            if head.has_body or operation.body is not Body.NOTHING:
+            if head.fields.has_body or operation.body is not Body.NOTHING:
                 check_body(head, operation.body, self._limits)
         except RustordError as error:
             return self._refuse_one(exchange, error)
         self._phase = _Phase.IDLE
-        if head.has_body:
+        if head.fields.has_body:
             return self._begin_body(exchange)
         self._at = head.end
         self._dispatch(exchange)
@@ -207,7 +212,7 @@ class Connection:
     def _refuse_one(self, exchange: Exchange, error: RustordError) -> bool:
         if self._exchanges:
             return False  # their replies come first
-        if exchange.head.has_body:  # which would have to be read just to be thrown away
+        if exchange.head.fields.has_body:  # which would have to be read just to be thrown away
             self._refuse(error, exchange.head)
             return False
         self._at = exchange.head.end
@@ -253,7 +258,7 @@ class Connection:
         exchange.body, self._pieces = b"".join(self._pieces), []
         self.now = exchange.complete = monotonic()
         self._dispatch(exchange)
-        self.proceed()
+        self._service.go_on(self)
 
     # Answering
 
@@ -270,8 +275,8 @@ class Connection:
         self._exchanges.append(exchange)
 
     def has_answer(self) -> None:
-        """An exchange has been answered: take it up, together with all others of this wake-up."""
-        self._service.has_answer(self)
+        """An exchange has been answered: take it up, together with all others of this turn."""
+        self._service.go_on(self)
 
     def _finish(self, exchange: Exchange, reply: Reply) -> None:
         self._reply(reply, exchange.head)
@@ -445,7 +450,7 @@ class Connection:
         else:
             self._last = self._unread = True
             exchange.reply = self._service.failure(exchange, failure)
-        self.proceed()
+        self._service.go_on(self)
 
     def _sent(self, sending: Sending, failure: BaseException | None) -> None:
         exchange = self._exchanges[0]
@@ -460,7 +465,7 @@ class Connection:
         else:
             self._outbox.add(sending.before)
             exchange.reply = self._service.failure(exchange, failure)
-        self.proceed()
+        self._service.go_on(self)
 
     def _break_off(self, exchange: Exchange, why: BaseException) -> None:
         level = logging.INFO if isinstance(why, (PeerGone, OSError)) else logging.ERROR
@@ -476,28 +481,19 @@ class Connection:
 
     # Waiting and ending
 
-    def _writable(self) -> None:
+    def writable(self) -> None:
         if self._transfer is not None:
             self._next_turn()
         else:
-            self.proceed()
+            self._service.go_on(self)
 
     def _wait(self, phase: _Phase, deadline: float) -> None:
         self._phase, self.deadline = phase, deadline
 
     def _watch(self, *, reading: bool, writing: bool) -> None:
-        if reading is not self._reading:
-            self._reading = reading
-            if reading:
-                self._service.loop.add_reader(self._sock, self._readable)
-            else:
-                self._service.loop.remove_reader(self._sock)
-        if writing is not self._writing:
-            self._writing = writing
-            if writing:
-                self._service.loop.add_writer(self._sock, self._writable)
-            else:
-                self._service.loop.remove_writer(self._sock)
+        if reading is not self._reading or writing is not self._writing:
+            self._reading, self._writing = reading, writing
+            self._service.poller.watch(self._fd, self, reading=reading, writing=writing)
 
     def expire(self) -> None:
         """The deadline has passed: say so to a peer that is still sending, and end."""

@@ -15,13 +15,16 @@ class Exchanging(Protocol):
     """What an exchange needs of its `Connection`."""
 
     now: float
-    """The `monotonic` time at which the current wake-up began."""
+    """The `monotonic` time at which it began to look at what has come."""
 
     def has_answer(self) -> None:
         """An exchange has been answered."""
 
     def proceed(self) -> None:
-        """Send what can be sent, and begin what can begin."""
+        """Take up what has been answered, and begin what can begin."""
+
+    def send(self) -> None:
+        """Send what can be sent."""
 
     def send_object(self, exchange: Exchange, reply: Reply, record: Record, start: int, end: int) -> None:
         """Answer with a range of an Object that is too long for one piece; ``reply`` has its head."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from threading import get_ident
 from time import monotonic, time
 from typing import TypeVar
@@ -17,6 +14,7 @@ from rustord.errors import RustordError
 from rustord.event import FAULT, REQUEST_SLOW
 from rustord.frontends.exchange import Exchange, Exchanging
 from rustord.frontends.operations import Admin, Done, Operations, Submit
+from rustord.frontends.poller import Poller
 from rustord.frontends.traffic import SlowRequest, Traffic
 from rustord.frontends.transfer import Slots
 from rustord.objectstore import ObjectStore
@@ -42,8 +40,10 @@ class Service:
         self.store = store
         self.limits = limits
         self.slow_request_s = slow_request_s
-        self.loop = asyncio.get_running_loop()
         self.draining = False
+        self.poller = Poller(self._end_turn)
+        self.unsent: set[Exchanging] = set()
+        """Connections that have something to send, or to wait for, at the end of this turn."""
         self.upload_slots = Slots(limits.uploads)
         self.download_slots = Slots(limits.downloads)
         self.traffic = Traffic(operation.id for methods in ROUTES.values() for operation in methods.values())
@@ -62,32 +62,38 @@ class Service:
         )
         self.handlers = self.operations.handlers()
         self._gathered: dict[Change, Done] = {}
-        """Changes of this wake-up, which are handed to the writer together."""
+        """Changes of this turn, which are handed to the writer together."""
         self._submitted: dict[Change, Done] = {}
-        self._outcomes: deque[Callable[[], None]] = deque()
-        self._woken = False
         self._working: dict[int, float] = {}
         """Since when each thread for transfers, by its ident, does what it does."""
-        self._answered: set[Exchanging] = set()
-        """Connections that have been answered in this wake-up."""
+        self._ready: set[Exchanging] = set()
+        """Connections that have received something in this turn, or have been answered."""
         self._phase_s: Sequence[float] = ()
         """How long each phase of the cycle took whose changes are being answered."""
+
+    def _end_turn(self) -> None:
+        """All that has come has been received.
+
+        Every step is taken for all connections before the next one: what was just done is still in the processor's
+        caches, so that it takes half of the time.
+        """
+        self._proceed()
+        unsent, self.unsent = self.unsent, set()
+        for connection in unsent:
+            connection.send()
+        if self._gathered:
+            gathered, self._gathered = self._gathered, {}
+            self._submitted |= gathered
+            self._writer.submit(list(gathered), self._deliver)
 
     # The writer
 
     def _submit(self, change: Put | Delete, done: Done) -> None:
-        if not self._gathered:
-            self.loop.call_soon(self._hand_over)  # once all that has become readable in this wake-up has been read
         self._gathered[change] = done
-
-    def _hand_over(self) -> None:
-        gathered, self._gathered = self._gathered, {}
-        self._submitted |= gathered
-        self._writer.submit(list(gathered), self._deliver)
 
     def _deliver(self, outcomes: Sequence[tuple[Change, Record | RustordError]]) -> None:
         phase_s = self.store.last_phase_s
-        self._wake(lambda: self._take_changes(outcomes, phase_s))
+        self.poller.wake(lambda: self._take_changes(outcomes, phase_s))
 
     def _take_changes(self, outcomes: Sequence[tuple[Change, Record | RustordError]], phase_s: Sequence[float]) -> None:
         self._phase_s = phase_s
@@ -122,30 +128,17 @@ class Service:
             outcome = work()
         except BaseException as error:
             outcome = error
-        self._outcomes.append(lambda: done(outcome))
-        if not self._woken:
-            self._woken = True
-            self._wake(self._take_outcomes)
-
-    def _take_outcomes(self) -> None:
-        self._woken = False
-        while self._outcomes:
-            self._outcomes.popleft()()
-        self._proceed()
-
-    def _wake(self, callback: Callable[[], None]) -> None:
-        with suppress(RuntimeError):  # the event loop has ended, and everybody has been cut off
-            self.loop.call_soon_threadsafe(callback)
+        self.poller.wake(lambda: done(outcome))
 
     # Answers
 
-    def has_answer(self, connection: Exchanging) -> None:
-        """Let the connection take up its answers, once all that are known in this wake-up are there."""
-        self._answered.add(connection)
+    def go_on(self, connection: Exchanging) -> None:
+        """Let the connection go on with what it has received, or with its answers, once all others have theirs."""
+        self._ready.add(connection)
 
     def _proceed(self) -> None:
-        answered, self._answered = self._answered, set()
-        for connection in answered:
+        ready, self._ready = self._ready, set()
+        for connection in ready:
             connection.proceed()
 
     def failure(self, exchange: Exchange, error: BaseException) -> Reply:
@@ -181,5 +174,6 @@ class Service:
 
     def close(self) -> None:
         """End the threads. Those that answer for the daemon may be stuck in there, and are left to it."""
+        self.poller.close()
         self._threads.shutdown()
         self._admin_threads.shutdown(wait=False, cancel_futures=True)

@@ -606,9 +606,11 @@ class KeyStore:
     # Reading
 
     def _raw(self, uuid: ObjectId) -> bytes | None:
-        for overlay in (self._fresh, self._draining):
-            if uuid in overlay.objects:
-                return overlay.objects[uuid]
+        # In this order: what moves on meanwhile is then looked at twice, never missed.
+        if uuid in (fresh := self._fresh.objects):
+            return fresh[uuid]
+        if uuid in (draining := self._draining.objects):
+            return draining[uuid]
         return self._backend.get(_OBJECT + uuid)
 
     def get(self, uuid: ObjectId) -> Record | None:

@@ -31,6 +31,7 @@ from rustord.wire.http1 import (
 )
 from rustord.wire.limits import Limits
 
+_NO_NAME = '""'
 NDJSON = "application/x-ndjson"
 BINARY = "application/octet-stream"
 MAP_CELL_COUNT_MAX = 65536
@@ -202,7 +203,7 @@ def _asks_nothing(block: bytes) -> bool:
 
 def check_body(head: RequestHead, body: Body, limits: Limits) -> None:
     """Raise InvalidRequest or TooLarge unless the request may have the body that its head announces."""
-    if body is Body.NOTHING and head.has_body:
+    if body is Body.NOTHING and head.fields.has_body:
         raise InvalidRequest(f"{head.method[:20]} takes no body here", hint="send none")
     if body is Body.JSON and (head.fields.chunked or (head.fields.content_length or 0) > limits.json_bytes):
         raise TooLarge(f"this request takes at most {limits.json_bytes} bytes, with a Content-Length")
@@ -312,16 +313,14 @@ def read_metadata(name: str, by_name: Mapping[str, str]) -> Metadata:
 
 def object_fields(record: Record) -> bytes:
     """The header fields that go with an Object, whether its data is sent or not."""
-    metadata = record.metadata
-    more = ""
-    if metadata.name:
-        more = f"Rustor-Name: {quote(metadata.name)}\r\n"
-    for key, value in metadata.attributes.items():
-        more += f"Rustor-Meta-{quote(key, safe='')}: {quote(value, safe='/:;,=+@()<>')}\r\n"
+    name, content_type, attributes = record.metadata
+    more = f"Rustor-Name: {quote(name)}\r\n" if name else ""
+    if attributes:
+        for key, value in attributes.items():
+            more += f"Rustor-Meta-{quote(key, safe='')}: {quote(value, safe='/:;,=+@()<>')}\r\n"
     return (
-        f"Content-Type: {metadata.content_type or BINARY}\r\n"
-        f'ETag: "{record.etag}"\r\n'
-        f"Last-Modified: {http_date(record.created_ns // 10**9)}\r\n"
+        f'Content-Type: {content_type or BINARY}\r\nETag: "{record.etag}"\r\n'
+        f"Last-Modified: {http_date(record.created_ns // 1_000_000_000)}\r\n"
         f"Accept-Ranges: bytes\r\nRustor-Uuid: {uuid_text(record.uuid)}\r\n{more}"
     ).encode("ascii")
 
@@ -446,11 +445,13 @@ def requested_range(fields: Fields, tag: str, size: int) -> tuple[int, int] | No
 
 def stored(record: Record, status: int) -> Reply:
     """An Object has been stored."""
-    uuid, tag = uuid_text(record.uuid), record.etag
+    uuid, tag, name = uuid_text(record.uuid), record.etag, record.name
     algorithm, _, digest = tag.partition(":")
-    name = json.dumps(record.name) if record.name else '""'
     fields = f'Content-Type: {JSON}\r\nLocation: /v1/objects/{uuid}\r\nETag: "{tag}"\r\n'
-    body = f'{{"uuid":"{uuid}","name":{name},"size":{record.size},"algorithm":"{algorithm}","digest":"{digest}"}}\n'
+    body = (
+        f'{{"uuid":"{uuid}","name":{json.dumps(name) if name else _NO_NAME},"size":{record.size},'
+        f'"algorithm":"{algorithm}","digest":"{digest}"}}\n'
+    )
     return Reply(status, fields.encode("ascii"), body.encode())
 
 

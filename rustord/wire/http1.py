@@ -95,6 +95,7 @@ class Fields(NamedTuple):
     expects_continue: bool
     conditional: bool
     """Any of If-Match, If-None-Match and Range is given."""
+    has_body: bool
 
 
 class RequestHead(NamedTuple):
@@ -107,10 +108,6 @@ class RequestHead(NamedTuple):
     old: bool
     """HTTP/1.0."""
     end: int
-
-    @property
-    def has_body(self) -> bool:
-        return self.fields.chunked or bool(self.fields.content_length)
 
 
 def read_request_head(data: bytes, start: int, limits: Limits) -> RequestHead | None:
@@ -156,16 +153,22 @@ def _head_too_large(limits: Limits) -> HeadTooLarge:
 
 
 def _read_request_line(line: str, limits: Limits) -> tuple[str, str, str]:
+    method, target, minor = _parse_request_line(line)
+    if len(target) > limits.target_bytes:
+        raise TargetTooLong(f"the target has {len(target)} bytes", hint=f"at most {limits.target_bytes} are read")
+    if target[0] != "/":
+        target = _ABSOLUTE.sub("", target, count=1)  # RFC 9112, 3.2.2: must be understood, though only proxies get it
+    return method, target, minor
+
+
+@lru_cache(maxsize=256)
+def _parse_request_line(line: str) -> tuple[str, str, str]:
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
         if _OTHER_VERSION.fullmatch(line):
             raise UnknownVersion("only HTTP/1.1 and HTTP/1.0 are spoken here")
         raise InvalidRequest(f"{line[:80]!r} is not a request line")
     method, target, minor = match.groups()
-    if len(target) > limits.target_bytes:
-        raise TargetTooLong(f"the target has {len(target)} bytes", hint=f"at most {limits.target_bytes} are read")
-    if target[0] != "/":
-        target = _ABSOLUTE.sub("", target, count=1)  # RFC 9112, 3.2.2: must be understood, though only proxies get it
     return method, target, minor
 
 
@@ -186,14 +189,16 @@ def parse_fields(block: str) -> Fields:
             value = f"{by_name[name]}, {value}"
         by_name[name] = value
     connection = {option.strip().lower() for option in by_name.get("connection", "").split(",")}
+    content_length, chunked = _content_length(by_name), _is_chunked(by_name)
     return Fields(
         by_name,
-        _content_length(by_name),
-        _is_chunked(by_name),
+        content_length,
+        chunked,
         "close" in connection,
         "keep-alive" in connection,
         by_name.get("expect", "").lower() == "100-continue",
         not by_name.keys().isdisjoint(("if-match", "if-none-match", "range")),
+        chunked or bool(content_length),
     )
 
 

@@ -42,7 +42,7 @@ def test_a_head_is_read_whole() -> None:
     assert found.fields.content_length == 12
     assert found.fields.by_name["rustor-meta-colour"] == "blue"
     assert found.fields.by_name["accept"] == "a, b"
-    assert found.has_body
+    assert found.fields.has_body
     assert found.keep_alive
 
 

@@ -1,0 +1,108 @@
+"""Poller: waits for the sockets of all connections at once, inside the event loop.
+
+It has an epoll of its own, whose descriptor the event loop watches. So whatever has become ready costs the loop one
+callback, and is one turn: all requests that have arrived are read, all answers that the writer's thread has given are
+taken up, and only then changes are handed over and replies sent. (asyncio's own watching takes a callback, with a
+handle and a context, for every socket; and a reply that is sent at once wakes its peer for it alone, which takes
+longer than to make the reply.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import deque
+from collections.abc import Callable
+from select import EPOLLIN, EPOLLOUT, epoll
+from threading import Lock
+from typing import Protocol
+
+from rustord.event import FAULT
+
+log = logging.getLogger(__name__)
+
+_READY_COUNT_MAX = 256
+"""Sockets in one turn: others than connections want theirs as well."""
+
+
+class Watched(Protocol):
+    """What a `Poller` tells that its socket is ready, or broken: to read or write then says so."""
+
+    def readable(self) -> None:
+        """There is something to read. Told only if that is watched for."""
+
+    def writable(self) -> None:
+        """There is room to write. Told only if that is watched for."""
+
+    def close(self) -> None:
+        """One of the others has failed."""
+
+
+class Poller:
+    """Belongs to the event loop that runs when it is made; only `wake` is for any thread."""
+
+    def __init__(self, end_turn: Callable[[], None]) -> None:
+        """``end_turn`` is called at the end of each turn; it must not raise."""
+        self._end_turn = end_turn
+        self._loop = asyncio.get_running_loop()
+        self._epoll = epoll()
+        self._watched: dict[int, tuple[Watched, int]] = {}
+        """Who is watched by each file descriptor, and for what."""
+        self._calls: deque[Callable[[], None]] = deque()
+        self._woken = False
+        self._waking = Lock()  # so that nobody writes to a descriptor that has been closed meanwhile
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._event, EPOLLIN)
+        self._loop.add_reader(self._epoll, self._turn)
+
+    def watch(self, fd: int, watched: Watched, *, reading: bool, writing: bool) -> None:
+        """From now on tell ``watched`` when ``fd`` can be read or written, or neither."""
+        events = (EPOLLIN if reading else 0) | (EPOLLOUT if writing else 0)
+        if not events:
+            if self._watched.pop(fd, None):
+                self._epoll.unregister(fd)
+        elif fd in self._watched:
+            self._epoll.modify(fd, events)
+            self._watched[fd] = watched, events
+        else:
+            self._epoll.register(fd, events)
+            self._watched[fd] = watched, events
+
+    def wake(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called in the next turn, which begins at once; never if the poller is closed before."""
+        self._calls.append(call)
+        with self._waking:
+            if not self._woken and self._event >= 0:
+                self._woken = True
+                os.eventfd_write(self._event, 1)
+
+    def _turn(self) -> None:
+        for fd, ready in self._epoll.poll(0, _READY_COUNT_MAX):
+            if fd == self._event:
+                os.eventfd_read(fd)
+                self._woken = False
+            elif found := self._watched.get(fd):  # unless somebody before it in this turn has ended it
+                self._tell(*found, ready)
+        for _ in range(len(self._calls)):
+            self._calls.popleft()()
+        self._end_turn()
+
+    def _tell(self, watched: Watched, events: int, ready: int) -> None:
+        try:
+            # An error, or the end of the connection, is told to whoever waits for anything.
+            if events & EPOLLIN and ready & ~EPOLLOUT:
+                watched.readable()
+            elif events & EPOLLOUT and ready & ~EPOLLIN:
+                watched.writable()
+        except Exception:
+            log.exception("a connection has failed, and is cut", extra=FAULT())
+            watched.close()
+
+    def close(self) -> None:
+        """Watch nothing any more."""
+        self._loop.remove_reader(self._epoll)
+        self._epoll.close()
+        with self._waking:
+            os.close(self._event)
+            self._event = -1
