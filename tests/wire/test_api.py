@@ -291,7 +291,7 @@ def test_if_range_makes_the_range_count_for_that_object_alone() -> None:
 @given(st.text(st.characters(max_codepoint=255, exclude_characters="\r\n\0"), max_size=40), st.integers(0, 1 << 40))
 def test_any_range_lies_within_the_object_or_is_refused(value: str, size: int) -> None:
     for candidate in (value, "bytes=" + value):
-        found = Fields({"range": candidate}, None, False, False, False, False, True)
+        found = Fields({"range": candidate}, None, False, False, False, False, True, False)
         try:
             part = api.requested_range(found, "t", size)
         except RangeNotSatisfiable:
