@@ -16,9 +16,10 @@ from rustord.frontends.exchange import Exchange
 from rustord.frontends.outbox import Outbox
 from rustord.frontends.service import Service
 from rustord.frontends.transfer import PeerGone, Receiving, Sending, Slots, Wait
+from rustord.manifest import Data
 from rustord.record import Record
-from rustord.wire.api import Body, Role, check_body, read_plain_get, read_request
-from rustord.wire.http1 import CONTINUE, STATUS_LINES, Reply, RequestHead, RequestTimeout, date_line, read_request_head
+from rustord.wire.api import Body, PlainGet, Role, check_body, read_plain_get, read_request
+from rustord.wire.http1 import CONTINUE, Reply, RequestHead, RequestTimeout, date_line, read_request_head
 from rustord.wire.problem import problem
 
 log = logging.getLogger(__name__)
@@ -131,8 +132,6 @@ class Connection:
                 assert exchange.reply is not None
                 self._finish(exchange, exchange.reply)
             while self._at < len(self._data) and not self._last and self._outbox.byte_count <= unsent_max:
-                if not self._exchanges and self._answer_plain_get():
-                    continue
                 head = read_request_head(self._data, self._at, self._limits)
                 if head is None or not self._begin(Exchange(self, head)):
                     break
@@ -152,25 +151,19 @@ class Connection:
         if many and not self._outbox.byte_count:
             self._service.poller.wake(lambda: self._service.go_on(self))  # with the next ones, after others
 
-    def _answer_plain_get(self) -> bool:
-        """Answer the request at hand if it is a plain GET and all is well; otherwise it goes the way of all others."""
-        plain = read_plain_get(self._data, self._at, self._limits)
-        if plain is None or self._role < Role.READER or self._service.draining:
-            return False
-        found = self._service.operations.plain_get(plain[0])
-        if found is None:
-            return False
-        fields, data = found
-        length = len(data)
-        self._at = plain[1]
+    def plain_get(self) -> PlainGet | None:
+        """The request at hand, if it is a plain GET and may begin. Unless it is answered, `proceed` will begin it."""
+        may_begin = self._at < len(self._data) and not self._exchanges and not self._last and not self.closed
+        if not may_begin or self._role < Role.READER or self._outbox.byte_count > self._limits.unsent_bytes:
+            return None
+        return read_plain_get(self._data, self._at, self._limits)
+
+    def answer_plain_get(self, request: PlainGet, head: bytes, data: Data) -> None:
+        """Answer what `plain_get` gave."""
+        self._at = request.end
         self._phase = _Phase.IDLE
-        head = b"%b%b%bContent-Length: %d\r\n\r\n" % (STATUS_LINES[200], date_line(int(time())), fields, length)
         self._outbox.add(head)
         self._outbox.add(data)
-        traffic = self._service.traffic
-        traffic.sent_bytes += length
-        traffic.operations["get_object"].count(200, monotonic() - self.now)
-        return True
 
     def _begin(self, exchange: Exchange) -> bool:
         """Begin a request. False if no other may follow now: this one has to wait, or its body has not arrived."""

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from rustord.manifest import Data
 from rustord.record import Record
-from rustord.wire.api import Request
+from rustord.wire.api import PlainGet, Request
 from rustord.wire.http1 import Reply, RequestHead
 
 
@@ -25,6 +25,12 @@ class Exchanging(Protocol):
 
     def send(self) -> None:
         """Send what can be sent."""
+
+    def plain_get(self) -> PlainGet | None:
+        """The request to go on with, if it is a plain GET."""
+
+    def answer_plain_get(self, request: PlainGet, head: bytes, data: Data) -> None:
+        """Answer it."""
 
     def send_object(self, exchange: Exchange, reply: Reply, record: Record, start: int, end: int) -> None:
         """Answer with a range of an Object that is too long for one piece; ``reply`` has its head."""

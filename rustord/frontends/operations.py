@@ -158,16 +158,23 @@ class Operations:
     def get_object(self, exchange: Exchange) -> Reply | None:
         return self._get(exchange, self._store.stat(parse_uuid(exchange.request.argument)))
 
-    def plain_get(self, uuid: bytes) -> tuple[bytes, Data] | None:
-        """The header fields and the whole data of an Object; None if anything stands in the way of sending it now."""
+    def plain_gets(self, uuids: Iterable[bytes]) -> list[tuple[bytes, Data] | None]:
+        """The header fields and the whole data of each Object; None if anything keeps it from being sent now."""
+        records = [self._find(uuid) for uuid in uuids]
+        read, most = self._store.read_now, self._limits.download_piece_bytes
+        found = [
+            (record, data)
+            if record is not None and 0 < record.size <= most and (data := read(record, 0, record.size)) is not None
+            else None
+            for record in records
+        ]
+        return [None if one is None else (object_fields(one[0]), one[1]) for one in found]
+
+    def _find(self, uuid: bytes) -> Record | None:
         try:
-            record = self._store.keystore.get(bytes.fromhex(str(uuid, "ascii").replace("-", "")))
+            return self._store.keystore.get(bytes.fromhex(str(uuid, "ascii").replace("-", "")))
         except (ValueError, RustordError):
-            return None
-        if record is None or not 0 < record.size <= self._limits.download_piece_bytes:
-            return None
-        data = self._store.read_now(record, 0, record.size)
-        return None if data is None else (object_fields(record), data)
+            return None  # whoever looks again is told what is wrong
 
     def head_object(self, exchange: Exchange) -> Reply | None:
         return self._head(exchange, self._store.stat(parse_uuid(exchange.request.argument)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import get_ident
 from time import monotonic, time
@@ -21,7 +21,7 @@ from rustord.objectstore import ObjectStore
 from rustord.record import Record
 from rustord.whereabouts import whereabouts
 from rustord.wire.api import ROUTES
-from rustord.wire.http1 import Reply
+from rustord.wire.http1 import STATUS_LINES, Reply, date_line
 from rustord.wire.limits import Limits
 from rustord.wire.problem import problem
 
@@ -138,8 +138,27 @@ class Service:
 
     def _proceed(self) -> None:
         ready, self._ready = self._ready, set()
+        if not self.draining:
+            self._answer_plain_gets(ready)
         for connection in ready:
             connection.proceed()
+
+    def _answer_plain_gets(self, connections: Iterable[Exchanging]) -> None:
+        """Answer the plain GETs with which these connections go on, the first ones of all before the second ones."""
+        began = monotonic()
+        counted = self.traffic.operations["get_object"]
+        while plain := [(each, request) for each in connections if (request := each.plain_get())]:
+            connections = []
+            start = STATUS_LINES[200] + date_line(int(time()))
+            found = self.operations.plain_gets([request.uuid for _, request in plain])
+            for (connection, request), answer in zip(plain, found, strict=True):
+                if answer is not None:
+                    fields, data = answer
+                    head = b"%b%bContent-Length: %d\r\n\r\n" % (start, fields, len(data))
+                    connection.answer_plain_get(request, head, data)
+                    connections.append(connection)
+                    self.traffic.sent_bytes += len(data)
+                    counted.count(200, monotonic() - began)
 
     def failure(self, exchange: Exchange, error: BaseException) -> Reply:
         """The reply to a request that failed. What is the server's fault is logged."""
