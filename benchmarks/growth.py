@@ -1,4 +1,4 @@
-"""Rows for a pool with many Objects: how long the start after a crash takes, and how much memory the index needs."""
+"""Rows for a pool with many Objects: the start after a crash, the memory of the index, and how it is made anew."""
 
 from __future__ import annotations
 
@@ -34,3 +34,6 @@ def growth(subject: Rustord, effort: Effort) -> Iterator[Row]:
     for when, resident in (("stored", resident_before), ("after the start", memory(subject.pid)["VmRSS"])):
         work = f"memory with {count:,} Objects, {when}"
         yield Row(work, "MiB", {"rustord": [resident]}, goals, more_is_better=False)
+    seconds, size = subject.rebuild()
+    yield Row(f"rebuild of a lost index, {stored:,} Objects", "s", {"rustord": [seconds]}, more_is_better=False)
+    yield Row("the same, of the device that is read from end to end", "MB/s", {"rustord": [size / seconds / 1e6]})
