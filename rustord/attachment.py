@@ -225,7 +225,8 @@ class Kernel:
         try:
             told = self._ask(netlink.CONTROL, netlink.GET_FAMILY, request)
         except OSError:
-            subprocess.run(["modprobe", "nbd"], check=False, capture_output=True)
+            with suppress(OSError):  # there may be no modprobe
+                subprocess.run(["modprobe", "nbd"], check=False, capture_output=True)
             try:
                 told = self._ask(netlink.CONTROL, netlink.GET_FAMILY, request)
             except OSError as error:

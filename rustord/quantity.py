@@ -6,17 +6,22 @@ import re
 
 _BINARY = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40, "PiB": 1 << 50}
 _DECIMAL = {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "PB": 10**15}
-_SIZE_UNITS = {"": 1, "B": 1, **_BINARY, **_DECIMAL}
+_LETTERS = {unit[0]: factor for unit, factor in _BINARY.items()}
+"""As truncate, qemu-img, lvcreate and systemd read them."""
+_SIZE_UNITS = {"": 1, "B": 1, **_LETTERS, **_BINARY, **_DECIMAL}
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 _QUANTITY = re.compile(r"(\d{1,19}(?:\.\d{1,6})?) ?([A-Za-z]{0,3})", re.ASCII)
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as ``4096``, ``64 MiB`` or ``1.5 GB``. Raises ValueError that says what is allowed."""
+    """Bytes of a size such as ``4096``, ``64 MiB``, ``64M`` (the same) or ``1.5 GB``.
+
+    Raises ValueError that says what is allowed.
+    """
     found = _QUANTITY.fullmatch(text.strip())
     if found is None or found[2] not in _SIZE_UNITS:
-        raise ValueError("a size is a number of bytes or a number with a unit, such as 4096, '64 MiB' or '1.5 GB'")
+        raise ValueError("a size is a number of bytes or a number with a unit, such as 4096, 64M, '64 MiB' or '1.5 GB'")
     whole, _, fraction = found[1].partition(".")
     # Integers throughout: a float would round sizes beyond 2**53.
     factor: int = 10 ** len(fraction)

@@ -214,7 +214,12 @@ def test_what_is_not_mounted_may_go(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(Path("/sys/module/nbd").exists(), reason="this kernel has nbd")
-def test_without_an_nbd_client_in_the_kernel_other_ways_are_shown() -> None:
+@pytest.mark.parametrize("has_modprobe", [True, False])
+def test_without_an_nbd_client_in_the_kernel_other_ways_are_shown(
+    monkeypatch: pytest.MonkeyPatch, has_modprobe: bool
+) -> None:
+    if not has_modprobe:
+        monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(Unsupported) as raised:
         Kernel()
     assert "nbdfuse" in raised.value.hint
