@@ -589,6 +589,34 @@ class TestCycles:
         assert len(live(store)) == 300
         check_sound(store)
 
+    def test_records_that_scattered_room_makes_longer_than_expected_follow_as_well(
+        self, simulation: Simulation
+    ) -> None:
+        store = simulation.open()
+        keys = [store.put(b"x") for _ in range(2000)]
+        store.put(DATA[: (free_count(store) - 10) * BLOCK])
+        run(store, *[Delete(key.uuid) for key in keys[::2]])
+        before = free_blocks(store)
+        most = store.keystore.batch_bytes_max = 8000
+        puts = [Put(DATA[:290_000]) for _ in range(12)]  # of 70 extents each, which nobody knows before they are placed
+        left: Sequence[Change] = puts
+        objects: list[Record] = []
+        while left:
+            cycle = store.cycle(left)
+            records = [stored(outcome) for _, outcome in cycle.outcomes]
+            assert 0 < sum(len(record.raw) for record in records) < most
+            objects += records
+            left = cycle.following
+        assert len(objects) == len(puts)
+        assert len(objects[0].extents) > 60
+        check_sound(store)
+        simulation.cut_power()
+        store = simulation.open()
+        for record in objects:
+            assert store.get(record.uuid) == DATA[:290_000]
+            store.delete(record.uuid)
+        assert free_blocks(store) == before
+
     def test_an_error_concerns_one_change(self, store: ObjectStore) -> None:
         kept = store.put(b"kept", name="kept")
         changes: list[Change] = [

@@ -1,8 +1,9 @@
 """HTTP: the object API on a Unix socket.
 
 The shell around `rustord.wire`: one event loop that reads, parses and answers; the store's writer thread for changes; a
-few threads for large bodies and for reads that miss the page cache. There is no asyncio transport: the sockets are
-watched directly, so that a wake-up costs one recv and one send, and a large body can be handed to a thread and back.
+few threads for large bodies and for reads that miss the page cache. There is no asyncio transport: a `Poller` watches
+the sockets, so that all that has come is one turn, with one recv and one send for each connection, and a large body can
+be handed to a thread and back.
 """
 
 from __future__ import annotations
