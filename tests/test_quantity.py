@@ -34,7 +34,8 @@ def test_a_size_is_exact(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "MiB", "-1", "1 mib", "64 m", "64Mi", "1e3", "1.5", "0.3 B", "1 2", "1 MiBs", "٣", "9" * 30, "1.0000001 MB"]
+    "text",
+    ["", "MiB", "-1", "1 mib", "64 m", "64Mi", "1e3", "1.5", "0.3 B", "1 2", "1 MiBs", "٣", "9" * 30, "1.0000001 MB"],
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="byte"):
