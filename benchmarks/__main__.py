@@ -158,7 +158,7 @@ def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     processors = [line.partition(": ")[2] for line in lines if line.startswith("model name")] or [platform.machine()]
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
-    python = platform.python_version()
+    python = f"{platform.python_version()} in {sys.base_prefix}"
     return (
         f"{len(processors)} CPUs, {processors[0]}, {memory_gib:.0f} GiB, Linux {platform.release()}, Python {python}."
     )
