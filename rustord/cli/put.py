@@ -77,10 +77,14 @@ def _check_name(name: str) -> None:
 
 
 def _guess_type(source: _Source) -> str:
+    """By the ending of its name, or else by that of the file's."""
     import mimetypes
 
-    kind, compression = mimetypes.guess_type("file:" + os.path.basename(source.name or source.path))
-    return _COMPRESSED.get(compression, "") if compression else kind or ""
+    for path in (source.name, source.path):
+        kind, compression = mimetypes.guess_type("file:" + os.path.basename(path))
+        if compression or kind:
+            return _COMPRESSED.get(compression, "") if compression else kind or ""
+    return ""
 
 
 def _to_attributes(context: click.Context, parameter: click.Parameter, values: Iterable[str]) -> dict[str, str]:

@@ -57,6 +57,14 @@ def test_a_name_is_replaced_or_kept_by_no_clobber(daemon: object, rustorctl: Com
     assert rustorctl.ok("get", second) == "second"
 
 
+def test_the_content_type_is_guessed_from_the_file_if_the_name_does_not_tell(
+    daemon: object, rustorctl: Command, tree: Path
+) -> None:
+    for name, kind in (("docs/read", "text/plain"), ("docs/read.json", "application/json")):
+        rustorctl.ok("put", tree / "a.txt", "--name", name)
+        assert json.loads(rustorctl.ok("stat", name, "--json"))["content_type"] == kind
+
+
 def test_a_directory_with_all_its_files(daemon: object, rustorctl: Command, tree: Path) -> None:
     lines = rustorctl.ok("put", "-r", tree, "--prefix", "backup/").splitlines()
     assert [line.split("  ", 1)[1] for line in lines] == [
