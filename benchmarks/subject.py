@@ -74,7 +74,7 @@ class Rustord(Contestant):
         raise LoadError(f"rustord did not become ready: {(self._directory / 'log').read_text()[-2000:]}")
 
     def rebuild(self) -> tuple[float, int]:
-        """Makes the index anew, from the device alone: how many seconds that took, and how many bytes the device has."""
+        """Makes the index anew, from the device alone; the seconds that took, and the bytes that the device has."""
         self.stop()
         index = self._directory / "index"
         shutil.rmtree(index)

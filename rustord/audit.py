@@ -21,9 +21,9 @@ from rustord.errors import Damaged, DeviceError, FormatError, NotFound, PoolErro
 from rustord.extent import Extent, block_count, without
 from rustord.journal import NOTHING, Batch, Kind, decode_record_ids
 from rustord.keystore.backend import Backend
+from rustord.keystore.contents import Contents, owner_of, read_contents, replace_index
 from rustord.keystore.ring import Ring
 from rustord.keystore.state import verify
-from rustord.keystore.store import Contents, owner_of, read_contents, replace_index
 from rustord.label import LABEL_BYTES, Label, State, decode_label
 from rustord.layer import Layers
 from rustord.objkey import ObjectId, uuid_text

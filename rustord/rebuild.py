@@ -14,7 +14,7 @@ from rustord.blockdevice import BlockDevice
 from rustord.blockstore import BlockStore
 from rustord.errors import PoolError
 from rustord.keystore.backend import Backend
-from rustord.keystore.store import owner_of, replace_index
+from rustord.keystore.contents import owner_of, replace_index
 from rustord.label import Label
 from rustord.objkey import uuid_text
 from rustord.page import decode_head

@@ -18,13 +18,15 @@ from xxhash import xxh3_64_digest
 import rustord
 from rustord.extent import Extent
 from rustord.journal import Kind
+from rustord.keystore import keys
+from rustord.keystore.state import REBUILDING_KEY, STATE_KEY
 from rustord.label import BLOCK_SIZES, LABEL_BYTES, MAGIC, TABLES_AT, Geometry, State
 from rustord.placer import FreeView
 from tests.simulation import Simulation, live
 
 PACKAGE = Path(rustord.__file__).parent
 TEXT = (PACKAGE / "FORMAT.md").read_text()
-MODULES = {"ring": "keystore.ring", "state": "keystore.state", "store": "keystore.store"}
+MODULES = {"ring": "keystore.ring", "state": "keystore.state"}
 CODES = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
 
 
@@ -120,11 +122,9 @@ def test_every_kind_of_entry_is_listed() -> None:
 
 def test_every_kind_of_key_is_listed() -> None:
     (rows,) = [rows for _, head, rows in tables() if head[0] == "Key"]
-    store = module_of("store")
-    keys = [store._OBJECT, store._GRAVE, store._BASE, store._PAGE, store._UNKEPT, store._NAME]
-    keys += [store._POSITION, store.REBUILDING_KEY, store.STATE_KEY]
-    assert [re.findall("`(.)`", row[0])[0].encode() for row in rows] == keys
-    assert f"A name of up to {store._NAME_KEY_BYTES} bytes" in TEXT
+    known = [keys.OBJECT, keys.GRAVE, keys.BASE, keys.PAGE, keys.UNKEPT, keys.NAME, keys.POSITION]
+    assert [re.findall("`(.)`", row[0])[0].encode() for row in rows] == [*known, REBUILDING_KEY, STATE_KEY]
+    assert f"A name of up to {keys.NAME_KEY_BYTES} bytes" in TEXT
 
 
 def test_the_geometry_of_the_examples() -> None:

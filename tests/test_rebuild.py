@@ -481,7 +481,7 @@ def test_an_index_that_is_there_is_kept_unless_it_shall_be_replaced(pool: Simula
 
 
 def test_half_a_rebuild_is_not_taken_for_an_index(pool: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rustord.keystore.store._BATCH", 4)
+    monkeypatch.setattr("rustord.keystore.contents._BATCH", 4)
     store = pool.open()
     for number in range(30):
         store.put(b"data", name=str(number))

@@ -5,21 +5,7 @@ in the background, in the index (`checkpoint`), one atomic batch at a time with 
 index knows everything. What is not in the index yet is served from memory. So a slow index slows no PUT, and after a
 crash only the journal's tail is replayed.
 
-The index is an ordered store of byte keys (`rustord.keystore.backend`). FORMAT.md has the table of its keys:
-
-==========================  ===========================================================================
-``o`` uuid                  the Record of a live Object
-``g`` uuid, sequence        the extents of a Record that is gone and whose blocks are not erased yet (a grave)
-``b`` uuid                  the Record of a deleted Object on which a Layer builds
-``l`` layer, page number    a page of the map of a Layer
-``k``                       the slots of pages may have older ones than the index
-``n`` name                  uuid; a name of more than 480 bytes is cut there and its BLAKE2b-128 added, and
-                            the whole name follows the uuid
-``p`` device uuid           where the index's knowledge of that device's journal ends
-``r``                       the pool's uuid; only while a rebuild is putting an index together
-``s``                       the newest sequence that the index knows, the label's generation, the pool's uuid, and
-                            how many other entries there are, with a sum of them (`rustord.keystore.state`)
-==========================  ===========================================================================
+The index is an ordered store of byte keys (`rustord.keystore.backend`, `rustord.keystore.keys`).
 """
 
 from __future__ import annotations
@@ -27,8 +13,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from hashlib import blake2b
 from heapq import merge
 from itertools import islice
 from pathlib import Path
@@ -50,8 +34,24 @@ from rustord.journal import (
     unerased_entry,
 )
 from rustord.keystore.backend import Backend
+from rustord.keystore.keys import (
+    BASE,
+    GRAVE,
+    NAME,
+    NAME_KEY_BYTES,
+    OBJECT,
+    PAGE,
+    POSITION,
+    UNKEPT,
+    decode_grave_entry,
+    decode_name,
+    name_key,
+    page_key,
+    successor,
+)
+from rustord.keystore.overlay import Overlay
 from rustord.keystore.ring import Ring, RingFull
-from rustord.keystore.state import REBUILDING_KEY, STATE_KEY, IndexState, Tally, commit, state_of, verify
+from rustord.keystore.state import REBUILDING_KEY, IndexState, commit, state_of, verify
 from rustord.objkey import ObjectId, uuid_text
 from rustord.page import (
     Page,
@@ -62,34 +62,14 @@ from rustord.page import (
     decode_page,
     slots_at,
 )
-from rustord.record import EXTENT, RECORD_ID, Grave, Record, RecordId, decode_extents, encode_extents
+from rustord.record import RECORD_ID, Grave, Record, RecordId, encode_extents
 from rustord.whereabouts import whereabouts
 
-_OBJECT, _GRAVE, _BASE, _PAGE, _UNKEPT, _NAME, _POSITION = b"o", b"g", b"b", b"l", b"k", b"n", b"p"
-_NAME_KEY_BYTES = 480
-_BATCH = 50_000
-"""Entries in one commit of a rebuild: about 20 MiB."""
 COMMIT_S_MAX = 30.0
 """How long the index may take for a commit until nobody waits for it any more, and changes are refused."""
 _TROUBLE_HINT = "see rustord's log, and the database of the index; what has been acknowledged is in the journal"
 _OVERLAY_MAX = 50_000
 """Changes that wait in memory before a cycle waits for the index: about 20 MiB."""
-
-
-@dataclass
-class _Overlay:
-    """What the index does not hold yet. None as a value means that the key is gone."""
-
-    objects: dict[ObjectId, bytes | None] = field(default_factory=dict)
-    graves: dict[bytes, bytes | None] = field(default_factory=dict)
-    bases: dict[ObjectId, bytes | None] = field(default_factory=dict)
-    pages: dict[bytes, bytes | None] = field(default_factory=dict)
-    names: dict[bytes, bytes | None] = field(default_factory=dict)
-    sequence: int = 0
-    positions: dict[bytes, bytes] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.objects) + len(self.graves) + len(self.pages)
 
 
 class KeyStore:
@@ -112,8 +92,8 @@ class KeyStore:
         self._directory = directory
         self.verify(progress)
         self._rings: dict[int, Ring] = {}
-        self._fresh = _Overlay()
-        self._draining = _Overlay()
+        self._fresh = Overlay()
+        self._draining = Overlay()
         self._learning = threading.Lock()  # held while the overlay changes hands, and for each `learn`
         self._checkpointing = threading.Lock()
         self._commit_since = 0.0  # monotonic time, 0 if none is under way
@@ -149,7 +129,7 @@ class KeyStore:
 
         Raises PoolError if batches are missing between the index and the journal.
         """
-        position = self._backend.get(_POSITION + ring.device_uuid)
+        position = self._backend.get(POSITION + ring.device_uuid)
         batches = ring.replay(position)
         if position is None and batches and batches[0].number != 1:
             raise PoolError(
@@ -204,7 +184,7 @@ class KeyStore:
             self._note_positions(overlay)
         self.checkpoint()
 
-    def _replay_put(self, overlay: _Overlay, record: Record, replaced: ObjectId) -> None:
+    def _replay_put(self, overlay: Overlay, record: Record, replaced: ObjectId) -> None:
         """Learn a PUT of the journal. Where two Objects have one name, the newer one counts.
 
         The older one was not acknowledged; its devices failed one after the other, so that no UNDO says so.
@@ -233,7 +213,7 @@ class KeyStore:
     def indexed(self) -> Iterator[Record]:
         """Every live Object in the index. Raises FormatError if one of them is damaged."""
         try:
-            for _, raw in self._backend.scan(_OBJECT, _successor(_OBJECT)):
+            for _, raw in self._backend.scan(OBJECT, successor(OBJECT)):
                 yield Record(raw)
         except FormatError as error:
             hint = "put back a copy of the index, or make a new one with 'rustorctl pool rebuild --replace'"
@@ -241,15 +221,15 @@ class KeyStore:
 
     def graves(self) -> list[Grave]:
         """The graves in the index: what is gone and whose blocks have not been erased yet."""
-        return [_grave(key, table) for key, table in self._backend.scan(_GRAVE, _successor(_GRAVE))]
+        return [decode_grave_entry(key, table) for key, table in self._backend.scan(GRAVE, successor(GRAVE))]
 
     def bases(self) -> list[Record]:
         """The deleted Objects in the index that were kept because a Layer builds, or built, on them."""
-        return [Record(raw) for _, raw in self._backend.scan(_BASE, _successor(_BASE))]
+        return [Record(raw) for _, raw in self._backend.scan(BASE, successor(BASE))]
 
     def pages(self) -> Iterator[Page]:
         """All pages of Layers in the index."""
-        return (decode_page(raw) for _, raw in self._backend.scan(_PAGE, _successor(_PAGE)))
+        return (decode_page(raw) for _, raw in self._backend.scan(PAGE, successor(PAGE)))
 
     def begin_to_keep(self, keep_pages: Callable[[list[Page]], None], layers: Collection[bytes]) -> None:
         """From now on have pages written to their slots by ``keep_pages``, before the journal that has them is let go.
@@ -258,14 +238,14 @@ class KeyStore:
         was put off, or a rebuild has made the pages, all those of ``layers`` are written at once.
         """
         self._keep_pages = keep_pages
-        if self._backend.get(_UNKEPT) is None:
+        if self._backend.get(UNKEPT) is None:
             return
         with self._learning:
             for page in self.pages():
                 if page.layer in layers:
                     newer = page._replace(generation=page.generation + 1)
                     self._fresh.pages[page_key(page.layer, page.number)] = newer.encode()
-            self._fresh.pages[_UNKEPT] = None
+            self._fresh.pages[UNKEPT] = None
             self._note_positions(self._fresh)
         self.checkpoint()  # before any slot is erased that a page has left: it may be the only one that is written
 
@@ -410,7 +390,7 @@ class KeyStore:
             self._note_positions(overlay)
         return left
 
-    def _learn_layer(self, overlay: _Overlay, entry: Entry) -> Grave | None:
+    def _learn_layer(self, overlay: Overlay, entry: Entry) -> Grave | None:
         """Returns the slots that pages have left with this change; they are a grave."""
         left: list[Extent] = []
         if entry.kind is Kind.LAYER:
@@ -428,7 +408,7 @@ class KeyStore:
         self._learn_grave(overlay, grave, entry.sequence)
         return grave
 
-    def _change_page(self, overlay: _Overlay, change: PageChange, sequence: int) -> list[Extent]:
+    def _change_page(self, overlay: Overlay, change: PageChange, sequence: int) -> list[Extent]:
         """Each version that goes into the index has the next generation, so that it is written to the other slot.
 
         Returns the slots that the page had, if it has got others.
@@ -453,10 +433,10 @@ class KeyStore:
                 return overlay.pages[key]
         return self._backend.get(key)
 
-    def _forget_layer(self, overlay: _Overlay, layer: bytes) -> None:
+    def _forget_layer(self, overlay: Overlay, layer: bytes) -> None:
         del self._bases[layer]
-        prefix = _PAGE + layer
-        keys = [key for key, _ in self._backend.scan(prefix, _successor(prefix))]
+        prefix = PAGE + layer
+        keys = [key for key, _ in self._backend.scan(prefix, successor(prefix))]
         keys += [key for table in (self._fresh.pages, self._draining.pages) for key in table if key.startswith(prefix)]
         overlay.pages.update(dict.fromkeys(keys))
 
@@ -474,22 +454,22 @@ class KeyStore:
         if len(self._fresh) > _OVERLAY_MAX:
             self.checkpoint()
 
-    def _note_positions(self, overlay: _Overlay) -> None:
+    def _note_positions(self, overlay: Overlay) -> None:
         for ring in self._rings.values():
             overlay.positions[ring.device_uuid] = ring.position
 
-    def _learn_put(self, overlay: _Overlay, record: Record, replaced: ObjectId) -> None:
+    def _learn_put(self, overlay: Overlay, record: Record, replaced: ObjectId) -> None:
         if replaced == record.uuid:
             self._learn_move(overlay, record)
             return
         overlay.objects[record.uuid] = record.raw
         if name := record.name:
-            key, tail = _name_key(name)
+            key, tail = name_key(name)
             overlay.names[key] = record.uuid + tail
         if replaced != NOTHING and (raw := self._raw(replaced)):
             self._learn_delete(overlay, Record(raw), record.sequence)
 
-    def _learn_move(self, overlay: _Overlay, record: Record) -> None:
+    def _learn_move(self, overlay: Overlay, record: Record) -> None:
         """The Object is on other blocks now, unless it has been moved on since (by who did not know of this move)."""
         live = self.get(record.uuid)
         if live is not None and live.sequence > record.sequence:
@@ -498,20 +478,20 @@ class KeyStore:
         if live is not None:
             self._bury(overlay, live, record, record.sequence)
         elif name := record.name:
-            key, tail = _name_key(name)
+            key, tail = name_key(name)
             overlay.names[key] = record.uuid + tail
         overlay.objects[record.uuid] = record.raw
 
-    def _bury(self, overlay: _Overlay, record: Record, keeper: Record | None, sequence: int) -> None:
+    def _bury(self, overlay: Overlay, record: Record, keeper: Record | None, sequence: int) -> None:
         """``record`` is gone; the blocks that ``keeper``, another Record of the same Object, names are not to erase."""
         extents = without(record.extents, keeper.extents) if keeper else record.extents
         self._learn_grave(overlay, Grave(record.id, extents), sequence)
 
-    def _learn_grave(self, overlay: _Overlay, grave: Grave, sequence: int) -> None:
+    def _learn_grave(self, overlay: Overlay, grave: Grave, sequence: int) -> None:
         overlay.graves[RECORD_ID.pack(*grave.id)] = encode_extents(grave.extents)
         self._unerased[grave.id] = sequence
 
-    def _learn_delete(self, overlay: _Overlay, record: Record, sequence: int) -> None:
+    def _learn_delete(self, overlay: Overlay, record: Record, sequence: int) -> None:
         uuid = record.uuid
         overlay.objects[uuid] = None
         if uuid in self._bases.values():
@@ -521,12 +501,12 @@ class KeyStore:
         else:
             self._bury(overlay, record, None, sequence)
         if name := record.name:
-            key, _ = _name_key(name)
+            key, _ = name_key(name)
             value = self._name_value(key)
             if value is not None and value[:16] == uuid:
                 overlay.names[key] = None
 
-    def _learn_erased(self, overlay: _Overlay, gone: RecordId) -> None:
+    def _learn_erased(self, overlay: Overlay, gone: RecordId) -> None:
         overlay.graves[RECORD_ID.pack(*gone)] = None
         self._unerased.pop(gone, None)
         if not gone.sequence and gone.uuid in self._bases:
@@ -568,25 +548,25 @@ class KeyStore:
                 overlay = self._fresh
                 if not overlay.positions:
                     return
-                self._draining, self._fresh = overlay, _Overlay()
+                self._draining, self._fresh = overlay, Overlay()
                 unerased = min(self._unerased.values(), default=overlay.sequence + 1)
             sequence = max(overlay.sequence, self.indexed_sequence)
-            puts, deletes = _changes(overlay)
+            puts, deletes = overlay.changes()
             pages = map(decode_page, filter(None, overlay.pages.values()))
             if self._keep_pages is not None:
                 self._keep_pages([page for page in pages if page.layer not in self._retired])
             elif any(pages):
-                puts[_UNKEPT] = b""
+                puts[UNKEPT] = b""
             try:
                 self._commit(puts, deletes, sequence)
             except BaseException:
                 with self._learning:
-                    self._fresh = _merged(overlay, self._fresh)
-                    self._draining = _Overlay()
+                    self._fresh = overlay.under(self._fresh)
+                    self._draining = Overlay()
                 raise
             self.indexed_sequence = sequence
             with self._learning:
-                self._draining = _Overlay()
+                self._draining = Overlay()
                 for ring in self._rings.values():
                     number = int.from_bytes(overlay.positions.get(ring.device_uuid, bytes(8))[:8], "little")
                     ring.release(number, unerased - 1)
@@ -611,7 +591,7 @@ class KeyStore:
             return fresh[uuid]
         if uuid in (draining := self._draining.objects):
             return draining[uuid]
-        return self._backend.get(_OBJECT + uuid)
+        return self._backend.get(OBJECT + uuid)
 
     def get(self, uuid: ObjectId) -> Record | None:
         """The Record of a live Object, or None."""
@@ -627,7 +607,7 @@ class KeyStore:
                     raw = overlay.bases[uuid]
                     break
             else:
-                raw = self._backend.get(_BASE + uuid)
+                raw = self._backend.get(BASE + uuid)
         return None if raw is None else Record(raw)
 
     def kept(self, uuid: ObjectId) -> Record | None:
@@ -637,7 +617,7 @@ class KeyStore:
 
     def resolve(self, name: str) -> ObjectId | None:
         """The uuid that a name maps to, or None."""
-        value = self._name_value(_name_key(name)[0])
+        value = self._name_value(name_key(name)[0])
         return None if value is None else value[:16]
 
     def _name_value(self, key: bytes) -> bytes | None:
@@ -652,11 +632,11 @@ class KeyStore:
         They are in the order of their UTF-8 bytes (of the first 480 of them). Names that are there all the time are
         listed exactly once over a run of calls, whatever changes beside it.
         """
-        first = _NAME + prefix.encode()[:_NAME_KEY_BYTES]
-        start = max(first, _name_key(after)[0] + b"\0") if after else first
+        first = NAME + prefix.encode()[:NAME_KEY_BYTES]
+        start = max(first, name_key(after)[0] + b"\0") if after else first
         page: list[tuple[str, ObjectId]] = []
-        for key, value in self._merged_scan("names", start, _successor(first)):
-            name = _decode_name(key, value)
+        for key, value in self._merged_scan("names", start, successor(first)):
+            name = decode_name(key, value)
             if name.startswith(prefix):
                 page.append((name, value[:16]))
                 if len(page) == limit:
@@ -665,13 +645,13 @@ class KeyStore:
 
     def objects(self, after: ObjectId = b"", limit: int = 1000) -> list[Record]:
         """Up to ``limit`` live Objects in the order of their uuids, strictly behind ``after``."""
-        start = _OBJECT + after + b"\0" if after else _OBJECT
-        found = self._merged_scan("objects", start, _successor(_OBJECT))
+        start = OBJECT + after + b"\0" if after else OBJECT
+        found = self._merged_scan("objects", start, successor(OBJECT))
         return [Record(raw) for _, raw in islice(found, limit)]
 
     def _merged_scan(self, what: str, first: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
         """The index with the overlays laid over it. The overlays are copied before the index is looked at."""
-        prefix = _OBJECT if what == "objects" else b""
+        prefix = OBJECT if what == "objects" else b""
         laid: dict[bytes, bytes | None] = {}
         overlays = (self._fresh, self._draining)  # this order: what moves on meanwhile is then seen twice, never missed
         for overlay in reversed(overlays):
@@ -701,149 +681,3 @@ class KeyStore:
 
     def close(self) -> None:
         self._backend.close()
-
-
-def _decode_name(key: bytes, value: bytes) -> str:
-    try:
-        return (value[16:] or key[1:]).decode()
-    except UnicodeDecodeError as error:
-        hint = "put back the index, or rebuild it from the devices"
-        raise FormatError("a name in the index is damaged", hint=hint) from error
-
-
-def _grave(key: bytes, table: bytes) -> Grave:
-    if len(key) != 1 + RECORD_ID.size or len(table) % EXTENT.size:
-        raise FormatError("a grave in the index is damaged", hint="put back the index, or rebuild it from the devices")
-    return Grave(RecordId(*RECORD_ID.unpack_from(key, 1)), decode_extents(table))
-
-
-@dataclass
-class Contents:
-    """All that an index holds, whether it makes sense or not. ``strange`` says what cannot be decoded."""
-
-    positions: dict[bytes, bytes] = field(default_factory=dict)
-    objects: dict[ObjectId, Record] = field(default_factory=dict)
-    names: dict[str, ObjectId] = field(default_factory=dict)
-    graves: list[Grave] = field(default_factory=list)
-    bases: dict[ObjectId, Record] = field(default_factory=dict)
-    pages: dict[tuple[bytes, int], Page] = field(default_factory=dict)
-    strange: list[str] = field(default_factory=list)
-
-
-def read_contents(backend: Backend) -> Contents:
-    """What an opened ``backend`` holds. Raises Damaged or DeviceError if it cannot be read."""
-    contents = Contents()
-    for key, value in backend.scan(b"", b"\xff"):
-        kind, rest = key[:1], key[1:]
-        try:
-            if kind == _OBJECT:
-                contents.objects[rest] = Record(value)
-            elif kind == _GRAVE:
-                contents.graves.append(_grave(key, value))
-            elif kind == _BASE:
-                contents.bases[rest] = Record(value)
-            elif kind == _PAGE:
-                page = decode_page(value)
-                contents.pages[page.layer, page.number] = page
-            elif kind == _NAME:
-                contents.names[(value[16:] or rest).decode()] = value[:16]
-            elif kind == _POSITION:
-                contents.positions[rest] = value
-        except (FormatError, UnicodeDecodeError) as error:
-            contents.strange.append(f"the entry {key[:40]!r} of the index cannot be decoded: {error}")
-    return contents
-
-
-def replace_index(
-    backend: Backend,
-    state: tuple[int, int, bytes],
-    positions: Mapping[bytes, bytes],
-    objects: Iterable[Record],
-    graves: Iterable[Grave],
-    bases: Iterable[Record] = (),
-    pages: Iterable[Page] = (),
-) -> None:
-    """Put these into an opened ``backend`` in place of all that it holds; ``state`` is that of `IndexState`.
-
-    It is done in many commits, and the last one makes an index of it: a crash before leaves one that is refused.
-    """
-    backend.commit({REBUILDING_KEY: state[2]}, (STATE_KEY,))
-    while keys := [key for key, _ in islice(backend.scan(b"", REBUILDING_KEY), _BATCH)]:
-        backend.commit({}, keys)
-    tally = Tally()
-    batch: dict[bytes, bytes] = {}
-    for record in objects:
-        batch[_OBJECT + record.uuid] = record.raw
-        if name := record.name:
-            key, tail = _name_key(name)
-            batch[key] = record.uuid + tail
-        if len(batch) >= _BATCH:
-            tally = tally.after(backend, batch, ())
-            backend.commit(batch, ())
-            batch = {}
-    batch |= {_GRAVE + RECORD_ID.pack(*grave.id): encode_extents(grave.extents) for grave in graves}
-    batch |= {_BASE + record.uuid: record.raw for record in bases}
-    batch[_UNKEPT] = b""
-    batch |= {page_key(page.layer, page.number): page.encode() for page in pages}
-    batch |= {_POSITION + device_uuid: position for device_uuid, position in positions.items()}
-    tally = tally.after(backend, batch, ())
-    backend.commit(batch | {STATE_KEY: IndexState(*state, tally).encode()}, (REBUILDING_KEY,))
-
-
-def owner_of(backend: Backend) -> tuple[bytes, bool]:
-    """The uuid of the pool whose index an opened ``backend`` holds, empty if none; and whether that index is whole."""
-    if state := state_of(backend):
-        return state.pool_uuid, True
-    return backend.get(REBUILDING_KEY) or b"", False
-
-
-def page_key(layer: bytes, number: int) -> bytes:
-    return _PAGE + layer + number.to_bytes(4, "little")
-
-
-def _name_key(name: str) -> tuple[bytes, bytes]:
-    """The index's key for a name, and what follows the uuid in its value."""
-    encoded = name.encode()
-    if len(encoded) <= _NAME_KEY_BYTES:
-        return _NAME + encoded, b""
-    return _NAME + encoded[:_NAME_KEY_BYTES] + blake2b(encoded, digest_size=16).digest(), encoded
-
-
-def _successor(prefix: bytes) -> bytes:
-    """The first key behind all that begin with ``prefix``; which never consists of 0xFF bytes alone."""
-    stripped = prefix.rstrip(b"\xff")
-    return stripped[:-1] + bytes([stripped[-1] + 1])
-
-
-def _changes(overlay: _Overlay) -> tuple[dict[bytes, bytes], list[bytes]]:
-    """The overlay as keys of the index: what to put and what to delete."""
-    puts: dict[bytes, bytes] = {}
-    deletes: list[bytes] = []
-    tables = (
-        (_OBJECT, overlay.objects),
-        (_GRAVE, overlay.graves),
-        (_BASE, overlay.bases),
-        (b"", overlay.pages),
-        (b"", overlay.names),
-    )
-    for prefix, table in tables:
-        for key, value in table.items():
-            if value is None:
-                deletes.append(prefix + key)
-            else:
-                puts[prefix + key] = value
-    for device_uuid, position in overlay.positions.items():
-        puts[_POSITION + device_uuid] = position
-    return puts, deletes
-
-
-def _merged(older: _Overlay, newer: _Overlay) -> _Overlay:
-    return _Overlay(
-        older.objects | newer.objects,
-        older.graves | newer.graves,
-        older.bases | newer.bases,
-        older.pages | newer.pages,
-        older.names | newer.names,
-        max(older.sequence, newer.sequence),
-        older.positions | newer.positions,
-    )
