@@ -84,24 +84,25 @@ class Move:
 class Undo:
     """Take back a Record that reached some devices' journals but not all: it was never acknowledged.
 
-    ``extents`` are the blocks to erase.
+    ``extents`` are the blocks to erase, ``ids`` the graves that end with that: its own, and that of the COPY of a move.
     """
 
-    __slots__ = ("extents", "record")
+    __slots__ = ("extents", "ids", "record")
 
-    def __init__(self, record: Record, extents: Sequence[Extent]) -> None:
+    def __init__(self, record: Record, extents: Sequence[Extent], ids: Sequence[RecordId]) -> None:
         self.record = record
         self.extents = extents
+        self.ids = ids
 
 
 class Erase:
     """Erase blocks that no Object names any more, and give them back once that is durable.
 
-    ``ids`` are those of the Records that named them, none for blocks that never were an Object's; several where an
-    Object was moved shortly before it was deleted. ``cause`` is the Delete that waits for it. ``layers`` are forgotten
-    with it, and ``layer`` is the number of one that it had needed. ``after`` is the sequence up to which the index has
-    to hold everything before. ``erased`` is set once the blocks have been written over, so that only the flush is left
-    to do; ``error`` says why they could not be.
+    ``ids`` are those of the Records, or of the COPY, that named them, none for blocks that nothing in a journal names;
+    several where an Object was moved shortly before it was deleted. ``cause`` is the Delete that waits for it.
+    ``layers`` are forgotten with it, and ``layer`` is the number of one that it had needed. ``after`` is the sequence
+    up to which the index has to hold everything before. ``erased`` is set once the blocks have been written over, so
+    that only the flush is left to do; ``error`` says why they could not be.
     """
 
     __slots__ = ("after", "cause", "erased", "error", "extents", "finished", "ids", "layer", "layers")

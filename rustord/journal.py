@@ -15,7 +15,7 @@ from typing import NamedTuple
 from rustord.errors import FormatError
 from rustord.footer import sign
 from rustord.objkey import ObjectId
-from rustord.record import RECORD_ID, RecordId
+from rustord.record import RECORD_ID, Grave, RecordId, decode_extents, encode_extents
 
 BATCH = struct.Struct("<8s16s16sQQII")
 """magic, signature, device_uuid, number, durable, length, entry_count"""
@@ -44,6 +44,10 @@ class Kind(enum.IntEnum):
     """payload: `rustord.page.LayerEntry`, the head of a Layer, new or changed"""
     MAP = 7
     """payload: `rustord.page.MapEntry`, what has changed in the map of a Layer"""
+
+    COPY = 8
+    """payload: id of a grave, then its extents: blocks that are being filled with what an Object or Layer has, and that
+    are to be erased unless an ERASED says that they have become its own; sequence is 0"""
 
 
 class Entry(NamedTuple):
@@ -96,9 +100,19 @@ def decode_record_ids(payload: bytes) -> list[RecordId]:
     return [RecordId(*fields) for fields in RECORD_ID.iter_unpack(payload)]
 
 
-def layer_entry(sequence: int, kind: Kind, payload: bytes) -> bytes:
-    """A change of a Layer: a LAYER or a MAP."""
-    return ENTRY.pack(len(payload), kind, 0, 0, sequence) + payload
+def copy_entry(copy: Grave) -> Entry:
+    return Entry(Kind.COPY, 0, RECORD_ID.pack(*copy.id) + encode_extents(copy.extents))
+
+
+def decode_copy(payload: bytes) -> Grave:
+    """What a COPY says. Raises FormatError."""
+    if len(payload) < RECORD_ID.size:
+        raise FormatError(f"{len(payload)} bytes in a journal batch are no grave")
+    return Grave(RecordId(*RECORD_ID.unpack_from(payload)), decode_extents(payload[RECORD_ID.size :]))
+
+
+def encode_entry(entry: Entry) -> bytes:
+    return ENTRY.pack(len(entry.payload), entry.kind, 0, 0, entry.sequence) + entry.payload
 
 
 def encode_batch(entries: Sequence[bytes], device_uuid: bytes, number: int, durable: int, secret: bytes) -> bytes:

@@ -23,6 +23,7 @@ from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
 from rustord.page import ZEROS, extent_at
 from rustord.record import Record
+from rustord.relocation import Relocation
 from rustord.task import Task
 from rustord.volumes import Volumes
 from rustord.writer import Writer
@@ -35,7 +36,7 @@ WORKS: tuple[Work, ...] = ("heal", "rebalance")
 _PAGE_COUNT = 1000
 _BATCH_COUNT = 128
 _BATCH_BYTES = 16 << 20
-"""How much is moved before it is committed together."""
+"""How much is announced, copied and committed together: so little that one batch of the journal takes it."""
 _COMMIT_S = 120.0
 _POLL_S = 0.2
 _LOOK_S = 5.0
@@ -83,8 +84,8 @@ class Mover:
         self._layers = LayerMover(store, volumes or Volumes(store, writer))
         self._wanted = _read(notes)
         self._problem: RustordError | None = None
-        self._batch: list[Move] = []
-        self._batch_bytes = 0
+        self._batch: list[tuple[Relocation, int]] = []
+        """What has a place to go to, and how many bytes of it leave."""
 
     def start(self, work: str = "") -> None:
         """Begin with ``work``, "heal" or "rebalance", or with whatever there is to do; go on if it runs already."""
@@ -144,9 +145,9 @@ class Mover:
             self._note()
             raise
         finally:
-            for move in self._batch:
-                move.source.abort()
-            self._batch, self._batch_bytes = [], 0
+            for relocation, _ in self._batch:
+                relocation.abort()
+            self._batch = []
 
     def _empty(self, index: int) -> None:
         """Move everything off a device, and let go of it."""
@@ -278,44 +279,71 @@ class Mover:
         if record is None or not leave:
             return
         try:
-            move = self._relocate(record, leave, job)
+            relocation = self._place(record, leave, job)
         except NotFound:
             return
         except (DeviceError, NoSpace) as error:
             self._give_up(uuid, error)
             return
-        length = block_count(leave) * self._store.label.block_size
-        self.task.done += length
-        self._batch.append(move)
-        self._batch_bytes += length
-        if len(self._batch) >= _BATCH_COUNT or self._batch_bytes >= _BATCH_BYTES:
+        self._batch.append((relocation, block_count(leave) * self._store.label.block_size))
+        if len(self._batch) >= _BATCH_COUNT or sum(length for _, length in self._batch) >= _BATCH_BYTES:
             self._commit()
-        self.task.pace(length if not move.source.body_block_count else 0)
 
-    def _relocate(self, record: Record, leave: Sequence[Extent], job: _Job) -> Move:
+    def _place(self, record: Record, leave: Sequence[Extent], job: _Job) -> Relocation:
         try:
-            return self._store.relocate(record, leave, job.avoid(), salvage=job.salvage, pace=self.task.pace)
+            return self._store.place(record, leave, job.avoid(), salvage=job.salvage)
         except NoSpace:  # what was moved before may not have been erased yet
             self._commit()
             self._store.keystore.checkpoint()
             self._wait(lambda: False, _POLL_S)
-            return self._store.relocate(record, leave, job.avoid(), salvage=job.salvage, pace=self.task.pace)
+            return self._store.place(record, leave, job.avoid(), salvage=job.salvage)
 
     def _commit(self) -> None:
-        """Have what has been copied made the Objects' own."""
-        batch, self._batch, self._batch_bytes = self._batch, [], 0
-        if not batch:
+        """Announce what has places to go, copy it, and have it made the Objects' own."""
+        if not self._batch:
             return
+        self._announce([relocation for relocation, _ in self._batch])
+        announced = [(relocation, length) for relocation, length in self._batch if relocation.id]
+        moves = [move for relocation, length in announced if (move := self._copy(relocation, length))]
+        self._batch = []  # from here on these are the writer's
         try:
-            outcomes = self._writer.make(batch, _COMMIT_S)
+            outcomes = self._writer.make(moves, _COMMIT_S) if moves else []
         except TimeoutError as error:
-            raise DeviceError("a cycle did not end in time", hint="see 'rustorctl status', and dmesg") from error
+            raise _late() from error
         for change, outcome in outcomes:
             if isinstance(outcome, Record):
                 self.moved += 1
             elif not isinstance(outcome, NotFound | PreconditionFailed):  # deleted or moved meanwhile
                 assert isinstance(change, Move)
                 self._give_up(change.source.record.uuid, outcome)
+
+    def _announce(self, batch: Sequence[Relocation]) -> None:
+        """If some cannot be announced, the others."""
+        try:
+            self._writer.call(lambda: self._store.announce(batch), _COMMIT_S)
+        except TimeoutError as error:
+            raise _late() from error
+        except DeviceError as error:
+            if len(batch) > 1:
+                for relocation in batch:
+                    self._announce([relocation])
+                return
+            (relocation,) = batch
+            relocation.abort()
+            self._give_up(relocation.record.uuid, error)
+
+    def _copy(self, relocation: Relocation, length: int) -> Move | None:
+        uuid = relocation.record.uuid
+        try:
+            move = self._store.copy(relocation, self.task.pace)
+        except NotFound:
+            return None
+        except DeviceError as error:
+            self._give_up(uuid, error)
+            return None
+        self.task.done += length
+        self.task.pace(length if not relocation.body_block_count else 0)
+        return move
 
     def _give_up(self, uuid: bytes, error: RustordError) -> None:
         self.stuck += 1
@@ -330,6 +358,10 @@ class Mover:
         while timeout_s > 0 and not condition():
             self.task.pause(_POLL_S)
             timeout_s -= _POLL_S
+
+
+def _late() -> DeviceError:
+    return DeviceError("a cycle did not end in time", hint="see 'rustorctl status', and dmesg")
 
 
 def check_volumes(store: ObjectStore, index: int) -> None:

@@ -9,6 +9,10 @@ verify, or they do not. A failure before it gives the blocks back. A DELETE take
 is made durable (the commit point: readers no longer find the Object), in the second its blocks are erased, footer and
 all; then they are free and it is answered. So a free block is never named by a live Record, and never holds
 what was deleted.
+
+A Move is copied beside the cycles, to blocks of which the journals have said before, durably, that they are being
+filled (`announce_copies`): until the cycle that makes them the Object's own, the next opening erases them. So no crash
+leaves a copy that nobody knows of, and that would outlive its Object.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from rustord.distribution import Distribution
 from rustord.erasures import Erasures
 from rustord.errors import DeviceError, InUse, NotFound, PreconditionFailed, ReadOnly, RustordError
 from rustord.extent import Extent
-from rustord.journal import Entry, Kind
+from rustord.journal import Entry, Kind, copy_entry
 from rustord.keygen import KeyGen
 from rustord.keystore.store import KeyStore
 from rustord.label import Label
@@ -36,7 +40,7 @@ from rustord.layer import Frozen, Layers
 from rustord.manifest import Data, chunk_count
 from rustord.objkey import ObjectId, ObjKey, uuid_text
 from rustord.page import LayerEntry, MapEntry
-from rustord.placement import Placement, Placements, writes
+from rustord.placement import Placement, Placements, too_long, writes
 from rustord.record import Grave, Metadata, Record, RecordId
 from rustord.relocation import Relocation
 from rustord.upload import Upload
@@ -76,6 +80,7 @@ class _Batch:
 
     plain: list[tuple[Put, Data, Record | None]] = field(default_factory=list)
     puts: list[Placement] = field(default_factory=list)
+    moves: list[tuple[Placement, RecordId]] = field(default_factory=list)  # those of them, with the COPY of each
     deletes: list[tuple[Delete, Record, int]] = field(default_factory=list)
     undos: list[tuple[Undo, int]] = field(default_factory=list)
     erases: list[Erase] = field(default_factory=list)
@@ -259,38 +264,103 @@ class ObjectStore:
         *,
         salvage: bool = False,
         pace: Callable[[int], None] = lambda length: None,
+        call: Callable[[Callable[[], None]], None] = lambda function: function(),
     ) -> Move:
         """Copy what an Object has on the blocks ``leave`` to others; a cycle has to make the Move that is returned.
 
-        Any thread may call this; it takes as long as copying does. See `Relocation` for the rest. Raises ReadOnly,
-        NoSpace, DeviceError or NotFound, and then leaves nothing behind.
+        Any thread may call this, with a ``call`` that runs a function between cycles; it takes as long as copying does.
+        See `Relocation` for the rest. Raises ReadOnly, NoSpace, DeviceError or NotFound; nothing is left then.
         """
+        relocation = self.place(record, leave, avoid, salvage=salvage)
+        try:
+            call(lambda: self.announce([relocation]))
+        except BaseException:
+            relocation.abort()
+            raise
+        return self.copy(relocation, pace)
+
+    # The three steps of it, for who moves many Objects at once: they share the flush of the second one
+
+    def place(
+        self, record: Record, leave: Sequence[Extent], avoid: Collection[int] = (), *, salvage: bool = False
+    ) -> Relocation:
+        """Take new blocks for what an Object has on the blocks ``leave``. Raises ReadOnly, NoSpace or NotFound."""
         self.check_changeable()
         relocation = Relocation(
-            record, self.allocator, self.blocks, lambda new: self._abandon(new, []), salvage=salvage
+            record, self.allocator, self.blocks, lambda new, copy: self.free(new, ids=[copy]), salvage=salvage
         )
         try:
-            relocation.run(leave, avoid, pace)
+            relocation.place(leave, avoid)
+            extent_count = sum(map(len, relocation.copies))
+            if record.moved_length(extent_count) > self.keystore.batch_bytes_max // 2:
+                raise too_long(record.size, extent_count)
         except BaseException:
             relocation.abort()
             self.stat(record.uuid)  # if it was deleted meanwhile, that is why
             raise
+        return relocation
+
+    def announce(self, relocations: Sequence[Relocation]) -> None:
+        """Say in the journals, durably, which blocks are about to be filled. Called between cycles.
+
+        Raises ReadOnly or DeviceError; the caller has to abort all of them then.
+        """
+        ids = self.announce_copies([(relocation.record.uuid, relocation.new) for relocation in relocations])
+        for relocation, id in zip(relocations, ids, strict=True):
+            relocation.id = id
+
+    def copy(self, relocation: Relocation, pace: Callable[[int], None] = lambda length: None) -> Move:
+        """Copy what has been announced. Raises DeviceError, NotFound or what ``pace`` raises; nothing is left then."""
+        try:
+            relocation.copy(pace)
+        except BaseException:
+            relocation.abort()
+            self.stat(relocation.record.uuid)
+            raise
         return Move(relocation)
 
-    def note(self, notes: Sequence[LayerEntry | MapEntry], devices: Iterable[int]) -> None:
-        """Make changes of Layers durable, in the journals of ``devices``, and known. Called between cycles.
+    def announce_copies(self, copies: Sequence[tuple[bytes, Sequence[Extent]]]) -> list[RecordId]:
+        """Say in the journals, durably, which blocks are about to be filled with what an Object or Layer has.
 
-        Raises ReadOnly or DeviceError; the journals may have the changes all the same.
+        From then on they are graves, which an opening erases: after a crash nobody else would know what is on them. In
+        this life they end when they become the Object's own, in one batch of the journal with the change that says so
+        (`note`, `Move`), or by an `Erase` with the id that is returned for each. Called between cycles.
+
+        Raises ReadOnly or DeviceError; nothing may be written to the blocks then. The journals may name them all the
+        same, which does no harm: an opening erases no block that somebody has by then.
         """
         self.check_changeable()
-        writable = self.blocks.writable_indices()
+        graves = []
+        for uuid, extents in copies:
+            self._sequence += 1
+            graves.append(Grave(RecordId(uuid, self._sequence), extents))
+        for grave in graves:
+            for device in grave.devices:
+                self.blocks.writable(device)
+        self._note(list(map(copy_entry, graves)), {device for grave in graves for device in grave.devices}, ())
+        return [grave.id for grave in graves]
+
+    def note(
+        self, notes: Sequence[LayerEntry | MapEntry], devices: Iterable[int], copied: Sequence[RecordId] = ()
+    ) -> None:
+        """Make changes of Layers durable, in the journals of ``devices``, and known. Called between cycles.
+
+        With it, the blocks of the COPYs ``copied`` become a Layer's. Raises ReadOnly or DeviceError; the journals may
+        have the changes all the same.
+        """
+        self.check_changeable()
         entries = []
         for note in notes:
             self._sequence += 1
             kind = Kind.LAYER if isinstance(note, LayerEntry) else Kind.MAP
             entries.append(Entry(kind, self._sequence, note.encode()))
-        written, failed = self.keystore.journal_layers(
-            entries, set(devices) & set(writable), self._erased, self._durable, writable
+        self._note(entries, devices, copied)
+
+    def _note(self, entries: Sequence[Entry], devices: Iterable[int], copied: Sequence[RecordId]) -> None:
+        writable = self.blocks.writable_indices()
+        ended = {device: [*self._erased.get(device, ()), *copied] for device in set(devices) & set(writable)}
+        written, failed = self.keystore.journal_notes(
+            entries, ended.keys(), ended, self._durable, self._sequence, writable
         )
         failed |= self.blocks.flush(written)
         for device in written - failed.keys():
@@ -298,17 +368,22 @@ class ObjectStore:
         if failed:
             self._all_flushed = False
             raise next(iter(failed.values()))
-        for grave in self.keystore.learn_layers(entries, self._sequence):  # the new slots are not written yet
+        for grave in self.keystore.learn_notes(entries, copied, self._sequence):  # the new slots are not written yet
             self._erasures.add(Erase(grave.extents, (grave.id,), after=grave.id.sequence))
         if self._all_flushed:
             self._durable = self._sequence
 
-    def free(self, extents: Sequence[Extent], finished: Callable[[RustordError | None], None] | None = None) -> None:
+    def free(
+        self,
+        extents: Sequence[Extent],
+        finished: Callable[[RustordError | None], None] | None = None,
+        ids: Sequence[RecordId] = (),
+    ) -> None:
         """Erase blocks that nobody names any more, and give them back, in later cycles; ``finished`` is told then.
 
-        Any thread may call it.
+        ``ids`` are those of the COPYs that named them. Any thread may call it.
         """
-        erase = Erase(extents)
+        erase = Erase(extents, ids)
         erase.finished = finished
         self._erasures.add(erase)
 
@@ -466,6 +541,8 @@ class ObjectStore:
             )
         placed = self._placements.move(move, old, self._sequence + 1, self.keystore.batch_bytes_max // 2)
         self._add(placed, batch)
+        assert source.id is not None
+        batch.moves.append((placed, source.id))
         batch.gone.add(old.uuid)
 
     def _add(self, placed: Placement, batch: _Batch) -> None:
@@ -564,9 +641,20 @@ class ObjectStore:
         deletes = [(record, sequence) for _, record, sequence in batch.deletes]
         undone = [(undo.record, sequence) for undo, sequence in batch.undos]
         written, refused = self.keystore.journal(
-            puts, deletes, undone, self._erased, self._durable, self.blocks.writable_indices()
+            puts, deletes, undone, self._ended(batch, failed), self._durable, self.blocks.writable_indices()
         )
         return written, refused
+
+    def _ended(self, batch: _Batch, failed: dict[int, RustordError]) -> dict[int, list[RecordId]]:
+        """What is said as ERASED: what has been erased, and the COPYs of moves, in one batch with their PUTs.
+
+        So wherever a journal has the one, it has the other: the blocks are the Object's, or the PUT's grave.
+        """
+        ended = {device: [*ids] for device, ids in self._erased.items()} if batch.moves else self._erased
+        for placed, copy in batch.moves:
+            for device in placed.record.devices if not placed.failure(failed) else ():
+                ended.setdefault(device, []).append(copy)
+        return ended
 
     def _settle(
         self, batch: _Batch, failed: dict[int, RustordError], refused: dict[int, RustordError], durable: set[int]
@@ -582,6 +670,7 @@ class ObjectStore:
         deletes = self._settle_deletes(batch, missing, durable)
         undone = self._settle_undos(batch)
         gone = [id for erase in batch.erases for id in self._bury(erase, failed, batch)]
+        gone += [copy for placed, copy in batch.moves if not placed.failure(missing)]
         self.keystore.learn(puts, deletes, undone, gone, self._sequence)
         if missing:
             self._all_flushed = False  # what a device lost may be in its journal all the same: a replay has to look
@@ -595,7 +684,8 @@ class ObjectStore:
             record, replaced = placed.record, placed.replaced
             if error := placed.failure(failed):
                 batch.outcomes.append((placed.put, error))
-                batch.following.append(Undo(record, placed.remains(record, replaced)))
+                ids = [record.id, *(copy for move, copy in batch.moves if move is placed)]
+                batch.following.append(Undo(record, placed.remains(record, replaced), ids))
                 continue
             puts.append((record, placed.replaced_uuid))
             batch.outcomes.append((placed.put, record))
@@ -636,7 +726,7 @@ class ObjectStore:
         return deletes
 
     def _settle_undos(self, batch: _Batch) -> list[tuple[Grave, int]]:
-        batch.following += [Erase(undo.extents, (undo.record.id,)) for undo, _ in batch.undos]
+        batch.following += [Erase(undo.extents, undo.ids) for undo, _ in batch.undos]
         return [(Grave(undo.record.id, undo.extents), sequence) for undo, sequence in batch.undos]
 
     def _bury(self, erase: Erase, failed: dict[int, RustordError], batch: _Batch) -> list[RecordId]:

@@ -147,7 +147,7 @@ class Placements:
         source.finish()
         record = Record(old.moved(sequence, source.copies))
         if len(record.raw) > length_max:
-            raise _too_long(record)
+            raise too_long(record.size, len(record.extents))
         placed = self._with_footers(move, record, source.commit(), source.body_block_count, source.rest)
         placed.replaced = old
         return placed
@@ -196,7 +196,7 @@ class Placements:
         raw = encode_record(key, sequence, put.created_ns, copies, sums, self._layout, put.name_bytes, put.metadata)
         record = Record(raw)
         if len(raw) > length_max:
-            raise _too_long(record)
+            raise too_long(record.size, len(record.extents))
         return record
 
     def _with_footers(
@@ -207,9 +207,9 @@ class Placements:
         return Placement(put, record, copies, skip, data, tails)
 
 
-def _too_long(record: Record) -> NoSpace:
+def too_long(size: int, extent_count: int) -> NoSpace:
     return NoSpace(
-        f"the Record of an Object of {record.size} bytes in {len(record.extents)} extents is too long for the journal",
+        f"the Record of an Object of {size} bytes in {extent_count} extents is too long for the journal",
         hint="the free space is too fragmented, or the device too small, for an Object of this size",
     )
 

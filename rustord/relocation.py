@@ -11,12 +11,12 @@ from rustord.allocator import Allocator
 from rustord.blockdevice import BlockDevice
 from rustord.blockstore import BlockStore
 from rustord.errors import Damaged, DeviceError, NoSpace
-from rustord.extent import Extent, block_count, cut, extend, trim
+from rustord.extent import Extent, block_count, cut, extend, trim, without
 from rustord.footer import footer_blocks
 from rustord.manifest import CHUNK_BYTES, Data
 from rustord.objkey import uuid_text
 from rustord.placer import Striped
-from rustord.record import Record
+from rustord.record import Record, RecordId
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +27,17 @@ PIECE_BYTES = 1 << 20
 class Relocation:
     """Copies what lies on the blocks to leave to new ones; used by one thread at a time.
 
+    First `place` takes the new blocks; then the journals have to say so (`ObjectStore.announce`), since what is copied
+    outlives a crash, and the Object may be deleted after that; then `copy` copies.
+
     The data keeps its checksums, and is read from whichever copy is right. What is right nowhere is taken along as it
     is: it stays an error. The last, broken block of each copy and its footer always move, since a footer names all of
     the Object's blocks; they are written by the cycle that commits. What has been written is nobody's until a `Move`
     of it is durable; `abort` hands it back.
 
-    ``record`` is the Object before the move, ``copies`` is where it will be, ``rest`` is the data of the broken block,
-    ``damaged`` holds the ranges of bytes, (offset, end), that are right nowhere.
+    ``record`` is the Object before the move, ``copies`` is where it will be, ``new`` what of that is not the Object's
+    yet, ``id`` that of the COPY by which the journals know these blocks, None before. ``rest`` is the data of the
+    broken block, ``damaged`` holds the ranges of bytes, (offset, end), that are right nowhere.
     """
 
     def __init__(
@@ -41,20 +45,25 @@ class Relocation:
         record: Record,
         allocator: Allocator,
         blocks: BlockStore,
-        abandon: Callable[[list[Extent]], None],
+        abandon: Callable[[list[Extent], RecordId], None],
         *,
         salvage: bool = False,
     ) -> None:
-        """With ``salvage``, bytes that the device cannot read any more become zeros, which match no checksum."""
+        """``abandon`` erases new blocks, which a COPY names, and gives them back.
+
+        With ``salvage``, bytes that the device cannot read any more become zeros, which match no checksum.
+        """
         self.record = record
         self.copies: list[list[Extent]] = [[] for _ in record.copies]
+        self.new: list[Extent] = []
+        self.id: RecordId | None = None
         self.rest: Data = b""
         self.damaged: list[tuple[int, int]] = []
         self._allocator = allocator
         self._blocks = blocks
         self._abandon = abandon
         self._salvage = salvage
-        self._new: list[Extent] = []
+        self._moves: list[tuple[int, int, Extent]] = []  # number of the copy, offset in bytes, new blocks
         self._devices: dict[int, BlockDevice] = {}
 
     @property
@@ -63,30 +72,31 @@ class Relocation:
         count: int = self.record.size // self._blocks.block_size
         return count
 
-    def run(self, leave: Sequence[Extent], avoid: Collection[int], pace: Callable[[int], None]) -> None:
-        """Find new blocks, on no device of ``avoid``, and copy to them.
+    def copy(self, pace: Callable[[int], None]) -> None:
+        """Copy to the new blocks, of which the journals say durably that they are being filled.
 
-        ``pace`` is told the length of each piece that has been copied, and may wait or raise. Raises NoSpace or
-        DeviceError; the caller has to `abort` then.
+        ``pace`` is told the length of each piece that has been copied, and may wait or raise. Raises DeviceError; the
+        caller has to `abort` then.
         """
-        for number, offset, extent in self._place(leave, avoid):
+        assert self.id is not None
+        for number, offset, extent in self._moves:
             self._copy(number, offset, extent, pace)
         body = self.body_block_count * self._blocks.block_size
         if body < self.record.size:
             self.rest = self._read(0, body, self.record.size - body)
 
-    def _place(self, leave: Sequence[Extent], avoid: Collection[int]) -> list[tuple[int, int, Extent]]:
-        """Take blocks, and make up ``copies``. Returns (number of the copy, offset in bytes, blocks) of what leaves.
+    def place(self, leave: Sequence[Extent], avoid: Collection[int]) -> None:
+        """Take new blocks for what is on the blocks ``leave``, on no device of ``avoid``, and make up ``copies``.
 
         What is new of a copy goes to the devices that the copy stays on, if these have room; but what is new of a
-        striped Object goes to those that have nothing of it yet: a device stands in for the one that is left.
+        striped Object goes to those that have nothing of it yet: a device stands in for the one that is left. Raises
+        NoSpace; the caller has to `abort` then.
         """
         plans = [self._plan(copy, leave) for copy in self.record.copies]
         layouts = [_Layout((extent, start) for extent, start, leaves in plan if not leaves) for plan in plans]
         tail_count = self._tail_count(sum(map(len, plans)) + len(plans))
         tail = (self.body_block_count, self.body_block_count + tail_count)
         stays = [{piece.device for piece, leaves in cut(copy, leave) if not leaves} for copy in self.record.copies]
-        moves = []
         for number, plan in enumerate(plans):
             best = stays[number] - {*avoid}
             if self.record.layout == Striped.name:
@@ -97,12 +107,11 @@ class Relocation:
                 parts = places.pop(0) if leaves else [extent]
                 extend(self.copies[number], parts)
                 for part in parts if leaves else ():
-                    moves.append((number, start * self._blocks.block_size, part))
+                    self._moves.append((number, start * self._blocks.block_size, part))
                     start += part.count
             extend(self.copies[number], places.pop())
             layouts[number] = _Layout.of(self.copies[number])
         self._fit(layouts, stays, avoid)
-        return moves
 
     def _plan(self, copy: Sequence[Extent], leave: Sequence[Extent]) -> list[tuple[Extent, int, bool]]:
         """The blocks of a copy that are full of data: (extent, number of its first block in the copy, leaves)."""
@@ -142,7 +151,7 @@ class Relocation:
             new = self._allocator.place_on(count, lambda device: device in best and device not in devices)
         except NoSpace:
             new = self._allocator.place_on(count, lambda device: device not in devices and device not in avoid)
-        self._new += new
+        self.new += new
         return new
 
     def _fit(self, layouts: Sequence[_Layout], stays: Sequence[Collection[int]], avoid: Collection[int]) -> None:
@@ -162,7 +171,7 @@ class Relocation:
                     self._give_back(trim(copy, have - need))
 
     def _give_back(self, unused: list[Extent]) -> None:
-        self._new = [piece for piece, is_unused in cut(self._new, unused) if not is_unused]
+        self.new = without(self.new, unused)
         self._allocator.release(unused)
 
     def _copy(self, number: int, offset: int, extent: Extent, pace: Callable[[int], None]) -> None:
@@ -221,14 +230,16 @@ class Relocation:
 
     def commit(self) -> list[list[Extent]]:
         """The blocks, which are the Object's from now on: `abort` gives nothing back."""
-        self._new = []
+        self.new = []
         return self.copies
 
     def abort(self) -> None:
         """Give everything back; fine at any time, and more than once."""
-        new, self._new = self._new, []
-        if new:
-            self._abandon(new)
+        new, self.new = self.new, []
+        if new and self.id is None:
+            self._allocator.release(new)  # nothing has been written to them
+        elif new and self.id is not None:
+            self._abandon(new, self.id)
 
 
 class _Layout:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rustord.errors import FormatError
+from rustord.extent import Extent
 from rustord.footer import sign
 from rustord.journal import (
     BATCH,
@@ -16,22 +17,27 @@ from rustord.journal import (
     Entry,
     Kind,
     batch_length,
+    copy_entry,
     decode_batch,
+    decode_copy,
     decode_record_ids,
     delete_entry,
     encode_batch,
+    encode_entry,
     erased_entry,
     put_entry,
     undo_entry,
     unerased_entry,
 )
-from rustord.record import RECORD_ID, RecordId
+from rustord.record import RECORD_ID, Grave, RecordId
 
 SECRET = bytes(range(32))
 DEVICE = b"d" * 16
 uuids = st.binary(min_size=16, max_size=16)
 sequences = st.integers(1, 2**64 - 1)
 ids = st.builds(RecordId, uuids, sequences)
+extents = st.builds(Extent, st.integers(0, 2**16 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1))
+copies = st.builds(Grave, ids, st.lists(extents))
 
 
 def packed(ids: list[RecordId]) -> bytes:
@@ -50,6 +56,7 @@ entries = st.one_of(
     ),
     st.builds(lambda number, uuid: (delete_entry(number, uuid), Entry(Kind.DELETE, number, uuid)), sequences, uuids),
     st.builds(lambda number, id: (undo_entry(number, id), Entry(Kind.UNDO, number, packed([id]))), sequences, ids),
+    st.builds(lambda copy: (encode_entry(copy_entry(copy)), copy_entry(copy)), copies),
     st.builds(lambda gone: (erased_entry(gone), Entry(Kind.ERASED, 0, packed(gone))), st.lists(ids)),
     st.builds(lambda gone: (unerased_entry(gone), Entry(Kind.UNERASED, 0, packed(gone))), st.lists(ids)),
 )
@@ -135,3 +142,14 @@ def test_the_ids_of_records_come_back(gone: list[RecordId], excess: int) -> None
     assert decode_record_ids(packed(gone)) == gone
     with pytest.raises(FormatError, match="no list of records"):
         decode_record_ids(packed(gone) + bytes(excess))
+
+
+@given(copies)
+def test_a_copy_comes_back(copy: Grave) -> None:
+    assert decode_copy(copy_entry(copy).payload) == copy
+
+
+@pytest.mark.parametrize("length", [0, 23, 25, 41])
+def test_a_copy_that_is_cut_off_is_refused(length: int) -> None:
+    with pytest.raises(FormatError):
+        decode_copy(bytes(length))

@@ -12,9 +12,12 @@ import pytest
 from rustord.change import Delete, Put
 from rustord.errors import Damaged, DeviceError, NoSpace, NotFound, PreconditionFailed
 from rustord.extent import Extent, block_count
+from rustord.keystore.lmdb import LmdbBackend
 from rustord.membership import attach_device, detach_device
 from rustord.objectstore import ObjectStore
 from rustord.placer import Contiguous, Mirrored, Striped
+from rustord.pool import open_devices
+from rustord.rebuild import rebuild
 from rustord.record import Metadata, Record
 from tests.simulation import (
     MIB,
@@ -31,6 +34,7 @@ from tests.simulation import (
 BLOCK = 4096
 SIZES = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 65536, 3 * 65536 + 5, 2 * MIB + 77]
 DATA = random.Random(4).randbytes(4 * MIB)
+PIECES = {DATA[at : at + BLOCK] for at in range(0, len(DATA), BLOCK)}
 
 
 def on(record: Record, device: int) -> list[Extent]:
@@ -260,6 +264,116 @@ class TestRaces:
             store = simulation.open()
             check_sound(store)
         store.delete(record.uuid)
+        check_sound(store)
+
+
+class TestInterrupted:
+    """What a copy leaves that is not the Object's own in the end."""
+
+    def remains(self, simulation: Simulation) -> list[int]:
+        """In which blocks of a device, whatever they are, there is anything of `DATA` durably."""
+        found = []
+        for path in simulation.paths:
+            image = path.read_bytes()
+            found += [at // BLOCK for at in range(MIB, len(image), BLOCK) if image[at : at + BLOCK] in PIECES]
+        return found
+
+    @pytest.mark.parametrize("lose", ["nothing", "index"])
+    @pytest.mark.parametrize("placer", [Contiguous(), Striped(4), Mirrored(2)], ids=lambda placer: placer.name)
+    def test_is_not_found_when_the_object_has_been_deleted(
+        self, simulate: Callable[..., Simulation], placer: Any, lose: str, seed: int
+    ) -> None:
+        chance = random.Random(seed)
+        simulation = simulate(16 * MIB, 16 * MIB, 16 * MIB, placer=placer)
+        found = 0
+        for _ in range(12):
+            store = simulation.open()
+            record = upload(store, DATA[:MIB])
+            used = len(self.remains(simulation))
+            simulation.power.left = chance.randrange(16)
+            with suppress(PowerCut):
+                run(store, store.relocate(record, record.extents))
+                store.keystore.checkpoint()
+            simulation.cut_power(survival(chance))
+            found += len(self.remains(simulation)) > used
+            if lose == "index":
+                simulation.lose_index()
+            store = simulation.open()
+            assert store.get(record.uuid) == DATA[:MIB]
+            check_sound(store)
+            store.delete(record.uuid)
+            assert not self.remains(simulation)
+            simulation.close()
+        assert found, "no crash has left a copy"
+
+    def test_is_not_found_after_a_rebuild_from_the_devices_alone(
+        self, simulate: Callable[..., Simulation], seed: int
+    ) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB)
+        store = simulation.open()
+        record = upload(store, DATA[:MIB])
+        store.relocate(record, record.extents)
+        for number in range(1300):  # the journals have nothing any more of what was before
+            store.put(b"x", name="filler", number=str(number), text="t" * 7000)
+            if number % 50 == 0:
+                store.keystore.checkpoint()
+        simulation.cut_power(lambda offset: True)
+        assert len(self.remains(simulation)) > block_count(record.extents)
+        simulation.lose_index()
+        devices = open_devices(simulation.paths, read_only=True)
+        assert not rebuild(devices, backend=LmdbBackend(), directory=simulation.index).losses
+        store = simulation.open()
+        assert store.get(record.uuid) == DATA[:MIB]
+        check_sound(store)
+        store.delete(record.uuid)
+        assert not self.remains(simulation)
+
+    def test_is_not_found_when_it_was_given_up(self, simulation: Simulation) -> None:
+        store = simulation.open()
+        record = upload(store, DATA[:MIB])
+        free = free_count(store)
+
+        def stop(length: int) -> None:
+            raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            store.relocate(record, record.extents, pace=stop)
+        store.keystore.checkpoint()
+        assert [grave.id.uuid for grave in store.keystore.graves()] == [record.uuid]
+        run(store)
+        store.keystore.checkpoint()
+        assert not store.keystore.graves()
+        assert free_count(store) == free
+        simulation.cut_power()
+        store = simulation.open()
+        store.delete(record.uuid)
+        assert not self.remains(simulation)
+
+    def test_is_no_grave_any_more_when_it_is_the_objects_own(self, simulation: Simulation) -> None:
+        store = simulation.open()
+        record = upload(store, DATA[:MIB])
+        move(store, record, record.extents)
+        store.keystore.checkpoint()
+        assert not store.keystore.graves()
+        simulation.cut_power()
+        store = simulation.open()
+        assert store.get(record.uuid) == DATA[:MIB]
+        check_sound(store)
+
+    def test_nothing_is_copied_if_the_journal_cannot_say_so(self, simulate: Callable[..., Simulation]) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB)
+        store = simulation.open()
+        record = upload(store, DATA[:MIB], declare=True)
+        (source,) = record.devices
+        free = free_count(store)
+        simulation.devices[1 - source].fail_flushes = 1
+        with pytest.raises(DeviceError):
+            store.relocate(record, record.extents, avoid={source})
+        assert free_count(store) == free
+        simulation.cut_power(lambda offset: True)
+        assert len(self.remains(simulation)) == MIB // BLOCK
+        store = simulation.open()
+        assert store.get(record.uuid) == DATA[:MIB]
         check_sound(store)
 
 

@@ -25,10 +25,11 @@ from rustord.journal import (
     Batch,
     Entry,
     Kind,
+    decode_copy,
     decode_record_ids,
     delete_entry,
+    encode_entry,
     erased_entry,
-    layer_entry,
     put_entry,
     undo_entry,
     unerased_entry,
@@ -100,6 +101,7 @@ class KeyStore:
         self._committer = 0
         self._commit_error = ""  # of the last one
         self._unerased: dict[RecordId, int] = {}  # sequence of each tombstone whose blocks are not erased yet
+        self._copies: dict[RecordId, Entry] = {}  # those of them that no footer and no other entry tells of
         self._bases = {page.layer: decode_head(page.content).base for page in self.pages() if not page.number}
         """What each Layer builds on."""
         self._kept = {record.id for record in self.bases()}
@@ -156,12 +158,12 @@ class KeyStore:
     def _note_rings(self) -> None:
         self.batch_bytes_max = min((ring.batch_bytes_max for ring in self._rings.values()), default=0)
 
-    def replay(self, entries: Iterable[Entry], dropped: Collection[int], erased: Iterable[Entry]) -> None:
+    def replay(self, entries: Iterable[Entry], dropped: Collection[int], graves: Sequence[Entry]) -> None:
         """Learn what the journal holds beyond the index, in the order given, and put it into the index.
 
         ``dropped`` are the sequences of PUTs that were never acknowledged and are not whole or were undone: they become
-        graves. ``erased`` are the entries that end graves; what they name is deleted, also if its tombstone was on a
-        device that is missing.
+        graves. ``graves`` are the entries that begin other graves, COPY, and that end any, ERASED; what these name is
+        deleted, also if its tombstone was on a device that is missing.
         """
         with self._learning:
             overlay = self._fresh
@@ -176,8 +178,11 @@ class KeyStore:
                     self._learn_delete(overlay, Record(raw), entry.sequence)
                 elif entry.kind in (Kind.LAYER, Kind.MAP):
                     self._learn_layer(overlay, entry)
-            for entry in erased:
-                for gone in decode_record_ids(entry.payload):
+            for entry in graves:
+                if entry.kind is Kind.COPY:
+                    self._learn_copy(overlay, entry)
+            for entry in graves:
+                for gone in decode_record_ids(entry.payload) if entry.kind is Kind.ERASED else ():
                     if (raw := self._raw(gone.uuid)) and Record(raw).id == gone:
                         self._learn_delete(overlay, Record(raw), gone.sequence)
                     self._learn_erased(overlay, gone)
@@ -303,17 +308,17 @@ class KeyStore:
             self._carry(entries, writable, newest)
         return self._append_all(entries, erased, durable, newest)
 
-    def journal_layers(
+    def journal_notes(
         self,
         entries: Sequence[Entry],
         devices: Iterable[int],
         erased: Mapping[int, list[RecordId]],
         durable: int,
+        newest: int,
         writable: Collection[int],
     ) -> tuple[set[int], dict[int, RustordError]]:
-        """The same for changes of Layers, which go to the journal of each of ``devices``."""
-        newest = entries[-1].sequence
-        batch = [layer_entry(entry.sequence, entry.kind, entry.payload) for entry in entries]
+        """The same for changes of Layers, up to the sequence ``newest``, and COPYs: each goes to all of ``devices``."""
+        batch = [encode_entry(entry) for entry in entries]
         batches = {device: list(batch) for device in devices}
         self._carry(batches, set(writable), newest)
         return self._append_all(batches, erased, durable, newest)
@@ -340,9 +345,10 @@ class KeyStore:
         oldest = min(self._unerased.values(), default=newest)
         if self._carry_due or any(self._rings[device].is_held_by(oldest) for device in writable):
             self._carry_due = False
-            entry = unerased_entry(self._unerased)
+            carried = [unerased_entry(id for id in self._unerased if id not in self._copies)]
+            carried += map(encode_entry, self._copies.values())
             for device in writable:
-                entries.setdefault(device, []).append(entry)
+                entries.setdefault(device, []).extend(carried)
             with self._learning:
                 self._unerased = dict.fromkeys(self._unerased, newest)
 
@@ -381,14 +387,26 @@ class KeyStore:
             overlay.sequence = sequence
             self._note_positions(overlay)
 
-    def learn_layers(self, entries: Iterable[Entry], sequence: int) -> list[Grave]:
-        """The same for changes of Layers; returns the slots that pages have left."""
+    def learn_notes(self, entries: Iterable[Entry], ended: Iterable[RecordId], sequence: int) -> list[Grave]:
+        """The same for changes of Layers and COPYs, of which ``ended`` are over. Returns the slots that pages left."""
         with self._learning:
             overlay = self._fresh
-            left = [grave for entry in entries if (grave := self._learn_layer(overlay, entry))]
+            left = []
+            for entry in entries:
+                if entry.kind is Kind.COPY:
+                    self._learn_copy(overlay, entry)
+                elif grave := self._learn_layer(overlay, entry):
+                    left.append(grave)
+            for gone in ended:
+                self._learn_erased(overlay, gone)
             overlay.sequence = sequence
             self._note_positions(overlay)
         return left
+
+    def _learn_copy(self, overlay: Overlay, entry: Entry) -> None:
+        copy = decode_copy(entry.payload)
+        self._learn_grave(overlay, copy, copy.id.sequence)
+        self._copies[copy.id] = entry
 
     def _learn_layer(self, overlay: Overlay, entry: Entry) -> Grave | None:
         """Returns the slots that pages have left with this change; they are a grave."""
@@ -509,6 +527,7 @@ class KeyStore:
     def _learn_erased(self, overlay: Overlay, gone: RecordId) -> None:
         overlay.graves[RECORD_ID.pack(*gone)] = None
         self._unerased.pop(gone, None)
+        self._copies.pop(gone, None)
         if not gone.sequence and gone.uuid in self._bases:
             self._forget_layer(overlay, gone.uuid)
         if gone in self._kept:

@@ -24,6 +24,8 @@ from rustord.blockstore import BlockStore
 from rustord.keystore.ring import Ring
 from rustord.keystore.store import KeyStore
 from rustord.objectstore import ObjectStore
+from rustord.relocation import Relocation
+from rustord.survey import _Journals
 from rustord.volume import Volume
 from rustord.volumes import Volumes
 from tests.crash import scenarios
@@ -163,7 +165,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "durable is the sequence of the batch itself",
-        (ObjectStore._journal, "self._erased, self._durable", "self._erased, self._sequence"),
+        (ObjectStore._journal, "self._durable", "self._sequence"),
         by=(s.putting,),
     )
     yield mutant(
@@ -191,6 +193,57 @@ def _mutants() -> Iterator[Mutant]:
         "a DELETE is answered while the blocks are not erased that the Object was moved from",
         (ObjectStore._settle_deletes, "left = self._erasures.take_left_behind(record.uuid)", "left = []"),
         by=(s.moving,),
+    )
+    yield mutant(
+        "the journal does not say which blocks are being filled with a copy",
+        (
+            ObjectStore.announce_copies,
+            "self._note(list(map(copy_entry, graves)), {device for grave in graves for device in grave.devices}, ())",
+        ),
+        by=(s.moving,),
+    )
+    yield mutant(
+        "that blocks are being filled with a copy is not flushed before they are",
+        (ObjectStore._note, "self.blocks.flush(written)", "(self.blocks.flush(written) if copied else {})"),
+        by=(s.moving,),
+    )
+    yield mutant(
+        "the index forgets a copy before it is the Object's own",
+        (
+            ObjectStore.copy,
+            "relocation.copy(pace)",
+            "relocation.copy(pace); self.keystore.learn((), (), (), [relocation.id], self._sequence)",
+        ),
+        by=(s.moving_slowly,),
+    )
+    yield mutant(
+        "the journal says that a copy is over when it is made",
+        (
+            ObjectStore.copy,
+            "relocation.copy(pace)",
+            "relocation.copy(pace); self.remember_erased(relocation.new, [relocation.id])",
+        ),
+        by=(s.moving_slowly,),
+    )
+    yield mutant(
+        "a copy is forgotten at the start",
+        (KeyStore.replay, "if entry.kind is Kind.COPY:", "if False:"),
+        by=(s.moving,),
+    )
+    yield mutant(
+        "a copy is forgotten by a rebuild",
+        (_Journals.copies_left, "if id not in self.erased", "if False"),
+        by=(s.moving,),
+    )
+    yield mutant(
+        "the batch that tells of a copy is overwritten",
+        (KeyStore._carry, "carried += map(encode_entry, self._copies.values())"),
+        by=(s.copying_while_the_journal_goes_around,),
+    )
+    yield mutant(
+        "a copy that is given up is not erased",
+        (Relocation.abort, "if new and self.id is None:", "if True:"),
+        by=(s.moving_slowly,),
     )
     # DELETE
     yield mutant(
@@ -332,7 +385,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "a change of a map is not flushed",
-        (ObjectStore.note, "failed |= self.blocks.flush(written)"),
+        (ObjectStore._note, "failed |= self.blocks.flush(written)"),
         by=(s.writing_a_volume,),
     )
     yield mutant(
@@ -393,7 +446,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "no UNDO is written",
-        (ObjectStore._settle_puts, "batch.following.append(Undo(record, placed.remains(record, replaced)))"),
+        (ObjectStore._settle_puts, "batch.following.append(Undo(record, placed.remains(record, replaced), ids))"),
         by=(s.failing_flush,),
     )
     yield mutant(

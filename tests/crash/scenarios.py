@@ -288,6 +288,38 @@ def moving(stage: Stage) -> None:
     story.put(some(7, 9000))
 
 
+def moving_slowly(stage: Stage) -> None:
+    """Other changes come in between copying and moving, and the index knows of copies; two of them are given up."""
+    story = opened(stage)
+    story.put(some(1, 9000, "a"), some(2, 70_000, "b"), some(3, 5000, "c"), some(4, 5000, "d"))
+    moves = {name: story.copy(story.named(name)) for name in "abc"}
+    story.checkpoint()
+    story.put(some(5, 9000, "a"))  # the other one is gone
+    story.move(story.named("d"))
+    moves["b"].source.abort()
+    story.follow([moves["a"], moves["c"]])
+    story.checkpoint()
+    story.delete(story.named("b"))
+    story.delete(story.named("c"))
+    story.put(some(6, 70_000))
+
+
+def copying_while_the_journal_goes_around(stage: Stage) -> None:
+    """What says that blocks are being filled stands at the end of the ring, and is to be overwritten."""
+    story = nearly_around(stage, indexing=True)
+    story.put(some(50, 9000, "moved"))
+    move = story.copy(story.named("moved"))
+    story.put(*(some(80 + turn, 10, f"often{turn}", pad="x" * 8000) for turn in range(20)))
+    fill_journal(story, indexing=True)
+    stage.recording.mark()
+    story.put(some(60, 5000, "late"))
+    story.checkpoint()
+    story.put(some(61, 5000, "late"))
+    move.source.abort()
+    story.change()
+    story.put(some(62, 5000, "late"))
+
+
 def condemning(stage: Stage) -> None:
     """Blocks that are bad are never used again; their table fills several sectors."""
     story = opened(stage)
@@ -386,6 +418,9 @@ def _scenarios() -> Any:
     yield Scenario(deleting_many)
     yield Scenario(moving)
     yield Scenario(moving, 3, Mirrored(2))
+    yield Scenario(moving_slowly)
+    yield Scenario(moving_slowly, 2, Striped(1))
+    yield Scenario(copying_while_the_journal_goes_around)
     yield Scenario(condemning)
     yield Scenario(writing_a_volume)
     yield Scenario(writing_a_volume, 2, Striped(2))

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple, TypeVar
 from unittest.mock import patch
 
 from rustord.blockstore import ErasePolicy, read_label
-from rustord.change import Change, Delete, Put
+from rustord.change import Change, Delete, Move, Put
 from rustord.errors import FormatError, NotFound, PoolError, RustordError
 from rustord.extent import LAYERS, Extent, block_count
 from rustord.footer import encode_footer
 from rustord.keygen import HashKeyGen, Uuid7
+from rustord.label import Geometry
 from rustord.membership import add_device, prepare_device, remove_device
 from rustord.objectstore import Cycle, ObjectStore
 from rustord.placer import Placer
@@ -33,6 +34,7 @@ from tests.simulation import MIB, check_sound, live
 T = TypeVar("T")
 
 BLOCK = 4096
+_START_BYTES = 64
 NOWHERE = Path("nowhere")
 
 
@@ -107,6 +109,11 @@ class Told(NamedTuple):
             joining=frozenset(),
             unsure={},
         )
+
+
+def starts(data: bytes, piece: int = BLOCK) -> Iterator[bytes]:
+    """How the pieces of so many bytes begin that hold ``data``, but for those that are nothing special."""
+    return (start for at in range(0, len(data), piece) if any(start := data[at : at + _START_BYTES]))
 
 
 class Index(NamedTuple):
@@ -345,8 +352,7 @@ class Stage:
         if uuid in data:
             return True
         content = self.told.deleted.get(uuid, Content(b""))
-        starts = (content.data[at : at + 64] for at in range(0, len(content.data), BLOCK))
-        return self.policy == "zero" and any(any(start) and data.startswith(start) for start in starts)
+        return self.policy == "zero" and any(data.startswith(start) for start in starts(content.data))
 
     def check_zeroed(self) -> None:
         """Assert that nothing is left of Objects whose DELETE was answered, but where others are by now.
@@ -360,6 +366,27 @@ class Stage:
                 for at in range(block, block + length):
                     if not any(e.device == device and e.block <= at < e.end for e in others):
                         assert not self.is_of(uuid, self.memory[device], at), f"block {at} was not erased in time"
+
+    def check_untraced(self) -> None:
+        """Assert the same of all blocks, also those that no Object was ever known to have: copies that were cut short.
+
+        An opening that has ended had its chance to erase what a crash had left.
+        """
+        told = self.told
+        if not told.erased:
+            return
+        deleted = {start for uuid in told.erased for start in starts(told.deleted[uuid].data, SECTOR_BYTES)}
+        contents = [content.data for content in (*told.objects.values(), *told.putting)]
+        contents += [version for disk in told.disks.values() for version in disk.versions()]
+        deleted -= {start for data in contents for start in starts(data, SECTOR_BYTES)}
+        for number, memory in self.memory.items():
+            runs = Geometry.of_device(self.sizes[number], BLOCK).data_runs
+            for sector, data in memory.sectors.items():
+                at = sector * SECTOR_BYTES // BLOCK
+                if any(first <= at < first + block_count for first, block_count in runs):
+                    is_trace = self.policy == "zero" and data[:_START_BYTES] in deleted
+                    is_trace = is_trace or any(uuid in data for uuid in told.erased)
+                    assert not is_trace, f"block {at} of device {number} has a copy of what was deleted"
 
 
 class Story:
@@ -450,11 +477,15 @@ class Story:
 
     def move(self, uuid: bytes) -> None:
         """Move an Object to other blocks."""
-        record = self.store.stat(uuid)
         moving = self.stage.told.moving
-        self.stage.tell(self.stage.told._replace(moving=moving | {uuid}))
-        self.follow([self.store.relocate(record, [extent for extent in record.extents if extent.device != LAYERS])])
+        self.follow([self.copy(uuid)])
         self.stage.tell(self.stage.told._replace(moving=moving))
+
+    def copy(self, uuid: bytes) -> Move:
+        """Copy an Object to other blocks; `follow` makes the Move."""
+        record = self.store.stat(uuid)
+        self.stage.tell(self.stage.told._replace(moving=self.stage.told.moving | {uuid}))
+        return self.store.relocate(record, [extent for extent in record.extents if extent.device != LAYERS])
 
     def condemn(self, *extents: Extent) -> None:
         """Have free blocks never used again."""
