@@ -208,7 +208,7 @@ class Audit:
                 count += bool(entry.sequence)
                 if entry.kind is Kind.PUT:
                     pending |= {entry.payload[:16], Record(entry.payload[16:]).uuid} - {NOTHING}
-                elif entry.kind in (Kind.DELETE, Kind.LAYER, Kind.MAP, Kind.COPY):
+                elif entry.kind in (Kind.DELETE, Kind.LAYER, Kind.MAP, Kind.GRAVE):
                     pending.add(entry.payload[:16])
                 else:
                     pending |= {id.uuid for id in decode_record_ids(entry.payload)}

@@ -84,7 +84,7 @@ class Move:
 class Undo:
     """Take back a Record that reached some devices' journals but not all: it was never acknowledged.
 
-    ``extents`` are the blocks to erase, ``ids`` the graves that end with that: its own, and that of the COPY of a move.
+    ``extents`` are the blocks to erase, ``ids`` the graves that end with that: its own, and that of a move's copy.
     """
 
     __slots__ = ("extents", "ids", "record")
@@ -98,7 +98,7 @@ class Undo:
 class Erase:
     """Erase blocks that no Object names any more, and give them back once that is durable.
 
-    ``ids`` are those of the Records, or of the COPY, that named them, none for blocks that nothing in a journal names;
+    ``ids`` are those of the Records that named them, or of a GRAVE; none for blocks that no journal names, and
     several where an Object was moved shortly before it was deleted. ``cause`` is the Delete that waits for it.
     ``layers`` are forgotten with it, and ``layer`` is the number of one that it had needed. ``after`` is the sequence
     up to which the index has to hold everything before. ``erased`` is set once the blocks have been written over, so

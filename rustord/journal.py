@@ -45,9 +45,9 @@ class Kind(enum.IntEnum):
     MAP = 7
     """payload: `rustord.page.MapEntry`, what has changed in the map of a Layer"""
 
-    COPY = 8
-    """payload: id of a grave, then its extents: blocks that are being filled with what an Object or Layer has, and that
-    are to be erased unless an ERASED says that they have become its own; sequence is 0"""
+    GRAVE = 8
+    """payload: id of a grave, then its extents: blocks that are being filled with what an Object or Layer has, or that
+    a Layer has left; an ERASED says that they are its own now, or erased; sequence is 0"""
 
 
 class Entry(NamedTuple):
@@ -100,12 +100,12 @@ def decode_record_ids(payload: bytes) -> list[RecordId]:
     return [RecordId(*fields) for fields in RECORD_ID.iter_unpack(payload)]
 
 
-def copy_entry(copy: Grave) -> Entry:
-    return Entry(Kind.COPY, 0, RECORD_ID.pack(*copy.id) + encode_extents(copy.extents))
+def grave_entry(grave: Grave) -> Entry:
+    return Entry(Kind.GRAVE, 0, RECORD_ID.pack(*grave.id) + encode_extents(grave.extents))
 
 
-def decode_copy(payload: bytes) -> Grave:
-    """What a COPY says. Raises FormatError."""
+def decode_grave(payload: bytes) -> Grave:
+    """What a GRAVE says. Raises FormatError."""
     if len(payload) < RECORD_ID.size:
         raise FormatError(f"{len(payload)} bytes in a journal batch are no grave")
     return Grave(RecordId(*RECORD_ID.unpack_from(payload)), decode_extents(payload[RECORD_ID.size :]))

@@ -1,14 +1,15 @@
 """LayerMover: moves what Layers have on a device to others, also while volumes are in use.
 
-Blocks of chunks are copied first; then the journal says so, and behind that commit point the old ones are erased. In a
-volume that is written, that is a flush of its own (`Volume.move`). The slots of a page are not copied: the journal says
+The journal says first which blocks are going to be filled; then chunks are copied; then the journal says so, and behind
+that commit point the old blocks are erased, whatever happens. In a volume that is written, that is a flush of its own
+(`Volume.move`). The slots of a page are not copied: the journal says
 where the new ones are, they are written with the next version of the page, and the old ones are erased after that.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
 from typing import TypeAlias
 
@@ -17,6 +18,7 @@ from rustord.extent import Extent
 from rustord.layer import Layer
 from rustord.objectstore import ObjectStore
 from rustord.page import CHUNK_BYTES, SLOT_COUNT, ZEROS, LayerEntry, MapEntry, address_of, extent_at
+from rustord.record import RecordId
 from rustord.volumes import Volumes
 
 log = logging.getLogger(__name__)
@@ -141,50 +143,62 @@ class LayerMover:
         return f"volume {layer.head.name}" if layer.head.name else "a snapshot, or what a volume was cloned from"
 
     def _move_together(self, layer: Layer, chunks: list[int], quota: Quota) -> int:
-        def take(address: int) -> Extent | None:
-            if not self._leaves(address, quota):
-                return None
-            extent = self._store.allocator.run(self._layers.chunk_blocks, layer.home, avoid=quota)
-            quota[extent_at(address, 1).device] -= extent.count
-            return extent
-
         with self._volumes.reshaping:
             if layer.uuid in self._layers.torn:
                 raise DeviceError("its map is not in order", hint="the log says why")
+            places = self._take(layer, chunks, quota)
+            if not places:
+                return 0
             if volume := self._volumes.writer_of(layer):
-                return volume.move(layer, chunks, take)
-            return self._move_unwritten(layer, chunks, take)
+                return volume.move(layer, places, self._volumes.announce)
+            return self._move_unwritten(layer, places)
 
-    def _move_unwritten(self, layer: Layer, chunks: list[int], take: Callable[[int], Extent | None]) -> int:
-        """Move chunks of a Layer that nobody writes, and many may read."""
-        moved: dict[int, Extent] = {}
+    def _take(self, layer: Layer, chunks: list[int], quota: Quota) -> dict[int, Extent]:
+        """Blocks for those of ``chunks`` that leave. Raises NoSpace."""
+        places: dict[int, Extent] = {}
         try:
             for chunk in chunks:
-                if extent := take(layer.get(chunk)):
-                    moved[chunk] = extent
-                    self._copy(layer.get(chunk), extent)
-            for error in self._store.blocks.flush({extent.device for extent in moved.values()}).values():
+                address = layer.get(chunk)
+                if address > ZEROS and self._leaves(address, quota):
+                    places[chunk] = self._store.allocator.run(self._layers.chunk_blocks, layer.home, avoid=quota)
+                    quota[extent_at(address, 1).device] -= places[chunk].count
+        except NoSpace:
+            self._store.allocator.release(places.values())
+            raise
+        return places
+
+    def _move_unwritten(self, layer: Layer, places: dict[int, Extent]) -> int:
+        """Move chunks of a Layer that nobody writes, and many may read."""
+        new = [*places.values()]
+        ids: Sequence[RecordId] = ()
+        try:
+            ids = self._volumes.announce(layer, [new])
+            for chunk, extent in places.items():
+                self._copy(layer.get(chunk), extent)
+            for error in self._store.blocks.flush({extent.device for extent in new}).values():
                 raise error
         except BaseException:
-            self._volumes.free([*moved.values()])
+            self._volumes.free(new, ids=ids)
             raise
-        old = self._volumes.call(lambda: self._switch(layer, moved))
+        old, graves = self._volumes.call(lambda: self._switch(layer, places, ids))
         self._layers.drain()
-        self._volumes.free(old)
-        return len(moved)
+        self._volumes.free(old, ids=graves)
+        return len(places)
 
     def _copy(self, address: int, extent: Extent) -> None:
         data = self._store.blocks.read_copy((extent_at(address, extent.count),), 0, CHUNK_BYTES)
         self._store.blocks.write(extent, (data,))
 
-    def _switch(self, layer: Layer, moved: dict[int, Extent]) -> list[Extent]:
-        """Have chunks where they were copied to. Returns the blocks that nobody needs then. Called between cycles."""
+    def _switch(
+        self, layer: Layer, moved: dict[int, Extent], copied: Sequence[RecordId]
+    ) -> tuple[list[Extent], Sequence[RecordId]]:
+        """Have chunks where they were copied to. Returns what nobody needs then, a grave. Called between cycles."""
         if self._layers.by_uuid.get(layer.uuid) is not layer:
-            return [*moved.values()]
+            return [*moved.values()], copied
         old = {chunk: extent_at(layer.get(chunk), extent.count) for chunk, extent in moved.items()}
         devices = {layer.home, *(extent.device for extent in (*old.values(), *moved.values()))}
         changes = [(chunk, address_of(extent)) for chunk, extent in sorted(moved.items())]
-        self._store.note([MapEntry(layer.uuid, (), changes)], devices)
+        graves = self._store.note([MapEntry(layer.uuid, (), changes)], devices, copied, [*old.values()])
         for chunk, address in changes:
             layer.set(chunk, address)
-        return [*old.values()]
+        return [*old.values()], graves

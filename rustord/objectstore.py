@@ -32,7 +32,7 @@ from rustord.distribution import Distribution
 from rustord.erasures import Erasures
 from rustord.errors import DeviceError, InUse, NotFound, PreconditionFailed, ReadOnly, RustordError
 from rustord.extent import Extent
-from rustord.journal import Entry, Kind, copy_entry
+from rustord.journal import Entry, Kind, grave_entry
 from rustord.keygen import KeyGen
 from rustord.keystore.store import KeyStore
 from rustord.label import Label
@@ -80,7 +80,7 @@ class _Batch:
 
     plain: list[tuple[Put, Data, Record | None]] = field(default_factory=list)
     puts: list[Placement] = field(default_factory=list)
-    moves: list[tuple[Placement, RecordId]] = field(default_factory=list)  # those of them, with the COPY of each
+    moves: list[tuple[Placement, RecordId]] = field(default_factory=list)  # those of them, with the GRAVE of each
     deletes: list[tuple[Delete, Record, int]] = field(default_factory=list)
     undos: list[tuple[Undo, int]] = field(default_factory=list)
     erases: list[Erase] = field(default_factory=list)
@@ -330,23 +330,24 @@ class ObjectStore:
         same, which does no harm: an opening erases no block that somebody has by then.
         """
         self.check_changeable()
-        graves = []
-        for uuid, extents in copies:
-            self._sequence += 1
-            graves.append(Grave(RecordId(uuid, self._sequence), extents))
-        for grave in graves:
-            for device in grave.devices:
-                self.blocks.writable(device)
-        self._note(list(map(copy_entry, graves)), {device for grave in graves for device in grave.devices}, ())
+        graves = self._graves(copies)
+        devices = {device for grave in graves for device in grave.devices}
+        for device in devices:
+            self.blocks.writable(device)
+        self._note(list(map(grave_entry, graves)), devices, ())
         return [grave.id for grave in graves]
 
     def note(
-        self, notes: Sequence[LayerEntry | MapEntry], devices: Iterable[int], copied: Sequence[RecordId] = ()
-    ) -> None:
+        self,
+        notes: Sequence[LayerEntry | MapEntry],
+        devices: Iterable[int],
+        copied: Sequence[RecordId] = (),
+        left: Sequence[Extent] = (),
+    ) -> list[RecordId]:
         """Make changes of Layers durable, in the journals of ``devices``, and known. Called between cycles.
 
-        With it, the blocks of the COPYs ``copied`` become a Layer's. Raises ReadOnly or DeviceError; the journals may
-        have the changes all the same.
+        With it, the blocks of the graves ``copied`` become the Layer's, and those that are ``left`` a grave, to be
+        erased, whose id is returned. Raises ReadOnly or DeviceError; the journals may have it all the same.
         """
         self.check_changeable()
         entries = []
@@ -354,7 +355,17 @@ class ObjectStore:
             self._sequence += 1
             kind = Kind.LAYER if isinstance(note, LayerEntry) else Kind.MAP
             entries.append(Entry(kind, self._sequence, note.encode()))
-        self._note(entries, devices, copied)
+        graves = self._graves([(notes[0].layer, left)] if left else [])
+        self._note([*entries, *map(grave_entry, graves)], devices, copied)
+        return [grave.id for grave in graves]
+
+    def _graves(self, places: Iterable[tuple[bytes, Sequence[Extent]]]) -> list[Grave]:
+        """Graves of blocks that an Object or Layer is going to have, or has left, with new ids."""
+        graves = []
+        for uuid, extents in places:
+            self._sequence += 1
+            graves.append(Grave(RecordId(uuid, self._sequence), extents))
+        return graves
 
     def _note(self, entries: Sequence[Entry], devices: Iterable[int], copied: Sequence[RecordId]) -> None:
         writable = self.blocks.writable_indices()
@@ -381,7 +392,7 @@ class ObjectStore:
     ) -> None:
         """Erase blocks that nobody names any more, and give them back, in later cycles; ``finished`` is told then.
 
-        ``ids`` are those of the COPYs that named them. Any thread may call it.
+        ``ids`` are those of the graves that they are. Any thread may call it.
         """
         erase = Erase(extents, ids)
         erase.finished = finished
@@ -646,7 +657,7 @@ class ObjectStore:
         return written, refused
 
     def _ended(self, batch: _Batch, failed: dict[int, RustordError]) -> dict[int, list[RecordId]]:
-        """What is said as ERASED: what has been erased, and the COPYs of moves, in one batch with their PUTs.
+        """What is said as ERASED: what has been erased, and the GRAVEs of moves, in one batch with their PUTs.
 
         So wherever a journal has the one, it has the other: the blocks are the Object's, or the PUT's grave.
         """

@@ -300,7 +300,7 @@ def _replay(label: Label, blocks: BlockStore, keystore: KeyStore) -> tuple[Label
                 log.error("%s is left out, its journal cannot be read: %s", path, error, extra=fields(device=path))
                 blocks.retire(slot, f"its journal cannot be read: {error}")
     entries = [entry for batch in batches for entry in batch.entries]
-    graves = [entry for entry in entries if entry.kind in (Kind.COPY, Kind.ERASED)]
+    graves = [entry for entry in entries if entry.kind in (Kind.GRAVE, Kind.ERASED)]
     changes = {entry.sequence: entry for entry in entries if entry.sequence}
     undone = {id for entry in entries if entry.kind is Kind.UNDO for id in decode_record_ids(entry.payload)}
     buried = {grave.id for grave in keystore.graves()}  # dropped before, while one of their devices was missing

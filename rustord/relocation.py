@@ -36,7 +36,7 @@ class Relocation:
     of it is durable; `abort` hands it back.
 
     ``record`` is the Object before the move, ``copies`` is where it will be, ``new`` what of that is not the Object's
-    yet, ``id`` that of the COPY by which the journals know these blocks, None before. ``rest`` is the data of the
+    yet, ``id`` that of the GRAVE by which the journals know these blocks, None before. ``rest`` is the data of the
     broken block, ``damaged`` holds the ranges of bytes, (offset, end), that are right nowhere.
     """
 
@@ -49,7 +49,7 @@ class Relocation:
         *,
         salvage: bool = False,
     ) -> None:
-        """``abandon`` erases new blocks, which a COPY names, and gives them back.
+        """``abandon`` erases new blocks, which a GRAVE names, and gives them back.
 
         With ``salvage``, bytes that the device cannot read any more become zeros, which match no checksum.
         """

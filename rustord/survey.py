@@ -27,7 +27,7 @@ from rustord.blockstore import BlockStore, Slot, read_label
 from rustord.errors import DeviceError, FormatError
 from rustord.extent import Extent, without
 from rustord.footer import MAGIC, Piece, decode_piece
-from rustord.journal import NOTHING, Batch, Kind, decode_copy, decode_record_ids
+from rustord.journal import NOTHING, Batch, Kind, decode_grave, decode_record_ids
 from rustord.keystore.ring import POSITION, Ring, lost_batches, newest_run
 from rustord.label import Label, State
 from rustord.objkey import ObjectId, uuid_text
@@ -79,8 +79,8 @@ class Survey:
     """The pages of all Layers, by Layer and number."""
     left: dict[RecordId, set[Extent]] = field(default_factory=dict)
     """Slots with pages of Layers that are gone, or that have other slots now."""
-    copies: list[Grave] = field(default_factory=list)
-    """Blocks that were being filled with what an Object or Layer has, and are not known to be erased."""
+    noted: list[Grave] = field(default_factory=list)
+    """Graves that the journals tell of: copies that were cut short, and what Layers have left."""
     positions: dict[bytes, bytes] = field(default_factory=dict)
     footers: dict[int, array[int]] = field(default_factory=dict)
     """The blocks of each device that end with the last piece of a good footer, ascending."""
@@ -109,7 +109,7 @@ class Survey:
     def graves(self) -> Iterator[Grave]:
         """What has yet to be erased: blocks that none but a Record that is gone has."""
         yield from (Grave(id, sorted(slots)) for id, slots in self.left.items())
-        yield from self.copies
+        yield from self.noted
         kept = self.bases()
         for id, raw in self.gone.items():
             live = self.live.get(id.uuid) or kept.get(id.uuid)
@@ -123,7 +123,7 @@ class Survey:
         left = set(blocks)
         if left:
             records = (Record(raw).extents for raw in chain(self.live.values(), self.gone.values()))
-            for extents in chain(records, (copy.extents for copy in self.copies)):
+            for extents in chain(records, (grave.extents for grave in self.noted)):
                 for extent in extents:
                     left -= {one for one in left if _has(extent, one)}
         return sorted(left)
@@ -145,7 +145,7 @@ def take_survey(label: Label, blocks: BlockStore, progress: Progress = lambda si
         current = survey.pages.get((page.layer, page.number))
         if current is None or current.address != page.address:
             survey.left.setdefault(RecordId(page.layer, page.sequence), set()).update(slots_at(page.address))
-    survey.copies = journals.copies_left()
+    survey.noted = journals.graves_left()
     survey.sequence = journals.settled(survey.live.values(), survey.pages.values())
     survey.positions = journals.positions()
     survey.torn, survey.holes = [*journals.torn, *verdict.torn], journals.holes
@@ -171,7 +171,7 @@ class _Journals:
         """By sequence: changes of Layers."""
         self.erased: set[RecordId] = set()
         self.unerased: set[RecordId] = set()
-        self.copies: dict[RecordId, Grave] = {}
+        self.graves: dict[RecordId, Grave] = {}
         self.reach: dict[int, tuple[int, int]] = {}
         """The sequences that the journal of a device has, all of them, of changes that concern it; half-open."""
         self.torn: list[str] = []
@@ -239,10 +239,10 @@ class _Journals:
                 self.noted[sequence] = decode_layer_entry(payload)
             elif kind is Kind.MAP:
                 self.noted[sequence] = decode_map_entry(payload)
-            elif kind is Kind.COPY:
-                copy = decode_copy(payload)
-                self.copies[copy.id] = copy
-                self._newest = max(self._newest, copy.id.sequence)
+            elif kind is Kind.GRAVE:
+                grave = decode_grave(payload)
+                self.graves[grave.id] = grave
+                self._newest = max(self._newest, grave.id.sequence)
             else:
                 ids = {Kind.UNDO: self.undone, Kind.ERASED: self.erased, Kind.UNERASED: self.unerased}[kind]
                 ids.update(decode_record_ids(payload))
@@ -263,14 +263,14 @@ class _Journals:
             key: page for key, page in pages.items() if page.address and (key[0], 0) in pages and key[0] not in gone
         }
 
-    def copies_left(self) -> list[Grave]:
-        """The COPYs that nothing says are over. An opening drops those whose blocks are somebody's by now.
+    def graves_left(self) -> list[Grave]:
+        """Those of the GRAVEs that nothing says are over. An opening drops those whose blocks are somebody's by now.
 
         None if a device is missing: their blocks may be those of an Object that only the missing device knows.
         """
         if len(self._runs) < len(self._label.members):
             return []
-        return [copy for id, copy in self.copies.items() if id not in self.erased]
+        return [grave for id, grave in self.graves.items() if id not in self.erased]
 
     def was_flushed(self, sequence: int) -> bool:
         """Whether a PUT is known to have been durable: by a later batch, or because the pool was closed in order."""

@@ -7,13 +7,13 @@ all of the chunk to them, with what the base has beside the new bytes, and only 
 
 So the journal never speaks of a chunk whose data is not durable: a crash leaves each chunk in its old place or whole in
 its new one. Where only own chunks were written, the first step is all there is. Blocks that were given back are erased
-and freed behind the commit point, once nobody reads or writes them any more.
+and freed behind the commit point, once nobody reads or writes them any more; from there on they are a grave.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 from rustord.allocator import Allocator
@@ -30,18 +30,21 @@ from rustord.page import (
     PAGE_CHUNKS,
     SLOT_COUNT,
     ZEROS,
-    LayerEntry,
     MapEntry,
     address_of,
     extent_at,
     page_of,
 )
+from rustord.record import RecordId
 
-Note = Callable[[Sequence[LayerEntry | MapEntry], set[int]], None]
-"""Makes changes durable in the journals of these devices, and has the KeyStore learn them."""
+Note = Callable[[Sequence[MapEntry], set[int], Sequence[RecordId], Sequence[Extent]], Sequence[RecordId]]
+"""Makes changes durable in the journals of these devices, and has the KeyStore learn them; see `ObjectStore.note`."""
 
-Free = Callable[[list[Extent], Callable[[RustordError | None], None]], None]
-"""Erases blocks and gives them back, in the background; the second argument is told when it is done."""
+Free = Callable[[Sequence[Extent], Callable[[RustordError | None], None], Sequence[RecordId]], None]
+"""Erases blocks, which are these graves, and gives them back, in the background; is told when it is done."""
+
+Announce = Callable[[Layer, Iterable[Sequence[Extent]]], Sequence[RecordId]]
+"""Makes graves of blocks that are about to be filled with what a Layer has."""
 
 _PENDING_MAX = 16384
 """Changes of the map that wait for a flush, before a write flushes of its own accord."""
@@ -91,6 +94,7 @@ class Volume:
         self._pages: dict[int, int] = {}
         self._chunks: dict[int, int] = {}
         self._freed: list[Extent] = []
+        self._copied: list[RecordId] = []  # graves that become chunks with the next flush
         self._erasing = 0
         self._erased = threading.Condition()
 
@@ -103,12 +107,12 @@ class Volume:
     def still(self) -> Iterator[None]:
         """What the volume has is durable, and nobody reads, writes or moves it: its Layers may be changed."""
         with self._flushing, self._gate.shut():
-            freed = self._commit()
+            freed, graves = self._commit()
             try:
                 yield
             finally:
                 self.look()
-                self._erase(freed)
+                self._erase(freed, graves)
 
     def look(self) -> None:
         """See what the volume builds on now. Nobody is reading or writing it."""
@@ -125,32 +129,36 @@ class Volume:
             self.layer = split(left)
         return left
 
-    def move(self, layer: Layer, chunks: Iterable[int], take: Callable[[int], Extent | None]) -> int:
-        """Put chunks of ``layer``, as long as that is the one which is written, on other blocks, durably.
+    def move(self, layer: Layer, places: Mapping[int, Extent], announce: Announce) -> int:
+        """Put chunks of ``layer``, as long as that is the one which is written, on the blocks ``places``, durably.
 
-        ``take`` tells where to, given the address, or None for a chunk that stays. A chunk is copied while nobody
-        writes, and is the volume's with the next flush, as one that is written for the first time. Returns how many
-        were moved. Raises NoSpace or DeviceError; chunks that were copied before are moved with the next flush.
+        A chunk is copied while nobody writes, and is the volume's with the next flush, as one that is written for the
+        first time; until then its new blocks are a grave. Returns how many were moved. Raises DeviceError; chunks that
+        were copied before are moved with the next flush, and the other ``places`` are given back.
         """
-        with self._flushing:
-            if self._ended or self.layer is not layer:
-                return 0
-            with self._gate.shut():
-                count = sum(self._copy(chunk, take) for chunk in chunks)
-            self._flush()
-        return count
+        left, ids = dict(places), dict[int, RecordId]()
+        try:
+            with self._flushing:
+                if self._ended or self.layer is not layer:
+                    return 0
+                ids = dict(zip(places, announce(layer, [(extent,) for extent in places.values()]), strict=True))
+                with self._gate.shut():
+                    for chunk, extent in places.items():
+                        if self._copy(chunk, extent):
+                            del left[chunk]
+                            self._copied.append(ids[chunk])
+                self._flush()
+        finally:
+            self._erase([*left.values()], [ids[chunk] for chunk in left if chunk in ids])
+        return len(places) - len(left)
 
-    def _copy(self, chunk: int, take: Callable[[int], Extent | None]) -> bool:
+    def _copy(self, chunk: int, extent: Extent) -> bool:
+        """Whether the chunk is one that the Layer still has."""
         address = self.layer.get(chunk)
-        extent = take(address) if address > ZEROS else None
-        if extent is None:
+        if address <= ZEROS:
             return False
         old = extent_at(address, extent.count)
-        try:
-            self._write_in_place(address_of(extent), 0, self._blocks.read_copy((old,), 0, CHUNK_BYTES))
-        except BaseException:
-            self._erase([extent])
-            raise
+        self._write_in_place(address_of(extent), 0, self._blocks.read_copy((old,), 0, CHUNK_BYTES))
         self._change(chunk, address_of(extent))
         self._freed.append(old)
         return True
@@ -324,16 +332,16 @@ class Volume:
             self._flush()
 
     def _flush(self) -> None:
-        freed = self._commit()
+        freed, graves = self._commit()
         if freed:
             self._gate.drain()  # nobody is reading or writing there any more
-            self._erase(freed)
+            self._erase(freed, graves)
 
-    def _erase(self, extents: list[Extent]) -> None:
+    def _erase(self, extents: Sequence[Extent], graves: Sequence[RecordId] = ()) -> None:
         if extents:
             with self._erased:
                 self._erasing += 1
-            self._free(extents, self._on_erased)
+            self._free(extents, self._on_erased, graves)
 
     def _on_erased(self, error: RustordError | None) -> None:
         del error  # then the blocks do not come back before the next start
@@ -347,27 +355,30 @@ class Volume:
         with self._erased:
             self._erased.wait_for(lambda: not self._erasing, _ERASE_S)
 
-    def _commit(self) -> list[Extent]:
-        """Everything but the giving back of blocks, which are returned."""
+    def _commit(self) -> tuple[Sequence[Extent], Sequence[RecordId]]:
+        """Everything but the giving back of blocks, which are returned, with the graves that they are."""
+        graves: Sequence[RecordId] = ()
         with self._mapping:
             pages, self._pages = self._pages, {}
             chunks, self._chunks = self._chunks, {}
             freed, self._freed = self._freed, []
+            copied, self._copied = self._copied, []
         with self._dirtying:
             dirty, self._dirty = self._dirty, {}
         try:
             self._flush_devices(dirty)
             if chunks or pages:
-                self._journal(pages, chunks, freed)
+                graves = self._journal(pages, chunks, copied, freed)
         except BaseException:
             with self._mapping:
                 self._pages = pages | self._pages
                 self._chunks = chunks | self._chunks
                 self._freed = freed + self._freed
+                self._copied = copied + self._copied
             with self._dirtying:
                 self._dirty = dirty | self._dirty
             raise
-        return freed
+        return freed, graves
 
     def _flush_devices(self, dirty: dict[int, BlockDevice]) -> None:
         for index, device in dirty.items():
@@ -379,7 +390,10 @@ class Volume:
         for error in self._blocks.flush(dirty).values():
             raise error
 
-    def _journal(self, pages: dict[int, int], chunks: dict[int, int], freed: Sequence[Extent]) -> None:
+    def _journal(
+        self, pages: dict[int, int], chunks: dict[int, int], copied: Sequence[RecordId], freed: Sequence[Extent]
+    ) -> Sequence[RecordId]:
+        """Returns the graves that ``freed`` are. ``copied`` are none any more."""
         devices = {extent_at(address, 1).device for address in chunks.values() if address > ZEROS}
         devices |= {extent_at(address, 1).device for address in pages.values()}
         devices |= {extent.device for extent in freed} | {self.layer.home}
@@ -389,5 +403,6 @@ class Volume:
             MapEntry(self.layer.uuid, (), changes[at : at + _ENTRY_CHUNKS])
             for at in range(_ENTRY_CHUNKS, len(changes), _ENTRY_CHUNKS)
         ]
-        for entry in entries:
-            self._note([entry], devices)
+        for entry in entries[:-1]:
+            self._note([entry], devices, (), ())
+        return self._note(entries[-1:], devices, copied, freed)

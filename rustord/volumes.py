@@ -6,7 +6,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -24,7 +24,7 @@ from rustord.objectstore import ObjectStore
 from rustord.objkey import is_uuid, parse_uuid
 from rustord.page import CHUNK_BYTES, SLOT_COUNT, Head, LayerEntry, MapEntry, address_of
 from rustord.pool import renew_labels
-from rustord.record import Metadata, Record
+from rustord.record import Metadata, Record, RecordId
 from rustord.volume import Volume
 
 T = TypeVar("T")
@@ -195,18 +195,32 @@ class Volumes:
                 "the pool is busy", hint="see 'rustorctl status', and look what has become of it"
             ) from None
 
-    def _note(self, notes: Sequence[LayerEntry | MapEntry], devices: set[int]) -> None:
-        self.call(lambda: self._store.note(notes, devices))
+    def announce(self, layer: Layer, places: Iterable[Sequence[Extent]]) -> Sequence[RecordId]:
+        """Make graves of blocks that are about to be filled with what a Layer has. Raises ReadOnly or DeviceError.
+
+        Returns the id of each; see `ObjectStore.announce_copies`.
+        """
+        copies = [(layer.uuid, extents) for extents in places]
+        return self.call(lambda: self._store.announce_copies(copies))
+
+    def _note(
+        self, notes: Sequence[MapEntry], devices: set[int], copied: Sequence[RecordId], left: Sequence[Extent]
+    ) -> Sequence[RecordId]:
+        ids = self.call(lambda: self._store.note(notes, devices, copied, left))
         warning = self.warning()
         if warning and not self._warned:
             log.warning("%s", warning)
         self._warned = bool(warning)
+        return ids
 
     def free(
-        self, extents: Sequence[Extent], finished: Callable[[RustordError | None], None] = lambda error: None
+        self,
+        extents: Sequence[Extent],
+        finished: Callable[[RustordError | None], None] = lambda error: None,
+        ids: Sequence[RecordId] = (),
     ) -> None:
-        """Erase blocks that nobody names or reads any more, and give them back, in the background."""
-        self._store.free(extents, finished)
+        """Erase blocks that nobody names or reads any more, in the background; see `ObjectStore.free`."""
+        self._store.free(extents, finished, ids)
         self.call(lambda: None)  # the writer looks for something to do then
 
     def _close(self, name: str) -> None:

@@ -220,7 +220,7 @@ TARGETS: Mapping[str, Target] = {
     "label": Target(_decode_label, _label_seeds),
     "journal": Target(_decode_batch, lambda: [journal.encode_batch(_entries(), UUID, 3, 2, SECRET)]),
     "journal-ids": Target(journal.decode_record_ids, lambda: [UUID + bytes(8)]),
-    "journal-copy": Target(journal.decode_copy, lambda: [UUID + bytes(24)]),
+    "journal-grave": Target(journal.decode_grave, lambda: [UUID + bytes(24)]),
     "footer": Target(_decode_footer, _footer_seeds),
     "record": Target(_decode_record, lambda: [_record(), _record(0)]),
     "extents": Target(decode_extents, lambda: [bytes(16)]),

@@ -17,14 +17,14 @@ from rustord.journal import (
     Entry,
     Kind,
     batch_length,
-    copy_entry,
     decode_batch,
-    decode_copy,
+    decode_grave,
     decode_record_ids,
     delete_entry,
     encode_batch,
     encode_entry,
     erased_entry,
+    grave_entry,
     put_entry,
     undo_entry,
     unerased_entry,
@@ -37,7 +37,7 @@ uuids = st.binary(min_size=16, max_size=16)
 sequences = st.integers(1, 2**64 - 1)
 ids = st.builds(RecordId, uuids, sequences)
 extents = st.builds(Extent, st.integers(0, 2**16 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1))
-copies = st.builds(Grave, ids, st.lists(extents))
+graves = st.builds(Grave, ids, st.lists(extents))
 
 
 def packed(ids: list[RecordId]) -> bytes:
@@ -56,7 +56,7 @@ entries = st.one_of(
     ),
     st.builds(lambda number, uuid: (delete_entry(number, uuid), Entry(Kind.DELETE, number, uuid)), sequences, uuids),
     st.builds(lambda number, id: (undo_entry(number, id), Entry(Kind.UNDO, number, packed([id]))), sequences, ids),
-    st.builds(lambda copy: (encode_entry(copy_entry(copy)), copy_entry(copy)), copies),
+    st.builds(lambda grave: (encode_entry(grave_entry(grave)), grave_entry(grave)), graves),
     st.builds(lambda gone: (erased_entry(gone), Entry(Kind.ERASED, 0, packed(gone))), st.lists(ids)),
     st.builds(lambda gone: (unerased_entry(gone), Entry(Kind.UNERASED, 0, packed(gone))), st.lists(ids)),
 )
@@ -144,12 +144,12 @@ def test_the_ids_of_records_come_back(gone: list[RecordId], excess: int) -> None
         decode_record_ids(packed(gone) + bytes(excess))
 
 
-@given(copies)
-def test_a_copy_comes_back(copy: Grave) -> None:
-    assert decode_copy(copy_entry(copy).payload) == copy
+@given(graves)
+def test_a_grave_comes_back(grave: Grave) -> None:
+    assert decode_grave(grave_entry(grave).payload) == grave
 
 
 @pytest.mark.parametrize("length", [0, 23, 25, 41])
-def test_a_copy_that_is_cut_off_is_refused(length: int) -> None:
+def test_a_grave_that_is_cut_off_is_refused(length: int) -> None:
     with pytest.raises(FormatError):
-        decode_copy(bytes(length))
+        decode_grave(bytes(length))

@@ -309,6 +309,68 @@ def test_a_power_cut_at_any_step_leaves_all_of_it(
         count += step
 
 
+def remains(simulation: Simulation, data: bytes) -> list[int]:
+    """The blocks of the devices, whatever they are, that have any of ``data``."""
+    pieces = {data[at : at + 4096] for at in range(0, len(data), 4096)}
+    images = [path.read_bytes() for path in simulation.paths]
+    return [at // 4096 for image in images for at in range(MIB, len(image), 4096) if image[at : at + 4096] in pieces]
+
+
+@pytest.mark.parametrize("fate", ["", "rebuild"])
+@pytest.mark.parametrize("work", ["move", "move what a snapshot has", "trim"])
+def test_nothing_is_left_of_a_volume_that_is_deleted_after_a_power_cut(
+    disk_path: Path, seed: int, work: str, fate: str
+) -> None:
+    chance = random.Random(seed)
+    data = chance.randbytes(3 * CHUNK_BYTES)
+    template = Simulation(disk_path, (16 * MIB,))
+    store = template.open()
+    volumes = Volumes(store, Direct(store))
+    volumes.create("disk", 4 * CHUNK_BYTES)
+    volume = volumes.open("disk")
+    write(volume, 0, data)
+    volume.flush()
+    if "snapshot" in work:
+        volumes.snapshot("disk", "snapshot")
+    template.close()
+    restore = template.save()
+    count, done, found = 0, False, 0
+    while not done:
+        restore()
+        store = template.open()
+        template.power.left = count
+        with suppress(PowerCut):
+            if work == "trim":
+                volume = Volumes(store, Direct(store)).open("disk")
+                volume.trim(0, 2 * CHUNK_BYTES)
+                volume.flush()
+            else:
+                move_within(store)
+            done = True
+        template.power.left = 0
+        template.cut_power(survival(chance))
+        found += len(remains(template, data)) != len(data) // 4096
+        if fate == "rebuild":
+            rebuild_index(template)
+        store = template.open()
+        volumes = Volumes(store, Direct(store))
+        check_sound(store)
+        volumes.delete("disk")
+        if uuid := store.resolve("snapshot"):
+            store.delete(uuid)
+        assert not remains(template, data), f"after {count} writes and flushes"
+        check_sound(store)
+        template.close()
+        count += 1
+    assert found, "no power cut has left anything in two places"
+
+
+def survival(chance: random.Random) -> Callable[[int], bool]:
+    """Lets none, some or all of the sectors survive that were not flushed."""
+    share = chance.choice((0.0, 0.5, 1.0))
+    return lambda offset: chance.random() < share
+
+
 def small(directory: Path) -> tuple[Simulation, dict[str, bytes], list[Extent]]:
     """A pool with a volume, a snapshot of it and nothing of them in the journals; what is in there, and their slots."""
     directory.mkdir()

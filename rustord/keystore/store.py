@@ -25,7 +25,7 @@ from rustord.journal import (
     Batch,
     Entry,
     Kind,
-    decode_copy,
+    decode_grave,
     decode_record_ids,
     delete_entry,
     encode_entry,
@@ -101,7 +101,7 @@ class KeyStore:
         self._committer = 0
         self._commit_error = ""  # of the last one
         self._unerased: dict[RecordId, int] = {}  # sequence of each tombstone whose blocks are not erased yet
-        self._copies: dict[RecordId, Entry] = {}  # those of them that no footer and no other entry tells of
+        self._noted: dict[RecordId, Entry] = {}  # those of them that no footer and no other entry tells of
         self._bases = {page.layer: decode_head(page.content).base for page in self.pages() if not page.number}
         """What each Layer builds on."""
         self._kept = {record.id for record in self.bases()}
@@ -162,7 +162,7 @@ class KeyStore:
         """Learn what the journal holds beyond the index, in the order given, and put it into the index.
 
         ``dropped`` are the sequences of PUTs that were never acknowledged and are not whole or were undone: they become
-        graves. ``graves`` are the entries that begin other graves, COPY, and that end any, ERASED; what these name is
+        graves. ``graves`` are the entries that begin other graves, GRAVE, and that end any, ERASED; what these name is
         deleted, also if its tombstone was on a device that is missing.
         """
         with self._learning:
@@ -179,8 +179,8 @@ class KeyStore:
                 elif entry.kind in (Kind.LAYER, Kind.MAP):
                     self._learn_layer(overlay, entry)
             for entry in graves:
-                if entry.kind is Kind.COPY:
-                    self._learn_copy(overlay, entry)
+                if entry.kind is Kind.GRAVE:
+                    self._learn_noted_grave(overlay, entry)
             for entry in graves:
                 for gone in decode_record_ids(entry.payload) if entry.kind is Kind.ERASED else ():
                     if (raw := self._raw(gone.uuid)) and Record(raw).id == gone:
@@ -317,7 +317,7 @@ class KeyStore:
         newest: int,
         writable: Collection[int],
     ) -> tuple[set[int], dict[int, RustordError]]:
-        """The same for changes of Layers, up to the sequence ``newest``, and COPYs: each goes to all of ``devices``."""
+        """The same for GRAVEs and changes of Layers, up to the sequence ``newest``: each goes to all of ``devices``."""
         batch = [encode_entry(entry) for entry in entries]
         batches = {device: list(batch) for device in devices}
         self._carry(batches, set(writable), newest)
@@ -345,8 +345,8 @@ class KeyStore:
         oldest = min(self._unerased.values(), default=newest)
         if self._carry_due or any(self._rings[device].is_held_by(oldest) for device in writable):
             self._carry_due = False
-            carried = [unerased_entry(id for id in self._unerased if id not in self._copies)]
-            carried += map(encode_entry, self._copies.values())
+            carried = [unerased_entry(id for id in self._unerased if id not in self._noted)]
+            carried += map(encode_entry, self._noted.values())
             for device in writable:
                 entries.setdefault(device, []).extend(carried)
             with self._learning:
@@ -388,13 +388,13 @@ class KeyStore:
             self._note_positions(overlay)
 
     def learn_notes(self, entries: Iterable[Entry], ended: Iterable[RecordId], sequence: int) -> list[Grave]:
-        """The same for changes of Layers and COPYs, of which ``ended`` are over. Returns the slots that pages left."""
+        """The same for GRAVEs and changes of Layers; those ``ended`` are none. Returns the slots that pages left."""
         with self._learning:
             overlay = self._fresh
             left = []
             for entry in entries:
-                if entry.kind is Kind.COPY:
-                    self._learn_copy(overlay, entry)
+                if entry.kind is Kind.GRAVE:
+                    self._learn_noted_grave(overlay, entry)
                 elif grave := self._learn_layer(overlay, entry):
                     left.append(grave)
             for gone in ended:
@@ -403,10 +403,10 @@ class KeyStore:
             self._note_positions(overlay)
         return left
 
-    def _learn_copy(self, overlay: Overlay, entry: Entry) -> None:
-        copy = decode_copy(entry.payload)
-        self._learn_grave(overlay, copy, copy.id.sequence)
-        self._copies[copy.id] = entry
+    def _learn_noted_grave(self, overlay: Overlay, entry: Entry) -> None:
+        grave = decode_grave(entry.payload)
+        self._learn_grave(overlay, grave, grave.id.sequence)
+        self._noted[grave.id] = entry
 
     def _learn_layer(self, overlay: Overlay, entry: Entry) -> Grave | None:
         """Returns the slots that pages have left with this change; they are a grave."""
@@ -527,7 +527,7 @@ class KeyStore:
     def _learn_erased(self, overlay: Overlay, gone: RecordId) -> None:
         overlay.graves[RECORD_ID.pack(*gone)] = None
         self._unerased.pop(gone, None)
-        self._copies.pop(gone, None)
+        self._noted.pop(gone, None)
         if not gone.sequence and gone.uuid in self._bases:
             self._forget_layer(overlay, gone.uuid)
         if gone in self._kept:

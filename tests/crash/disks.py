@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
+from unittest.mock import patch
 
+from rustord.layermover import LayerMover
 from rustord.objectstore import ObjectStore
 from rustord.page import CHUNK_BYTES
 from rustord.testing.device import SECTOR_BYTES
@@ -101,7 +103,7 @@ class Disks:
     def flush(self, name: str) -> None:
         with self._opened(name) as volume:
             volume.flush()
-        self._set(name, Disk(self._newest(name)))
+        self._set(name, Disk(self.newest(name)))
 
     def freeze(self, name: str, content: Content) -> None:
         """Make an Object of it, which then has that content."""
@@ -113,12 +115,32 @@ class Disks:
         putting = tuple(one for one in told.putting if one is not content)
         stage.tell(told._replace(objects={**told.objects, record.uuid: content}, putting=putting))
 
+    def snapshot(self, name: str, content: Content) -> None:
+        """Make an Object of what it has, and build on that."""
+        stage = self._stage
+        stage.tell(stage.told._replace(putting=(*stage.told.putting, content)))
+        with stage.determined():
+            record = self._volumes.snapshot(name, content.name)
+        told = stage.told.at(record)
+        putting = tuple(one for one in told.putting if one is not content)
+        objects = {**told.objects, record.uuid: content}
+        disks = {**told.disks, name: Disk(content.data)}
+        stage.tell(told._replace(objects=objects, putting=putting, disks=disks, bases=told.bases | {record.uuid}))
+
+    def move(self) -> None:
+        """Have the chunks of all volumes on other blocks of any device."""
+        run = self._store.allocator.run
+        mover = LayerMover(self._store, self._volumes)
+        with patch.object(self._store.allocator, "run", lambda count, device=-1, avoid=(): run(count, device)):
+            mover.run(dict.fromkeys(self._store.blocks.slots, 1 << 60), lambda length: None, slots=False)
+        assert mover.problem is None
+
     def delete(self, name: str) -> None:
         """Delete it; nothing of what it had by itself is to be found then."""
         layer = self._store.layers.volumes[name]
         extents = frozenset(layer.extents(self._store.layers.chunk_blocks))
         stage = self._stage
-        stage.tell(stage.told.leaving(layer.uuid, extents, self._newest(name)))
+        stage.tell(stage.told.leaving(layer.uuid, extents, self.newest(name)))
         with self._unsure(name, None):
             self._volumes.delete(name)
         stage.tell(stage.told._replace(erased=stage.told.erased | {layer.uuid}))
@@ -140,7 +162,8 @@ class Disks:
         yield volume
         volume.close()
 
-    def _newest(self, name: str) -> bytes:
+    def newest(self, name: str) -> bytes:
+        """What it has, if all that was written stays."""
         return self._stage.told.disks[name].versions()[-1]
 
     def _written(self, name: str, offset: int, data: bytes) -> None:

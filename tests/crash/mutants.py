@@ -198,7 +198,7 @@ def _mutants() -> Iterator[Mutant]:
         "the journal does not say which blocks are being filled with a copy",
         (
             ObjectStore.announce_copies,
-            "self._note(list(map(copy_entry, graves)), {device for grave in graves for device in grave.devices}, ())",
+            "self._note(list(map(grave_entry, graves)), devices, ())",
         ),
         by=(s.moving,),
     )
@@ -227,17 +227,17 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "a copy is forgotten at the start",
-        (KeyStore.replay, "if entry.kind is Kind.COPY:", "if False:"),
+        (KeyStore.replay, "if entry.kind is Kind.GRAVE:", "if False:"),
         by=(s.moving,),
     )
     yield mutant(
         "a copy is forgotten by a rebuild",
-        (_Journals.copies_left, "if id not in self.erased", "if False"),
+        (_Journals.graves_left, "if id not in self.erased", "if False"),
         by=(s.moving,),
     )
     yield mutant(
         "the batch that tells of a copy is overwritten",
-        (KeyStore._carry, "carried += map(encode_entry, self._copies.values())"),
+        (KeyStore._carry, "carried += map(encode_entry, self._noted.values())"),
         by=(s.copying_while_the_journal_goes_around,),
     )
     yield mutant(
@@ -432,6 +432,20 @@ def _mutants() -> Iterator[Mutant]:
         "the index forgets an Object that a clone builds on",
         (KeyStore._learn_delete, "if uuid in self._bases.values():", "if False:"),
         by=(s.cloning_an_object,),
+    )
+    yield mutant(
+        "the journal does not say which blocks are being filled with chunks of a volume",
+        (
+            Volume.move,
+            "announce(layer, [(extent,) for extent in places.values()])",
+            "[RecordId(layer.uuid, 1)] * len(places)",
+        ),
+        by=(s.moving_a_volume,),
+    )
+    yield mutant(
+        "what the chunks of a volume have left is no grave",
+        (ObjectStore.note, "if left else []", "if False else []"),
+        by=(s.moving_a_volume,),
     )
     # Devices that fail
     yield mutant(

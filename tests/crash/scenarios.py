@@ -346,6 +346,22 @@ def writing_a_volume(stage: Stage) -> None:
     disks.delete("disk")
 
 
+def moving_a_volume(stage: Stage) -> None:
+    """Chunks go to other blocks, both of a volume that is written and of what it was before a snapshot."""
+    disks = Disks(opened(stage))
+    disks.create("disk", 3)
+    disks.write("disk", 500, some(1, 90_000).data)
+    disks.flush("disk")
+    disks.move()
+    disks.write("disk", 70_000, some(2, 3000).data)
+    disks.snapshot("disk", Content(disks.newest("disk"), "snapshot"))
+    disks.write("disk", 0, some(3, CHUNK_BYTES).data)
+    disks.flush("disk")
+    disks.move()
+    disks.trim("disk", 0)
+    disks.flush("disk")
+
+
 def freezing_and_cloning(stage: Stage) -> None:
     """A volume becomes an Object without a byte being moved, and volumes share that until the last is gone."""
     story = opened(stage)
@@ -424,6 +440,8 @@ def _scenarios() -> Any:
     yield Scenario(condemning)
     yield Scenario(writing_a_volume)
     yield Scenario(writing_a_volume, 2, Striped(2))
+    yield Scenario(moving_a_volume)
+    yield Scenario(moving_a_volume, 2)
     yield Scenario(freezing_and_cloning)
     yield Scenario(cloning_an_object, 2, Mirrored(2))
     yield Scenario(keeping_a_map)

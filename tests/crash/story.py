@@ -6,6 +6,7 @@ Everything follows from one seed and runs on one thread: uuids, times, the pool'
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import count
@@ -379,14 +380,15 @@ class Stage:
         contents = [content.data for content in (*told.objects.values(), *told.putting)]
         contents += [version for disk in told.disks.values() for version in disk.versions()]
         deleted -= {start for data in contents for start in starts(data, SECTOR_BYTES)}
+        uuids = re.compile(b"|".join(map(re.escape, told.erased)))
         for number, memory in self.memory.items():
-            runs = Geometry.of_device(self.sizes[number], BLOCK).data_runs
+            geometry = Geometry.of_device(self.sizes[number], BLOCK)
+            blocks = {at for first, block_count in geometry.data_runs for at in range(first, first + block_count)}
             for sector, data in memory.sectors.items():
-                at = sector * SECTOR_BYTES // BLOCK
-                if any(first <= at < first + block_count for first, block_count in runs):
-                    is_trace = self.policy == "zero" and data[:_START_BYTES] in deleted
-                    is_trace = is_trace or any(uuid in data for uuid in told.erased)
-                    assert not is_trace, f"block {at} of device {number} has a copy of what was deleted"
+                if sector * SECTOR_BYTES // BLOCK in blocks:
+                    what = f"sector {sector} of device {number} has a copy of what was deleted"
+                    assert self.policy != "zero" or data[:_START_BYTES] not in deleted, what
+                    assert not uuids.search(data), what
 
 
 class Story:

@@ -501,6 +501,8 @@ def test_a_daemon_that_is_killed_while_everything_is_under_way(
         client.delete_volume("disk")
         until(lambda: all(one["free_bytes"] == one["size_bytes"] for one in client.devices()), "all blocks are back")
     assert machine.daemon.stop() == 0
+    acknowledged = set().union(*(client.acknowledged for client in clients))
+    assert not traces(machine.devices) & acknowledged, "deleted data is still there"
 
 
 # Full
