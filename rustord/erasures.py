@@ -62,8 +62,13 @@ class Erasures:
         return due
 
     def take_left_behind(self, uuid: ObjectId) -> list[Erase]:
-        """What an Object left when it was moved: once that is deleted, it need not wait for the index any more."""
+        """What an Object left when it was moved: once that is deleted, it need not wait for the index any more.
+
+        That of copies which were given up a moment ago is among it.
+        """
         left = [erase for erase in self._held if erase.after and erase.ids[0].uuid == uuid]
         if left:
             self._held = [erase for erase in self._held if erase not in left]
+        for erase in [self._new.popleft() for _ in range(len(self._new))]:
+            (left if erase.ids and erase.ids[0].uuid == uuid else self._new).append(erase)
         return left

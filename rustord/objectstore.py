@@ -127,6 +127,9 @@ class ObjectStore:
         self._placements = Placements(label.secret, blocks, allocator, keygen, layers)
         self._erasures = Erasures(keystore)
         self._erased: dict[int, list[RecordId]] = {}  # erased on that device, and its journal does not say so yet
+        self._relocations: dict[ObjectId, list[Relocation]] = {}
+        """Those that have taken blocks which are not the Object's yet."""
+        self._relocating = threading.Lock()
         self._exports: Counter[ObjectId] = Counter()
         self._exporting = threading.Lock()
         self._on_close = on_close
@@ -286,9 +289,9 @@ class ObjectStore:
     ) -> Relocation:
         """Take new blocks for what an Object has on the blocks ``leave``. Raises ReadOnly, NoSpace or NotFound."""
         self.check_changeable()
-        relocation = Relocation(
-            record, self.allocator, self.blocks, lambda new, copy: self.free(new, ids=[copy]), salvage=salvage
-        )
+        relocation = Relocation(record, self.allocator, self.blocks, self._give_up, salvage=salvage)
+        with self._relocating:
+            self._relocations.setdefault(record.uuid, []).append(relocation)
         try:
             relocation.place(leave, avoid)
             extent_count = sum(map(len, relocation.copies))
@@ -303,10 +306,18 @@ class ObjectStore:
     def announce(self, relocations: Sequence[Relocation]) -> None:
         """Say in the journals, durably, which blocks are about to be filled. Called between cycles.
 
-        Raises ReadOnly or DeviceError; the caller has to abort all of them then.
+        Those whose Objects are gone, or elsewhere, get no ``id``, and are aborted. Raises ReadOnly or DeviceError; the
+        caller has to abort all of them then.
         """
-        ids = self.announce_copies([(relocation.record.uuid, relocation.new) for relocation in relocations])
-        for relocation, id in zip(relocations, ids, strict=True):
+        there = []
+        for relocation in relocations:
+            record = self.keystore.get(relocation.record.uuid)
+            if record is not None and record.id == relocation.record.id:
+                there.append(relocation)
+            else:
+                relocation.abort()
+        ids = self.announce_copies([(relocation.record.uuid, relocation.new) for relocation in there])
+        for relocation, id in zip(there, ids, strict=True):
             relocation.id = id
 
     def copy(self, relocation: Relocation, pace: Callable[[int], None] = lambda length: None) -> Move:
@@ -319,6 +330,27 @@ class ObjectStore:
             raise
         return Move(relocation)
 
+    def _give_up(self, relocation: Relocation, new: list[Extent]) -> None:
+        self._forget(relocation)
+        if relocation.id is None:
+            self.allocator.release(new)  # nothing has been written to them
+        else:
+            self.free(new, ids=[relocation.id])
+
+    def _forget(self, relocation: Relocation) -> None:
+        uuid = relocation.record.uuid
+        with self._relocating:
+            left = [other for other in self._relocations.get(uuid, ()) if other is not relocation]
+            self._relocations.pop(uuid, None)
+            if left:
+                self._relocations[uuid] = left
+
+    def _take_copies(self, uuid: ObjectId) -> list[Erase]:
+        """What is being copied, or was, of an Object that has been deleted; nothing more is."""
+        with self._relocating:
+            relocations = self._relocations.pop(uuid, ())
+        return [Erase(relocation.take_back(), [relocation.id] if relocation.id else ()) for relocation in relocations]
+
     def announce_copies(self, copies: Sequence[tuple[bytes, Sequence[Extent]]]) -> list[RecordId]:
         """Say in the journals, durably, which blocks are about to be filled with what an Object or Layer has.
 
@@ -330,6 +362,8 @@ class ObjectStore:
         same, which does no harm: an opening erases no block that somebody has by then.
         """
         self.check_changeable()
+        if not copies:
+            return []
         graves = self._graves(copies)
         devices = {device for grave in graves for device in grave.devices}
         for device in devices:
@@ -551,6 +585,7 @@ class ObjectStore:
                 f"Object {uuid_text(old.uuid)} has been moved meanwhile", hint="move it from where it is now"
             )
         placed = self._placements.move(move, old, self._sequence + 1, self.keystore.batch_bytes_max // 2)
+        self._forget(source)
         self._add(placed, batch)
         assert source.id is not None
         batch.moves.append((placed, source.id))
@@ -708,6 +743,8 @@ class ObjectStore:
                 after = record.sequence
                 if isinstance(placed.put, Put):
                     placed.put.replaced, after = True, 0
+                    for copy in self._take_copies(replaced.uuid):
+                        self._erasures.add(copy)
                     if replaced.uuid in self.layers.users:  # a Layer builds on it: it is erased with the last one
                         continue
                 erase = Erase(placed.remains(replaced, record), (replaced.id,), after=after, layer=replaced.layer)
@@ -729,7 +766,8 @@ class ObjectStore:
             if record.uuid in self.layers.users:  # a Layer builds on it: it is erased with the last one
                 batch.outcomes.append((change, record))
             else:
-                left = self._erasures.take_left_behind(record.uuid)
+                copies = self._take_copies(record.uuid)
+                left = copies + self._erasures.take_left_behind(record.uuid)
                 extents = [*record.extents, *(extent for erase in left for extent in erase.extents)]
                 ids = (record.id, *(id for erase in left for id in erase.ids))
                 batch.following.append(Erase(extents, ids, change, layer=record.layer))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import accumulate
@@ -10,7 +11,7 @@ from itertools import accumulate
 from rustord.allocator import Allocator
 from rustord.blockdevice import BlockDevice
 from rustord.blockstore import BlockStore
-from rustord.errors import Damaged, DeviceError, NoSpace
+from rustord.errors import Damaged, DeviceError, NoSpace, NotFound
 from rustord.extent import Extent, block_count, cut, extend, trim, without
 from rustord.footer import footer_blocks
 from rustord.manifest import CHUNK_BYTES, Data
@@ -28,7 +29,8 @@ class Relocation:
     """Copies what lies on the blocks to leave to new ones; used by one thread at a time.
 
     First `place` takes the new blocks; then the journals have to say so (`ObjectStore.announce`), since what is copied
-    outlives a crash, and the Object may be deleted after that; then `copy` copies.
+    outlives a crash, and the Object may be deleted after that; then `copy` copies. `take_back` and `abort` are for any
+    thread: who deletes the Object meanwhile erases the copy with it.
 
     The data keeps its checksums, and is read from whichever copy is right. What is right nowhere is taken along as it
     is: it stays an error. The last, broken block of each copy and its footer always move, since a footer names all of
@@ -45,11 +47,11 @@ class Relocation:
         record: Record,
         allocator: Allocator,
         blocks: BlockStore,
-        abandon: Callable[[list[Extent], RecordId], None],
+        abandon: Callable[[Relocation, list[Extent]], None],
         *,
         salvage: bool = False,
     ) -> None:
-        """``abandon`` erases new blocks, which a GRAVE names, and gives them back.
+        """``abandon`` erases new blocks, which a GRAVE names if there is an ``id``, and gives them back.
 
         With ``salvage``, bytes that the device cannot read any more become zeros, which match no checksum.
         """
@@ -65,6 +67,7 @@ class Relocation:
         self._salvage = salvage
         self._moves: list[tuple[int, int, Extent]] = []  # number of the copy, offset in bytes, new blocks
         self._devices: dict[int, BlockDevice] = {}
+        self._copying = threading.Lock()  # held for each piece, which is never longer than `PIECE_BYTES`
 
     @property
     def body_block_count(self) -> int:
@@ -75,10 +78,9 @@ class Relocation:
     def copy(self, pace: Callable[[int], None]) -> None:
         """Copy to the new blocks, of which the journals say durably that they are being filled.
 
-        ``pace`` is told the length of each piece that has been copied, and may wait or raise. Raises DeviceError; the
-        caller has to `abort` then.
+        ``pace`` is told the length of each piece that has been copied, and may wait or raise. Raises DeviceError, or
+        NotFound if the blocks have been taken back; the caller has to `abort` then.
         """
-        assert self.id is not None
         for number, offset, extent in self._moves:
             self._copy(number, offset, extent, pace)
         body = self.body_block_count * self._blocks.block_size
@@ -181,8 +183,12 @@ class Relocation:
         for done in range(0, count * block_size, PIECE_BYTES):
             length = min(PIECE_BYTES, count * block_size - done)
             target = Extent(device, block + done // block_size, length // block_size)
-            self._blocks.write(target, (self._read(number, offset + done, length),))
-            self._blocks.start_writeback(target, length)
+            with self._copying:
+                if not self.new:
+                    raise NotFound(f"Object {uuid_text(self.record.uuid)} has gone meanwhile", hint="leave it")
+                assert self.id is not None
+                self._blocks.write(target, (self._read(number, offset + done, length),))
+                self._blocks.start_writeback(target, length)
             pace(length)
 
     def _read(self, number: int, offset: int, length: int) -> Data:
@@ -235,11 +241,16 @@ class Relocation:
 
     def abort(self) -> None:
         """Give everything back; fine at any time, and more than once."""
-        new, self.new = self.new, []
-        if new and self.id is None:
-            self._allocator.release(new)  # nothing has been written to them
-        elif new and self.id is not None:
-            self._abandon(new, self.id)
+        with self._copying:  # who takes it back after that finds what was abandoned
+            new, self.new = self.new, []
+            if new:
+                self._abandon(self, new)
+
+    def take_back(self) -> list[Extent]:
+        """The blocks that are not the Object's yet; nothing is read of the old ones, nor written to these, any more."""
+        with self._copying:
+            new, self.new = self.new, []
+        return new
 
 
 class _Layout:

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from rustord.change import Delete
 from rustord.extent import block_count
 from rustord.objectstore import ObjectStore
 from tests.simulation import Simulation, check_sound, free_count, run
@@ -44,6 +45,23 @@ def test_who_deletes_does_not_wait(store: ObjectStore) -> None:
     store.pin(record)
     store.delete(key.uuid)
     store.unpin(record)
+    check_sound(store)
+
+
+@pytest.mark.parametrize("how", ["copied", "given up"])
+def test_who_deletes_waits_for_the_copy_of_a_move(simulation: Simulation, store: ObjectStore, how: str) -> None:
+    record = store.stat(store.put(DATA[: 5 * BLOCK]).uuid)
+    move = store.relocate(record, record.extents)
+    new = list(move.source.new)
+    if how == "given up":
+        move.source.abort()
+    assert simulation.read(0, new[0].block, 5) == DATA[: 5 * BLOCK]
+    cycle = store.cycle([Delete(record.uuid)])
+    assert not cycle.outcomes
+    cycle = store.cycle(cycle.following)
+    assert len(cycle.outcomes) == 1
+    assert not any(simulation.read(0, new[0].block, 5))
+    run(store, *cycle.following)
     check_sound(store)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -348,6 +350,47 @@ class TestInterrupted:
         store = simulation.open()
         store.delete(record.uuid)
         assert not self.remains(simulation)
+
+    @pytest.mark.parametrize("pieces", [0, 1, 4])
+    def test_is_not_found_when_the_object_is_deleted_meanwhile(self, simulation: Simulation, pieces: int) -> None:
+        store = simulation.open()
+        free = free_count(store)
+        record = upload(store, DATA[: 3 * MIB])
+        waiting = threading.Event()
+        deleted = threading.Event()
+        copied = []
+
+        def pace(length: int) -> None:
+            copied.append(length)
+            if len(copied) == pieces:
+                waiting.set()
+                deleted.wait(60)
+
+        with ThreadPoolExecutor(1) as pool:
+            relocation = store.place(record, record.extents)
+            if pieces:
+                store.announce([relocation])
+                copying = pool.submit(store.copy, relocation, pace if pieces < 4 else lambda length: None)
+                assert pieces == 4 or waiting.wait(60)
+                if pieces == 4:
+                    copying.result(60)
+            store.delete(record.uuid)
+            assert not self.remains(simulation)
+            deleted.set()
+            if pieces == 1:
+                with pytest.raises(NotFound):
+                    copying.result(60)
+            if not pieces:
+                store.announce([relocation])
+                with pytest.raises(NotFound):
+                    store.copy(relocation)
+        relocation.abort()
+        run(store)
+        assert not self.remains(simulation)
+        assert free_count(store) == free
+        check_sound(store)
+        store.keystore.checkpoint()
+        assert not store.keystore.graves()
 
     def test_is_no_grave_any_more_when_it_is_the_objects_own(self, simulation: Simulation) -> None:
         store = simulation.open()

@@ -24,7 +24,6 @@ from rustord.blockstore import BlockStore
 from rustord.keystore.ring import Ring
 from rustord.keystore.store import KeyStore
 from rustord.objectstore import ObjectStore
-from rustord.relocation import Relocation
 from rustord.survey import _Journals
 from rustord.volume import Volume
 from rustord.volumes import Volumes
@@ -191,8 +190,13 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "a DELETE is answered while the blocks are not erased that the Object was moved from",
-        (ObjectStore._settle_deletes, "left = self._erasures.take_left_behind(record.uuid)", "left = []"),
+        (ObjectStore._settle_deletes, "self._erasures.take_left_behind(record.uuid)", "[]"),
         by=(s.moving,),
+    )
+    yield mutant(
+        "a DELETE is answered while a copy is there that is to become the Object's",
+        (ObjectStore._settle_deletes, "self._take_copies(record.uuid)", "[]"),
+        by=(s.moving_slowly,),
     )
     yield mutant(
         "the journal does not say which blocks are being filled with a copy",
@@ -242,7 +246,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "a copy that is given up is not erased",
-        (Relocation.abort, "if new and self.id is None:", "if True:"),
+        (ObjectStore._give_up, "if relocation.id is None:", "if True:"),
         by=(s.moving_slowly,),
     )
     # DELETE

@@ -301,7 +301,10 @@ def moving_slowly(stage: Stage) -> None:
     story.checkpoint()
     story.delete(story.named("b"))
     story.delete(story.named("c"))
+    late = story.copy(story.named("d"))
+    story.delete(story.named("d"))
     story.put(some(6, 70_000))
+    story.follow([late])
 
 
 def copying_while_the_journal_goes_around(stage: Stage) -> None:
