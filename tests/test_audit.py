@@ -243,6 +243,22 @@ def test_a_footer_in_a_free_block_is_told_apart(disk_path: Path) -> None:
     assert findings(pool) == []
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_what_a_move_that_was_cut_short_has_copied_is_to_be_erased_anyway(disk_path: Path, indexed: bool) -> None:
+    pool = Simulation(disk_path)
+    store = pool.open()
+    record = store.stat(store.put(random.Random(1).randbytes(20_000)).uuid)
+    store.keystore.checkpoint()
+    store.relocate(record, record.extents)
+    if indexed:
+        store.keystore.checkpoint()
+    pool.cut_power(lambda offset: True)
+    assert {finding.kind for finding in findings(pool)} == {"journal"}  # it was not closed in order
+    pool.open()
+    pool.close()
+    assert findings(pool) == []
+
+
 def test_a_journal_with_a_gap_behind_the_index(disk_path: Path) -> None:
     """What the journal has behind the gap was acknowledged: without a repair the next start would not know."""
     pool = Simulation(disk_path)
