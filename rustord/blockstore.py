@@ -273,19 +273,23 @@ class BlockStore:
 
     # Reading
 
-    def read(self, record: Record, offset: int, length: int, *, wait: bool = True) -> memoryview | None:
+    def read(
+        self, record: Record, offset: int, length: int, *, wait: bool = True, room: memoryview | None = None
+    ) -> memoryview | None:
         """``length`` bytes of the Object from ``offset`` on, verified; the range must lie within the Object.
 
-        Whole chunks are read and compared with their checksums. A mismatch, or a device that fails, is tried once
-        more, then on every other copy. Without ``wait`` the answer is None instead of a wait for a device. Raises
-        Damaged or DeviceError, which name the Object and the range, if no copy has the right bytes.
+        Whole chunks are read, into ``room`` if that is given and long enough, and compared with their checksums. A
+        mismatch, or a device that fails, is tried once more, then on every other copy. Without ``wait`` the answer is
+        None instead of a wait for a device. Raises Damaged or DeviceError, which name the Object and the range, if no
+        copy has the right bytes.
         """
         first = offset // CHUNK_BYTES
         start = first * CHUNK_BYTES
         last = -(-(offset + length) // CHUNK_BYTES)
         end = min(last * CHUNK_BYTES, record.size)
         sums = record.sums(first, last)
-        buffer = memoryview(bytearray(end - start))
+        fits = room is not None and end - start <= len(room)
+        buffer = room[: end - start] if room is not None and fits else memoryview(bytearray(end - start))
         if not wait:
             copy = record.copies[self.preferred(record)]
             if not self._fill_now(copy, start, buffer) or chunk_sums(buffer) != sums:

@@ -189,15 +189,16 @@ class ObjectStore:
         """A page of Objects by uuid; see `KeyStore.objects`."""
         return self.keystore.objects(after, limit)
 
-    def read(self, record: Record, offset: int, length: int) -> memoryview:
+    def read(self, record: Record, offset: int, length: int, room: memoryview | None = None) -> memoryview:
         """Bytes of an Object, verified; may wait for a device. Raises NotFound, Damaged or DeviceError.
 
-        ``record`` may be an old one: an Object that has been moved is read where it is now.
+        ``record`` may be an old one: an Object that has been moved is read where it is now. With ``room`` for all
+        chunks (of 64 KiB) that are touched, what is returned is part of that.
         """
         while True:
             record = self.keystore.get(record.uuid) or record
             try:
-                data = self.blocks.read(record, offset, length)
+                data = self.blocks.read(record, offset, length, room=room)
             except RustordError:
                 if self.stat(record.uuid).id == record.id:  # not deleted or moved meanwhile: these blocks hold anything
                     raise

@@ -15,6 +15,7 @@ from enum import Enum, auto
 from time import monotonic
 
 from rustord.change import Put
+from rustord.manifest import CHUNK_BYTES
 from rustord.objectstore import ObjectStore
 from rustord.record import Record
 from rustord.upload import Upload
@@ -205,6 +206,8 @@ class Sending:
         self._end = end
         self._head = before + head
         self._limits = limits
+        self._room = memoryview(b"")
+        """For one piece after the other; made by the first step."""
         self._piece = memoryview(b"")
         self._piece_began = monotonic()
         store.pin(record)
@@ -239,7 +242,9 @@ class Sending:
         # Pieces end where those of the whole Object do, so that no chunk is read and verified twice.
         piece_bytes = self._limits.download_piece_bytes
         length = min(self._end, (self._at // piece_bytes + 1) * piece_bytes) - self._at
-        self._piece = memoryview(self._store.read(self._record, self._at, length))
+        if not self._room:
+            self._room = memoryview(bytearray(min(piece_bytes, self._end - self._at + CHUNK_BYTES)))
+        self._piece = self._store.read(self._record, self._at, length, self._room)
         self._at += length
         self._piece_began = monotonic()
 
