@@ -28,8 +28,9 @@ from rustord.label import LABEL_BYTES, Label, State, decode_label
 from rustord.layer import Layers
 from rustord.objkey import ObjectId, uuid_text
 from rustord.page import Page
-from rustord.pool import assemble, footer_of
+from rustord.pool import assemble
 from rustord.record import Record
+from rustord.replay import footer_of
 from rustord.survey import SCAN_BYTES, Progress, take_survey
 
 _SHOWN_MAX = 100

@@ -43,28 +43,13 @@ from rustord.page import LayerEntry, MapEntry
 from rustord.placement import Placement, Placements, too_long, writes
 from rustord.record import Grave, Metadata, Record, RecordId
 from rustord.relocation import Relocation
+from rustord.stock import Stock
 from rustord.upload import Upload
 
 _PLAIN_BYTES = 256
 """What a Put takes in the journal beside its name, its metadata and its checksums, as a rule."""
 ERASE_BYTES_MAX = 1 << 20
 """Longer erasures are done beside the cycles, so that they hold up nobody; a cycle then only flushes them."""
-
-
-@dataclass(slots=True)
-class Stock:
-    """What the pool holds: ``count`` Objects of ``size`` bytes of data."""
-
-    count: int = 0
-    size: int = 0
-
-    def add(self, record: Record) -> None:
-        self.count += 1
-        self.size += record.size
-
-    def remove(self, record: Record) -> None:
-        self.count -= 1
-        self.size -= record.size
 
 
 class Cycle(NamedTuple):

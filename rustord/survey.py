@@ -42,8 +42,8 @@ from rustord.page import (
     decode_slot,
     slots_at,
 )
-from rustord.pool import VOID_LENGTH, copy_is_whole, was_flushed
 from rustord.record import Grave, Record, RecordId
+from rustord.replay import VOID_LENGTH, copy_is_whole, was_flushed
 
 log = logging.getLogger(__name__)
 

@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent
 # Modules without a tests/**/test_NAME.py of their own, and where they are tested instead.
 TESTED_ELSEWHERE = {
     "rustord/layer.py": "tests/test_volumes.py",
+    "rustord/replay.py": "tests/test_pool.py",
+    "rustord/stock.py": "tests/test_pool.py",
     "rustord/keystore/contents.py": "tests/test_audit.py",
     "rustord/keystore/keys.py": "tests/keystore/test_store.py",
     "rustord/keystore/overlay.py": "tests/keystore/test_store.py",

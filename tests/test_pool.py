@@ -34,8 +34,9 @@ from rustord.label import DEVICE_BYTES_MIN, LABEL_BYTES, Geometry, Label, State
 from rustord.membership import add_device, attach_device, detach_device, prepare_device, remove_device
 from rustord.objectstore import ObjectStore
 from rustord.placer import Contiguous, FreeView, Mirrored, Placer, Striped
-from rustord.pool import VOID_LENGTH, create_pool
+from rustord.pool import create_pool
 from rustord.record import RECORD_ID, Metadata, Record, encode_extents
+from rustord.replay import VOID_LENGTH
 from tests.simulation import (
     MIB,
     PowerCut,

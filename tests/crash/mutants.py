@@ -20,6 +20,8 @@ import rustord.membership
 import rustord.page
 import rustord.placement
 import rustord.pool
+import rustord.replay
+import rustord.stock
 from rustord.blockstore import BlockStore
 from rustord.keystore.ring import Ring
 from rustord.keystore.store import KeyStore
@@ -87,6 +89,8 @@ def _compiled(source: str, function: FunctionType) -> CodeType:
 
 
 pool = rustord.pool
+replay = rustord.replay
+stock = rustord.stock
 membership = rustord.membership
 page = rustord.page
 blockstore = rustord.blockstore
@@ -125,7 +129,7 @@ def _mutants() -> Iterator[Mutant]:
     # PUT
     yield mutant(
         "the last batch is not verified",
-        (pool._is_whole, "return any(whole)", "return True"),
+        (replay._is_whole, "return any(whole)", "return True"),
         by=(s.putting,),
     )
     yield mutant(
@@ -135,12 +139,12 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "the footer is not verified",
-        (pool._footer_is_whole, "== footer", "is not None"),
+        (replay._footer_is_whole, "== footer", "is not None"),
         by=(s.putting,),
     )
     yield mutant(
         "a copy that was torn is not made anew",
-        (pool._is_whole, "if any(whole) and not all(whole):", "if False:"),
+        (replay._is_whole, "if any(whole) and not all(whole):", "if False:"),
         by=(s.putting,),
     )
     yield mutant(
@@ -179,13 +183,13 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "an Object is verified though its blocks are another's by now",
-        (pool._replay, "if record.uuid in gone:", "if False:"),
+        (replay.take_journals, "if record.uuid in gone:", "if False:"),
         by=freed,
     )
     # Moving
     yield mutant(
         "a move that was torn is believed",
-        (pool._is_believed, "return not any(_has_footer(old, blocks, label) for old in earlier)", "return True"),
+        (replay._is_believed, "return not any(_has_footer(old, blocks, label) for old in earlier)", "return True"),
         by=(s.moving,),
     )
     yield mutant(
@@ -313,7 +317,11 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "the labels' generation is not in the index",
-        (pool._replay, "expect_generation(generation)", "expect_generation(generation - 1)"),
+        (
+            pool._replay,
+            "expect_generation(replay.label.generation)",
+            "expect_generation(replay.label.generation - 1)",
+        ),
         by=(s.closing_and_opening,),
     )
     yield mutant(
@@ -364,7 +372,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "bad blocks are free at the start",
-        (pool._take_stock, "allocator.condemn(Extent(index, run.block, run.count) for run in slot.bad.runs)"),
+        (stock.take_stock, "allocator.condemn(Extent(index, run.block, run.count) for run in slot.bad.runs)"),
         by=(s.condemning,),
     )
     yield mutant(
@@ -459,7 +467,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "UNDO is ignored",
-        (pool._replay, "if entry.kind is Kind.UNDO for", "if False for"),
+        (replay.take_journals, "if entry.kind is Kind.UNDO for", "if False for"),
         by=(s.failing_flush,),
     )
     yield mutant(
