@@ -134,7 +134,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "data is not compared with its checksums",
-        (pool.copy_is_whole, "if not blocks.verify(record, number, offset, length):", "if False:"),
+        (replay.copy_is_whole, "if not blocks.verify(record, number, offset, length):", "if False:"),
         by=(s.putting,),
     )
     yield mutant(
@@ -378,7 +378,7 @@ def _mutants() -> Iterator[Mutant]:
     yield mutant(
         "a batch after a crash proves what was before the crash",
         (
-            pool.was_flushed,
+            replay.was_flushed,
             "return between < 0 or label.voids[between][1] <= sequence",
             "return True",
         ),
