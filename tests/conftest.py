@@ -239,7 +239,9 @@ class FaultyLoop:
         self._mount = self._directory / "disk"
         self._directory.mkdir()
         self._mount.touch()
-        server = [sys.executable, faultydisk.__file__, self._directory, str(16 * MIB)]
+        with (medium := self._directory / "medium").open("xb") as file:
+            file.truncate(16 * MIB)
+        server = [sys.executable, faultydisk.__file__, self._directory, medium]
         self._server = stack.enter_context(_running(*server, stdin=subprocess.PIPE))
         _until((self._directory / "socket").exists)
         stack.enter_context(_running("nbdfuse", self._mount, "--unix", self._directory / "socket"))

@@ -1,23 +1,31 @@
 """A disk with a volatile write cache that fails on demand, as a server of the NBD protocol's oldest and simplest form.
 
 What has not been flushed is lost when a flush fails, as it is when the disk dies: a later flush that succeeds says
-nothing of it. Runs as a program of its own, ``faultydisk.py DIRECTORY BYTES``, until its standard input ends: it serves
-on DIRECTORY/socket, and each request for which there is a file DIRECTORY/fail-read, -write or -flush is answered EIO.
+nothing of it. When the power is cut, each write that was not flushed is kept, lost or torn.
+
+A test serves it from a thread, or runs it as a program of its own, ``faultydisk.py DIRECTORY IMAGE``, until its
+standard input ends. It serves on DIRECTORY/socket, and each request for which there is a file DIRECTORY/fail-read,
+-write or -flush is answered EIO.
 """
 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
+import random
 import socket
 import struct
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 OPERATIONS: Final = ("read", "write", "flush")
 """What can be made to fail."""
+SECTOR: Final = 512
+"""What is written as a whole or not at all."""
 
 # The NBD protocol: doc/proto.md of its reference implementation
 _HEAD = struct.Struct(">8sQQI124x")
@@ -30,23 +38,51 @@ _READ, _WRITE, _DISCONNECT, _FLUSH = range(4)
 
 
 class FaultyDisk:
-    """One disk. ``medium`` is what is durable, ``cache`` what it answers."""
+    """One disk. The image file is what is durable; what it answers differs from that in what was not flushed."""
 
-    def __init__(self, directory: Path, size: int) -> None:
-        self.medium = bytearray(size)
-        self.cache = bytearray(size)
+    def __init__(self, directory: Path, image: Path) -> None:
+        self.address = f"nbd+unix:///?socket={directory}/socket"
+        with image.open("r+b") as file:
+            self._medium = mmap.mmap(file.fileno(), 0)
+            self._cache = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self._directory = directory
-        self._unflushed: list[slice] = []
+        self._unflushed: list[tuple[slice, bytes]] = []
+        self._connected = threading.Lock()
 
-    def serve(self, connection: socket.socket) -> None:
-        """Answer a client until it goes."""
-        with connection, connection.makefile("rb") as incoming:
-            connection.sendall(_HEAD.pack(b"NBDMAGIC", _OLD_STYLE, len(self.medium), _HAS_FLAGS | _SENDS_FLUSH))
-            while request := incoming.read(_REQUEST.size):
+    def serve(self) -> None:
+        """Answer one client after the other, for ever."""
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(self._directory / "socket"))
+            listener.listen()
+            while True:
+                connection, _ = listener.accept()
+                with self._connected, connection, suppress(ConnectionError):
+                    self._serve(connection)
+
+    def lose_power(self, rng: random.Random) -> int:
+        """Some of what was not flushed is gone, once the client is; returns how many writes were not flushed."""
+        with self._connected:
+            unflushed, self._unflushed = self._unflushed, []
+            for where, data in unflushed:
+                fate = rng.choice(("kept", "lost", "torn"))
+                for start in range(0, len(data), SECTOR):
+                    if fate == "kept" or (fate == "torn" and rng.random() < 0.5):
+                        sector = data[start : start + SECTOR]
+                        self._medium[where.start + start : where.start + start + len(sector)] = sector
+            for where, _ in unflushed:
+                self._cache[where] = self._medium[where]
+        return len(unflushed)
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection.makefile("rb") as incoming:
+            connection.sendall(_HEAD.pack(b"NBDMAGIC", _OLD_STYLE, len(self._medium), _HAS_FLAGS | _SENDS_FLUSH))
+            while len(request := incoming.read(_REQUEST.size)) == _REQUEST.size:
                 _, _, kind, handle, offset, length = _REQUEST.unpack(request)
                 if kind == _DISCONNECT:
                     return
                 data = incoming.read(length) if kind == _WRITE else b""
+                if kind == _WRITE and len(data) < length:
+                    return
                 error, answer = self._answer(kind, slice(offset, offset + length), data)
                 connection.sendall(_REPLY.pack(0x67446698, error, handle) + answer)
 
@@ -54,27 +90,22 @@ class FaultyDisk:
         """The error and what is read."""
         fails = (self._directory / f"fail-{ ({_READ: 'read', _WRITE: 'write', _FLUSH: 'flush'}[kind]) }").exists()
         if kind == _FLUSH:
-            target, source = (self.cache, self.medium) if fails else (self.medium, self.cache)
-            for written in self._unflushed:
+            target, source = (self._cache, self._medium) if fails else (self._medium, self._cache)
+            for written, _ in self._unflushed:
                 target[written] = source[written]
             self._unflushed.clear()
         elif kind == _WRITE and not fails:
-            self.cache[where] = data
-            self._unflushed.append(where)
+            self._cache[where] = data
+            self._unflushed.append((where, data))
         if fails:
             return errno.EIO, b""
-        return 0, bytes(self.cache[where]) if kind == _READ else b""
+        return 0, self._cache[where] if kind == _READ else b""
 
 
 def main() -> None:
-    directory = Path(sys.argv[1])
-    disk = FaultyDisk(directory, int(sys.argv[2]))
+    disk = FaultyDisk(Path(sys.argv[1]), Path(sys.argv[2]))
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(directory / "socket"))
-        listener.listen()
-        while True:
-            disk.serve(listener.accept()[0])
+    disk.serve()
 
 
 if __name__ == "__main__":
