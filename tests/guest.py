@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 import shutil
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from tests import container as containers
 
 SECONDS_MAX = 300
 """Emulated, everything takes ten times as long."""
+WIRE = "rustord.test"
+"""/dev/virtio-ports/WIRE in the guest: who writes a line there goes on once it has left the machine."""
 
 # A shell on the second serial port, driven by the test through a socket.
 AGENT = """
@@ -44,7 +46,7 @@ def lacking() -> str:
 def kernel() -> Path:
     """The directory with the files of Debian's kernel for virtual machines. Fetched when it is needed first."""
     depends = subprocess.check_output(["apt-cache", "depends", "linux-image-cloud-amd64"], text=True)
-    (package,) = re.findall(r"Depends: (linux-image-\S+)", depends)
+    package: str = re.findall(r"Depends: (linux-image-\S+)", depends)[0]
     cache = containers.cache()
     made = cache / package
     with (cache / "lock").open("w") as lock:
@@ -59,17 +61,23 @@ def kernel() -> Path:
     return made
 
 
-def make_image(path: Path, files: dict[str, Path], work: Path) -> None:
-    """A root filesystem that boots, with ``files`` (directories, by where they go) besides. ``work`` is empty."""
+def make_image(path: Path, work: Path, packages: Sequence[Path] = (), files: Sequence[Path] = ()) -> None:
+    """A root filesystem that boots, with Debian ``packages`` and with ``files`` in /root. ``work`` is empty."""
     root = work / "root"
     subprocess.run(["cp", "--archive", "--reflink=auto", containers.root_filesystem(), root], check=True)
     (modules,) = (kernel() / "lib" / "modules").iterdir()
     (root / "usr/lib/modules").mkdir(exist_ok=True)
     subprocess.run(["cp", "--archive", modules, root / "usr/lib/modules/"], check=True)
     subprocess.run(["chroot", root, "depmod", modules.name], check=True)
-    for target, source in files.items():
-        shutil.copytree(source, root / target)
+    for file in (*packages, *files):
+        shutil.copy(file, root / "root")
+    if packages:  # in the machine that has booted, this takes minutes
+        command = ["systemd-nspawn", "--quiet", f"--directory={root}", "--register=no", "--keep-unit", "--pipe"]
+        command += ["--private-network", "dpkg", "--install", *(f"/root/{package.name}" for package in packages)]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
     (root / "etc/fstab").write_text("/dev/nvme0n1 / ext4 rw,noatime 0 0\n")
+    (root / "var/log/journal").mkdir(exist_ok=True)  # so that it tells of earlier boots, too
     units = root / "etc/systemd/system"
     (units / "agent.service").write_text(AGENT)
     (units / "multi-user.target.wants").mkdir(exist_ok=True)
@@ -81,11 +89,15 @@ def make_image(path: Path, files: dict[str, Path], work: Path) -> None:
 
 
 class Guest:
-    """A machine that runs, with its root filesystem in ``image`` and more disks, given by serial number."""
+    """A machine that runs, with its root filesystem in ``image`` and more disks, given by serial number.
 
-    def __init__(self, directory: Path, image: Path | str, disks: dict[str, Path]) -> None:
-        """``image`` may be anything that QEMU takes for a file, as the address of an NBD export."""
+    An image may be anything that QEMU takes for a file, as the address of an NBD export. ``told`` are the lines that
+    programs on the machine have written to its wire.
+    """
+
+    def __init__(self, directory: Path, image: Path | str, disks: dict[str, Path | str]) -> None:
         directory.mkdir()
+        self.told: list[str] = []
         self._console, self._buffer = directory / "console", b""
         boot = kernel() / "boot"
         (vmlinuz,) = boot.glob("vmlinuz-*")
@@ -95,15 +107,21 @@ class Guest:
         command += ["-serial", f"file:{self._console}", "-device", "virtio-rng-pci"]
         command += ["-chardev", f"socket,id=agent,path={directory}/agent,server=on,wait=off"]
         command += ["-serial", "chardev:agent", "-qmp", f"unix:{directory}/qmp,server=on,wait=off"]
-        command += ["-drive", f"file={image},format=raw,if=none,id=root", "-device", "nvme,drive=root,serial=root"]
+        command += ["-chardev", f"socket,id=wire,path={directory}/wire,server=on,wait=off"]
+        command += ["-device", "virtio-serial-pci", "-device", f"virtserialport,chardev=wire,name={WIRE}"]
+        command += ["-drive", _drive("root", image), "-device", "nvme,drive=root,serial=root"]
         for number in range(4):
             command += ["-device", f"pcie-root-port,id=port{number},chassis={number},slot={number}"]
-        for number, (serial, path) in enumerate(disks.items()):
-            command += ["-drive", f"file={path},format=raw,if=none,id={serial}"]
+        for number, (serial, disk) in enumerate(disks.items()):
+            command += ["-drive", _drive(serial, disk)]
             command += ["-device", f"virtio-blk-pci,drive={serial},serial={serial},bus=port{number},id=disk-{serial}"]
         self._qemu = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command], stdin=subprocess.DEVNULL)
         self._agent = self._connect(directory / "agent")
+        self._wire = self._connect(directory / "wire")
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         self._control = self._connect(directory / "qmp")
+        self._control.settimeout(SECONDS_MAX)
         self._qmp = self._control.makefile("rw")
         self._qmp.readline()
         self.qmp("qmp_capabilities")
@@ -118,15 +136,25 @@ class Guest:
             time.sleep(0.05)
         return connection
 
+    def _listen(self) -> None:
+        """Note what comes over the wire, until the machine is gone."""
+        with self._wire.makefile("rb") as wire, suppress(ConnectionError):
+            self.told.extend(line.decode().rstrip("\n") for line in wire if line.endswith(b"\n"))
+
     def qmp(self, command: str, **arguments: Any) -> Any:
         """Ask QEMU itself for something."""
         self._qmp.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
         self._qmp.flush()
+        answer = self._qmp_message("return", "error")
+        assert "return" in answer, answer
+        return answer["return"]
+
+    def _qmp_message(self, *kinds: str) -> Any:
+        """The next message of one of these kinds; others are passed over."""
         while True:
-            answer = json.loads(self._qmp.readline())
-            if "event" not in answer:
-                assert "return" in answer, answer
-                return answer["return"]
+            message = json.loads(self._qmp.readline())
+            if any(kind in message for kind in kinds):
+                return message
 
     def _until(self, mark: bytes) -> bytes:
         self._agent.settimeout(1)
@@ -145,7 +173,7 @@ class Guest:
         self._agent.settimeout(SECONDS_MAX)
         self._agent.sendall(f"( set -e; {script}\n) 2>&1 </dev/null; echo; echo {mark}:$?:\n".encode())
         printed = self._until(f"{mark}:".encode()).decode(errors="replace").removesuffix("\n")
-        return int(self._until(b":")), printed
+        return int(self._until(b":\n")), printed
 
     def ok(self, script: str) -> str:
         """What a shell script printed, every command of which must have ended well."""
@@ -159,27 +187,32 @@ class Guest:
             assert time.monotonic() < deadline, f"waited in vain until {what}\n{self.ok('journalctl -b -n 40')}"
             time.sleep(0.5)
 
-    def plug(self, serial: str, path: Path, port: int) -> None:
+    def plug(self, serial: str, disk: Path | str, port: int) -> None:
         """A disk appears while the machine runs."""
-        file = {"driver": "file", "filename": os.fspath(path)}
-        self.qmp("blockdev-add", **{"driver": "raw", "node-name": serial, "file": file})
+        self.qmp("human-monitor-command", **{"command-line": f"drive_add 0 {_drive(serial, disk)}"})
         device = {"driver": "virtio-blk-pci", "drive": serial, "serial": serial, "bus": f"port{port}"}
         self.qmp("device_add", id=f"disk-{serial}", **device)
 
     def unplug(self, serial: str) -> None:
-        """A disk is asked back, and goes when the machine has let go of it."""
+        """A disk is asked back; returns when the machine has let go of it."""
         self.qmp("device_del", id=f"disk-{serial}")
+        while self._qmp_message("event").get("data", {}).get("device") != f"disk-{serial}":
+            pass
 
     def power_cut(self) -> None:
-        """The machine is gone at once."""
+        """The machine is gone at once. What it had told by then is known."""
         self._qemu.kill()
         self._qemu.wait()
-        for connection in (self._agent, self._qmp, self._control):
+        self._listener.join()
+        for connection in (self._agent, self._qmp, self._control, self._wire):
             connection.close()
 
-    def shut_down(self) -> None:
-        """The machine ends as when somebody asks it to."""
-        self._agent.sendall(b"systemctl poweroff\n")
-        with suppress(subprocess.TimeoutExpired):
-            self._qemu.wait(SECONDS_MAX)
+    def shut_down(self, how: str = "poweroff") -> None:
+        """The machine ends as when somebody asks it to; ``how`` may be "reboot", where the next `Guest` is the boot."""
+        self._agent.sendall(f"systemctl {how}\n".encode())
+        self._qemu.wait(SECONDS_MAX)
         self.power_cut()
+
+
+def _drive(name: str, image: Path | str) -> str:
+    return f"file={image},format=raw,if=none,id={name}"

@@ -24,7 +24,7 @@ def test_a_machine_boots_from_a_clone_and_leaves_the_image_alone(
     if lacking := guests.lacking():
         pytest.skip(f"this test starts a guest: {lacking}")
     (work := disk_path / "work").mkdir()
-    guests.make_image(disk := disk_path / "disk.img", {}, work)
+    guests.make_image(disk := disk_path / "disk.img", work)
     pool = make_image(2500 * MIB)
     make_pool(pool)
     daemon = make_daemon(pool).start()
