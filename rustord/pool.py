@@ -149,7 +149,7 @@ def open_pool(
         erased = []
         if not problem:
             keystore.begin_to_keep(partial(blocks.keep_pages, label.secret), layers.by_uuid)
-            erased = _finish_erasures(allocator, blocks, keystore, graves, stale)
+            erased = _finish_erasures(allocator, blocks, keystore, _certain(graves, blocks, layers), stale)
     except BaseException:
         if backend_open:
             backend.close()
@@ -296,6 +296,17 @@ def _finish_freezing(store: ObjectStore) -> None:
             head = layer.head._replace(name="")
             store.note([LayerEntry(layer.uuid, layer.address, head.encode())], [layer.home])
             store.layers.rename(layer, head)
+
+
+def _certain(graves: Sequence[Grave], blocks: BlockStore, layers: Layers) -> Sequence[Grave]:
+    """Without those that may be none: blocks that a Layer was about to have, or has left, while a device is missing.
+
+    The change by which they became the Layer's may have reached that device's journal alone. It counts when the device
+    is back: nothing can be verified of a Layer, so that what it speaks of has to be there still.
+    """
+    if all(slot.device is not None for slot in blocks.slots.values()):
+        return graves
+    return [grave for grave in graves if not grave.id.sequence or grave.id.uuid not in layers.by_uuid]
 
 
 def _finish_erasures(

@@ -309,6 +309,51 @@ def test_a_power_cut_at_any_step_leaves_all_of_it(
         count += step
 
 
+@pytest.mark.parametrize("kept", [0, 1, None], ids=["old place's", "new place's", "none"])
+def test_a_power_cut_before_a_device_is_away_for_a_while_leaves_all_of_it(
+    disk_path: Path, seed: int, kept: int | None
+) -> None:
+    """Of what was not flushed, the device ``kept`` has everything, the other nothing; then the old place is away."""
+    data = random.Random(seed).randbytes(2 * CHUNK_BYTES)
+    template = Simulation(disk_path, (16 * MIB, 16 * MIB))
+    store = template.open()
+    volumes = Volumes(store, Direct(store))
+    volumes.create("disk", 4 * CHUNK_BYTES)
+    volume = volumes.open("disk")
+    write(volume, 0, data)
+    volume.flush()
+    volumes.close()
+    assert homes(store) == {0}
+    template.close()
+    restore = template.save()
+    count, done = 0, False
+    while not done:
+        restore()
+        store = template.open()
+        volumes = Volumes(store, Direct(store))
+        template.power.left = count
+        with suppress(PowerCut):
+            LayerMover(store, volumes).run({0: 1 << 60}, lambda length: None, slots=False)
+            done = True
+        template.power.left = 0
+        for number, device in enumerate(template.devices):
+            device.cut_power(lambda offset, number=number: number == kept)  # type: ignore[misc]
+        template.devices = []
+        template.cut_power()
+        store = template.open(without={0})
+        store.put(random.Random(seed).randbytes(MIB))
+        template.close()
+        store = template.open()
+        assert not store.read_only
+        volumes = Volumes(store, Direct(store))
+        assert contents(volumes, store)["volume disk"][: len(data)] == data, f"after {count} writes and flushes"
+        run(store)
+        check_sound(store)
+        assert not store.keystore.graves()
+        template.close()
+        count += 1
+
+
 def remains(simulation: Simulation, data: bytes) -> list[int]:
     """The blocks of the devices, whatever they are, that have any of ``data``."""
     pieces = {data[at : at + 4096] for at in range(0, len(data), 4096)}
