@@ -266,11 +266,15 @@ class _Journals:
     def graves_left(self) -> list[Grave]:
         """Those of the GRAVEs that nothing says are over. An opening drops those whose blocks are somebody's by now.
 
-        None if a device is missing: their blocks may be those of an Object that only the missing device knows.
+        None if a device is missing: their blocks may be those of an Object that only the missing device knows. What
+        they have on one that was removed is forgotten with it.
         """
         if len(self._runs) < len(self._label.members):
             return []
-        return [grave for id, grave in self.graves.items() if id not in self.erased]
+        there = {member.device_index for member in self._label.members}
+        left = [grave for id, grave in self.graves.items() if id not in self.erased]
+        known = [Grave(id, [extent for extent in extents if extent.device in there]) for id, extents in left]
+        return [grave for grave in known if grave.extents]
 
     def was_flushed(self, sequence: int) -> bool:
         """Whether a PUT is known to have been durable: by a later batch, or because the pool was closed in order."""

@@ -15,7 +15,8 @@ from rustord.change import Delete, Put
 from rustord.errors import Damaged, DeviceError, NoSpace, NotFound, PreconditionFailed
 from rustord.extent import Extent, block_count
 from rustord.keystore.lmdb import LmdbBackend
-from rustord.membership import attach_device, detach_device
+from rustord.label import Standing
+from rustord.membership import attach_device, detach_device, remove_device, set_standing
 from rustord.objectstore import ObjectStore
 from rustord.placer import Contiguous, Mirrored, Striped
 from rustord.pool import open_devices
@@ -536,3 +537,42 @@ def test_a_power_cut_at_any_step(
             simulation.lose_index()
         crashes.check(simulation.open())
         simulation.close()
+
+
+class TestDeviceThatIsLost:
+    """What a copy that was cut short has left on other devices is erased all the same."""
+
+    @pytest.mark.parametrize("lose", ["nothing", "index"])
+    def test_and_removed_holds_nothing_back(self, simulate: Callable[..., Simulation], lose: str) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB, 16 * MIB, 16 * MIB, placer=Mirrored(2))
+        store = simulation.open()
+        record = upload(store, DATA[:MIB], declare=True)
+        (lost, other) = sorted({0, 1, 2, 3} - record.devices)
+        relocation = store.place(record, record.extents)
+        store.announce([relocation])
+        store.copy(relocation)
+        assert {extent.device for extent in relocation.new} == {lost, other}
+        detach_device(store, lost)
+        relocation.abort()
+        run(store)
+        store.keystore.checkpoint()
+        assert store.keystore.graves(), "it cannot be erased yet"
+        set_standing(store, lost, Standing.GIVEN_UP)
+        remove_device(store, lost)
+        for number in range(1300):  # the journals have gone around, and say once more what is not erased
+            store.put(b"x", name="filler", number=str(number), text="t" * 7000)
+            if number % 50 == 0:
+                store.keystore.checkpoint()
+        simulation.cut_power(lambda offset: True)
+        if lose == "index":
+            simulation.lose_index()
+            left = [path for number, path in enumerate(simulation.paths) if number != lost]
+            rebuild(open_devices(left, read_only=True), backend=LmdbBackend(), directory=simulation.index)
+        store = simulation.open(without={lost})
+        check_sound(store)
+        store.delete(record.uuid)
+        images = [path.read_bytes() for number, path in enumerate(simulation.paths) if number != lost]
+        assert not any(image[at : at + BLOCK] in PIECES for image in images for at in range(MIB, len(image), BLOCK))
+        store.keystore.checkpoint()
+        assert not store.keystore.graves()
+        check_sound(store)

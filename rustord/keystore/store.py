@@ -30,6 +30,7 @@ from rustord.journal import (
     delete_entry,
     encode_entry,
     erased_entry,
+    grave_entry,
     put_entry,
     undo_entry,
     unerased_entry,
@@ -267,6 +268,10 @@ class KeyStore:
                 if device in grave.devices:
                     rest = [extent for extent in grave.extents if extent.device != device]
                     self._fresh.graves[RECORD_ID.pack(*grave.id)] = encode_extents(rest) if rest else None
+                    if grave.id in self._noted and rest:
+                        self._noted[grave.id] = grave_entry(Grave(grave.id, rest))
+                    elif grave.id in self._noted:
+                        del self._noted[grave.id], self._unerased[grave.id]
             self._note_positions(self._fresh)
         self.checkpoint()
 
