@@ -417,12 +417,12 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "what an opening learnt of maps is not marked as to be kept",
-        (KeyStore.checkpoint, 'puts[_UNKEPT] = b""'),
+        (KeyStore.checkpoint, 'puts[UNKEPT] = b""'),
         by=(s.keeping_a_map,),
     )
     yield mutant(
         "maps that are marked are not kept",
-        (KeyStore.begin_to_keep, "if self._backend.get(_UNKEPT) is None:", "if True:"),
+        (KeyStore.begin_to_keep, "if self._backend.get(UNKEPT) is None:", "if True:"),
         by=(s.keeping_a_map,),
     )
     yield mutant(
