@@ -131,12 +131,22 @@ def _is_believed(
     """Whether a PUT that may never have been flushed counts: if it is whole, or if nobody can tell.
 
     A move that is not whole for certain is dropped as long as the Object is still where it was before. Its old blocks
-    are not erased before the index knows of the move.
+    are not erased before the index knows of the move. One of which an earlier opening did not know, and whose Object is
+    not there any more, has come too late: who deleted the Object did so where it was before.
     """
+    is_move = entry.payload[:16] == record.uuid
+    is_late = is_move and _in_void(entry.sequence, label) and keystore.get(record.uuid) is None
+    if is_late and not _before(entry, ordered, keystore):
+        return False
     is_whole = _is_whole(record, blocks, label)
-    if not is_whole and entry.payload[:16] == record.uuid and (earlier := _before(entry, ordered, keystore)):
+    if not is_whole and is_move and (earlier := _before(entry, ordered, keystore)):
         return not any(_has_footer(old, blocks, label) for old in earlier)
     return is_whole is not False
+
+
+def _in_void(sequence: int, label: Label) -> bool:
+    at = bisect_right(label.voids, (sequence, _NO_END)) - 1
+    return at >= 0 and sequence < label.voids[at][1]
 
 
 def _before(move: Entry, ordered: Sequence[Entry], keystore: KeyStore) -> list[Record]:

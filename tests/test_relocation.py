@@ -539,6 +539,41 @@ def test_a_power_cut_at_any_step(
         simulation.close()
 
 
+class TestDeviceThatIsAway:
+    """The Object has been moved to it, which the index does not know yet."""
+
+    @pytest.mark.parametrize("fate", ["deleted", "replaced", "kept"])
+    def test_does_not_bring_back_what_was_deleted_meanwhile(
+        self, simulate: Callable[..., Simulation], fate: str
+    ) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB)
+        store = simulation.open()
+        record = upload(store, DATA[:MIB], Put(b"", Metadata("a")), declare=True)
+        (old,) = record.devices
+        new = 1 - old
+        store.keystore.checkpoint()
+        assert stored(run(store, store.relocate(record, record.extents, {old}))[0]).devices == {new}
+        simulation.cut_power()
+        store = simulation.open(without={new})
+        assert store.get(record.uuid) == DATA[:MIB]
+        if fate == "deleted":
+            store.delete(record.uuid)
+        elif fate == "replaced":
+            store.put(b"x", name="a")
+        simulation.close()
+        store = simulation.open()
+        expected = {"deleted": [], "replaced": [False], "kept": [True]}
+        assert [one.uuid == record.uuid for one in live(store)] == expected[fate]
+        check_sound(store)
+        run(store)
+        store.keystore.checkpoint()
+        run(store)
+        simulation.close()
+        images = [path.read_bytes() for path in simulation.paths]
+        found = sum(image[at : at + BLOCK] in PIECES for image in images for at in range(MIB, len(image), BLOCK))
+        assert found == (MIB // BLOCK if fate == "kept" else 0)
+
+
 class TestDeviceThatIsLost:
     """What a copy that was cut short has left on other devices is erased all the same."""
 
