@@ -31,7 +31,7 @@ from rustord.change import Change, Delete, Erase, Move, Put, Undo, check_match
 from rustord.distribution import Distribution
 from rustord.erasures import Erasures
 from rustord.errors import DeviceError, InUse, NotFound, PreconditionFailed, ReadOnly, RustordError
-from rustord.extent import Extent
+from rustord.extent import Extent, extend
 from rustord.journal import Entry, Kind, grave_entry
 from rustord.keygen import KeyGen
 from rustord.keystore.store import KeyStore
@@ -375,7 +375,9 @@ class ObjectStore:
             self._sequence += 1
             kind = Kind.LAYER if isinstance(note, LayerEntry) else Kind.MAP
             entries.append(Entry(kind, self._sequence, note.encode()))
-        graves = self._graves([(notes[0].layer, left)] if left else [])
+        runs: list[Extent] = []
+        extend(runs, sorted(left))  # a trim may leave many chunks, most of them in a row
+        graves = self._graves([(notes[0].layer, runs)] if left else [])
         self._note([*entries, *map(grave_entry, graves)], devices, copied)
         return [grave.id for grave in graves]
 

@@ -69,10 +69,15 @@ class Ring:
         first, last = self._live[0].block, self._live[-1].end
         return (last - first if last > first else last - first + self._block_count) / self._block_count
 
-    def is_held_by(self, sequence: int) -> bool:
-        """Whether a good part of the ring is taken and stays so, because batches from ``sequence`` on must stay."""
+    def is_held_by(self, sequence: int, repeated: int = 0) -> bool:
+        """Whether a good part of the ring is taken and stays so, because batches from ``sequence`` on must stay.
+
+        The ``repeated`` bytes that would have to be written once more count for nothing, as far as they are no more
+        than such a part themselves: they would be held in turn.
+        """
         with self._lock:
-            return self._used() > _CARRY_FROM and self._live[0].sequence >= sequence
+            kept = min(repeated / (self._block_count * self._block_size), _CARRY_FROM)
+            return self._used() > _CARRY_FROM + kept and self._live[0].sequence >= sequence
 
     @property
     def position(self) -> bytes:

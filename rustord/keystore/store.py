@@ -348,7 +348,8 @@ class KeyStore:
         for it.
         """
         oldest = min(self._unerased.values(), default=newest)
-        if self._carry_due or any(self._rings[device].is_held_by(oldest) for device in writable):
+        length = RECORD_ID.size * len(self._unerased) + sum(len(entry.payload) for entry in self._noted.values())
+        if self._carry_due or any(self._rings[device].is_held_by(oldest, length) for device in writable):
             self._carry_due = False
             carried = [unerased_entry(id for id in self._unerased if id not in self._noted)]
             carried += map(encode_entry, self._noted.values())

@@ -140,6 +140,8 @@ def test_only_a_good_part_of_the_ring_is_worth_carrying(device: BlockDevice) -> 
     append(ring, 6, blocks=100)
     assert ring.is_held_by(5)
     assert not ring.is_held_by(6)  # the next release lets go of what is before it
+    assert ring.is_held_by(5, 40 * 4096)
+    assert not ring.is_held_by(5, 48 * 4096)  # to write that once more would gain too little
     ring.release(3, 6)
     assert not ring.is_held_by(0)
 
