@@ -14,7 +14,7 @@ from rustord.errors import InUse, InvalidRequest, NoSpace, NotFound, Preconditio
 from rustord.keystore.lmdb import LmdbBackend
 from rustord.layermerger import LayerMerger
 from rustord.objkey import uuid_text
-from rustord.page import CHUNK_BYTES
+from rustord.page import CHUNK_BYTES, SLOT_COUNT, extent_at
 from rustord.placer import Contiguous, FirstFit, Mirrored, Striped
 from rustord.pool import open_devices
 from rustord.rebuild import rebuild
@@ -747,3 +747,40 @@ def test_what_was_trimmed_and_not_flushed_is_given_back_with_the_volume(bench: B
     bench.volumes.delete("disk")
     bench.check()
     assert free_count(bench.store) == before
+
+
+def test_a_rebuild_leaves_out_a_page_whose_slots_are_erased_already(disk_path: Path) -> None:
+    """The power failed while a volume was erased, then the index was lost; the journal still has changes of its map."""
+    simulation = Simulation(disk_path, (16 * MIB,))
+    store = simulation.open()
+    volumes = Volumes(store, Direct(store))
+    volumes.create("disk", SIZE)
+    volume = volumes.open("disk")
+    write(volume, 0, b"x" * CHUNK_BYTES)
+    volume.flush()
+    volume.close()
+    for number in range(700):  # until the journal does not say any more where the slots are
+        store.put(b"x", name="filler", text="t" * 7500)
+        if number % 50 == 0:
+            store.keystore.checkpoint()
+    store.put(b"y")
+    simulation.cut_power(lambda offset: True)
+    store = simulation.open()
+    volumes = Volumes(store, Direct(store))
+    volume = volumes.open("disk")
+    write(volume, CHUNK_BYTES, b"z" * CHUNK_BYTES)
+    volume.flush()
+    volume.close()
+    store.keystore.checkpoint()
+    head = extent_at(store.layers.volumes["disk"].address, SLOT_COUNT)
+    slots = simulation.read(0, head.block, head.count)
+    volumes.delete("disk")
+    simulation.cut_power(lambda offset: True)
+    with simulation.paths[0].open("r+b") as image:
+        image.seek(head.block * 4096)
+        image.write(slots)
+    rebuild_index(simulation)
+    store = simulation.open()
+    assert not store.read_only
+    check_sound(store)
+    assert not Volumes(store, Direct(store)).names()

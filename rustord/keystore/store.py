@@ -440,6 +440,8 @@ class KeyStore:
         key = page_key(change.layer, change.number)
         raw = self._page(key)
         old = decode_page(raw) if raw else None
+        if old is None and not change.address:  # its slots were erased with the Layer before the index was lost
+            return []
         page = change.apply(old, sequence)
         if page is None:  # a device that was missing has an old entry
             return []
