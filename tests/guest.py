@@ -126,6 +126,7 @@ class Guest:
         self._qmp.readline()
         self.qmp("qmp_capabilities")
         self._until(b"AGENT-READY\n")
+        assert self.run("false; true")[0] == 1, "what fails there would not be noticed here"
 
     def _connect(self, path: Path) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
@@ -171,7 +172,7 @@ class Guest:
         """The exit status of a shell script, and what it printed, on either output."""
         mark = f"DONE{time.time_ns()}"
         self._agent.settimeout(SECONDS_MAX)
-        self._agent.sendall(f"( set -e; {script}\n) 2>&1 </dev/null; echo; echo {mark}:$?:\n".encode())
+        self._agent.sendall(f"( set -e; {script}\n) 2>&1 </dev/null; status=$?; echo; echo {mark}:$status:\n".encode())
         printed = self._until(f"{mark}:".encode()).decode(errors="replace").removesuffix("\n")
         return int(self._until(b":\n")), printed
 
