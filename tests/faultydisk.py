@@ -48,6 +48,9 @@ class FaultyDisk:
         self._directory = directory
         self._unflushed: list[tuple[slice, bytes]] = []
         self._connected = threading.Lock()
+        self._writes_left = 0
+        self.stalled = threading.Event()
+        """The write that `stall` has named has come."""
 
     def serve(self) -> None:
         """Answer one client after the other, for ever."""
@@ -58,6 +61,11 @@ class FaultyDisk:
                 connection, _ = listener.accept()
                 with self._connected, connection, suppress(ConnectionError):
                     self._serve(connection)
+
+    def stall(self, count: int) -> None:
+        """Answer nothing any more once ``count`` more writes have come, of which the last is not flushed then."""
+        self.stalled.clear()
+        self._writes_left = count
 
     def lose_power(self, rng: random.Random) -> int:
         """Some of what was not flushed is gone, once the client is; returns how many writes were not flushed."""
@@ -84,6 +92,11 @@ class FaultyDisk:
                 if kind == _WRITE and len(data) < length:
                     return
                 error, answer = self._answer(kind, slice(offset, offset + length), data)
+                self._writes_left -= kind == _WRITE
+                if kind == _WRITE and self._writes_left == 0:
+                    self.stalled.set()
+                    incoming.read()  # until the client is gone
+                    return
                 connection.sendall(_REPLY.pack(0x67446698, error, handle) + answer)
 
     def _answer(self, kind: int, where: slice, data: bytes) -> tuple[int, bytes]:
