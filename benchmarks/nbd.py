@@ -126,7 +126,7 @@ def fio(uri: str, kind: str, *, seconds: float, block: str, depth: int, flush: b
     """Operations (or, of 1 MiB, MB) a second. Without ``seconds`` all of it once. Raises LoadError."""
     command = ["fio", "--name=x", "--ioengine=nbd", f"--uri={uri}", f"--rw={kind}", f"--bs={block}", "--norandommap"]
     command += [f"--iodepth={depth}", f"--size={SIZE}", "--randrepeat=0", "--output-format=json"]
-    command += ["--time_based", f"--runtime={seconds}"] if seconds else []
+    command += ["--time_based", f"--runtime={round(seconds * 1000)}ms"] if seconds else []
     command += ["--fsync=1"] if flush else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
