@@ -129,16 +129,16 @@ class AsyncClient(Connection):
         """The head of the reply, and the connection for its body. Raises what the daemon answered if it is an error."""
         async with self._turn:
             self._left = -1
+            ends = False
             try:
                 head = await self._ask(request, data)
+                ends = head.fields.closes
                 self._left = 0 if request.method == "HEAD" else head.fields.content_length or 0
                 if head.status >= 400 and request.method != "HEAD":
                     raise read_problem(head.status, await self._body())
                 yield head
-                if head.fields.closes:
-                    self.close()
             finally:
-                if self._left:  # broken off somewhere in between
+                if ends or self._left:  # broken off somewhere in between
                     self.close()
 
     async def _ask(self, request: Request, data: Data | AsyncIterable[Data] | None) -> ReplyHead:

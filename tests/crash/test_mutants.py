@@ -12,6 +12,7 @@ ATTEMPTS = [(0, 0.3), (1, 1.0), (1, 0.3), (1, 0.6), (2, 1.0), (1, 1.0), (2, 0.6)
 """How deep each goes, and how often the index is lost. Most mutants are found out at once; some need luck."""
 
 
+@pytest.mark.timeout(600)  # a rare one is looked for in many states
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_a_mutant_is_caught(mutant: Mutant, seed: int) -> None:
     states = 0
