@@ -123,6 +123,8 @@ class _Connection:
         self._sock = sock
         self._tls = tls
         self._deadline = deadline
+        self.makes_room = False
+        """It has been cut for others to come, and is about to end: it does not count any more."""
         self._rest: bytes | None = None
         self._leaving = False
 
@@ -344,13 +346,15 @@ class NbdServer:
     def _make_room(self, client: Client) -> None:
         """Raise OSError if the limits leave no room for one more connection."""
         with self._lock:
-            connections = list(self._connections)
+            connections = [connection for connection in self._connections if not connection.makes_room]
+            ending_count = len(self._connections) - len(connections)
         open_count = Counter(connection.client.key for connection in connections)
         negotiating = [connection for connection in connections if connection.transmission is None]
         if len(negotiating) >= self._limits.negotiating:
+            negotiating[0].makes_room = True
             negotiating[0].cut()
             open_count[negotiating[0].client.key] -= 1
-        if open_count.total() >= self._limits.connections:
+        if max(open_count.total(), ending_count) >= self._limits.connections:
             raise OSError(f"there are {self._limits.connections} connections already")
         if open_count[client.key] >= self._limits.connections_per_client:
             raise OSError(f"{client.text} has {self._limits.connections_per_client} connections already")
