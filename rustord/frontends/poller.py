@@ -85,7 +85,10 @@ class Poller:
             elif found := self._watched.get(fd):  # unless somebody before it in this turn has ended it
                 self._tell(*found, ready)
         for _ in range(len(self._calls)):
-            self._calls.popleft()()
+            try:
+                self._calls.popleft()()
+            except Exception:
+                log.exception("a call of another thread has failed", extra=FAULT())
         self._end_turn()
 
     def _tell(self, watched: Watched, events: int, ready: int) -> None:

@@ -143,6 +143,20 @@ def test_who_has_been_let_go_of_in_a_turn_is_told_nothing_more(
     assert told[1] == "end"
 
 
+def test_a_call_that_fails_keeps_no_other_from_being_made() -> None:
+    told: list[str] = []
+
+    def fail() -> None:
+        raise ValueError("it fails")
+
+    def steps(poller: Poller) -> None:
+        for call in (fail, lambda: told.append("call")):
+            poller.wake(call)
+
+    polled(told, steps)
+    assert told == ["call", "end"]
+
+
 def test_calls_of_many_threads_are_all_made() -> None:
     made: list[int] = []
 
