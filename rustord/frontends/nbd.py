@@ -6,7 +6,8 @@ could save. Processes would keep more CPUs busy when several clients are: here t
 only what the kernel does for them runs side by side. Two clients of two exports together get no more 4 KiB reads than
 one does (1.03 times as many; nbdkit 1.6 times; depth 16, two CPUs). But with processes every move of an Object, every
 change of a volume's map and every device that comes or goes would have to be told to all of them before the next
-request. The event loop accepts connections; what they do then is up to their threads.
+request. The event loop accepts connections; what they do then is up to their threads. One that is alone, and whose
+client asks for one thing after the other, does not go to sleep at once in between: 1.6 times as many reads at depth 1.
 
 What one client can take is bounded: how long it may negotiate, how many connections it and all together may have, and
 two buffers for each (see `rustord.wire.transmission`). One that reads no replies holds up nobody but itself.
@@ -39,6 +40,7 @@ from rustord.frontends.exports import Exports, Offered
 from rustord.frontends.handover import Handover
 from rustord.frontends.listener import Listener
 from rustord.frontends.peer import Peer, Roles, peer_of
+from rustord.frontends.poller import LOOK_S
 from rustord.frontends.traffic import ExportTraffic
 from rustord.wire.api import Role, created_text
 from rustord.wire.limits import NbdLimits
@@ -53,6 +55,7 @@ _SEND_BUFFER_BYTES = 4 << 20
 _READ_BYTES = 4096
 _LOOK_UP = struct.pack("@ll", 0, 250_000)
 """A timeval: how often a thread that waits for a request looks whether its connection is to be left."""
+_REQUEST_BYTES_MAX = 32
 _CUT_S = 5.0
 """How long the threads of connections that were cut off may take to notice."""
 
@@ -113,7 +116,15 @@ Left = tuple[Handover, socket.socket]
 class _Connection:
     """One client's connection, served by a thread."""
 
-    def __init__(self, sock: socket.socket, client: Client, tls: ssl.SSLContext | None, deadline: float) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        client: Client,
+        tls: ssl.SSLContext | None,
+        deadline: float,
+        is_alone: Callable[[], bool],
+    ) -> None:
+        """``is_alone`` tells whether there is no other connection that may need the CPU."""
         self.client = client
         self.since_ns = time.time_ns()
         self.agreement: Agreement | None = None
@@ -127,6 +138,9 @@ class _Connection:
         """It has been cut for others to come, and is about to end: it does not count any more."""
         self._rest: bytes | None = None
         self._leaving = False
+        self._is_alone = is_alone if tls is None else lambda: False
+        self._is_brisk = False
+        """The last request came alone, and soon."""
 
     def resume(self, handover: Handover) -> None:
         """Take up what another process has left, in place of the negotiation. Raises RustordError."""
@@ -206,13 +220,31 @@ class _Connection:
                     return
                 space = space[: transmission.lacking]  # what comes behind it is for the next process
             try:
-                count = sock.recv_into(space)
+                count = self._receive_next(sock, space)
             except BlockingIOError:
                 continue  # nothing has come for a while
             if not count:
                 return
             for reply in transmission.received(count):
                 sock.sendall(reply)
+
+    def _receive_next(self, sock: socket.socket, space: memoryview) -> int:
+        """How many bytes have come. Raises BlockingIOError if none have for a while, or another OSError."""
+        since = time.monotonic()
+        count = self._look(sock, space, since + LOOK_S) if self._is_brisk and self._is_alone() else 0
+        if not count:
+            count = sock.recv_into(space)
+        self._is_brisk = count <= _REQUEST_BYTES_MAX and time.monotonic() - since < LOOK_S
+        return count
+
+    def _look(self, sock: socket.socket, space: memoryview, until: float) -> int:
+        """The same without going to sleep; 0 if nothing comes, or the client is gone."""
+        while time.monotonic() < until:
+            try:
+                return sock.recv_into(space, 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                continue
+        return 0
 
     def _leave(self, handover: Handover) -> None:
         """Raises RustordError: the client must learn then that what it wrote may be lost."""
@@ -319,7 +351,7 @@ class NbdServer:
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection = _Connection(sock, client, tls, time.monotonic() + self._limits.handshake_s)
+        connection = _Connection(sock, client, tls, time.monotonic() + self._limits.handshake_s, self._is_single)
         if handover:
             connection.resume(handover)
         thread = threading.Thread(target=self._run, args=(connection,), name="nbd", daemon=True)
@@ -330,6 +362,9 @@ class NbdServer:
         except RuntimeError as error:  # the system has no more threads
             self._forget(connection)
             raise OSError(str(error)) from error
+
+    def _is_single(self) -> bool:
+        return len(self._connections) == 1
 
     def _identify(self, sock: socket.socket) -> Client:
         """Who has connected. Raises OSError if he is gone."""

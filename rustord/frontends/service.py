@@ -71,8 +71,8 @@ class Service:
         self._phase_s: Sequence[float] = ()
         """How long each phase of the cycle took whose changes are being answered."""
 
-    def _end_turn(self) -> None:
-        """All that has come has been received.
+    def _end_turn(self) -> bool:
+        """All that has come has been received. Tells whether clients have been answered, and nothing is under way.
 
         Every step is taken for all connections before the next one: what was just done is still in the processor's
         caches, so that it takes half of the time.
@@ -85,6 +85,7 @@ class Service:
             gathered, self._gathered = self._gathered, {}
             self._submitted |= gathered
             self._writer.submit(list(gathered), self._deliver)
+        return bool(unsent) and not self._submitted and not self._working
 
     # The writer
 

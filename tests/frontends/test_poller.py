@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -51,10 +52,11 @@ def polled(told: list[str], steps: Callable[[Poller], None]) -> None:
     async def run() -> None:
         ended = asyncio.Event()
 
-        def end_turn() -> None:
+        def end_turn() -> bool:
             told.append("end")
             poller.close()
             ended.set()
+            return False
 
         poller = Poller(end_turn)
         steps(poller)
@@ -182,3 +184,40 @@ def test_calls_of_many_threads_are_all_made() -> None:
     for first in range(0, 4000, 1000):
         mine = [number for number in made if first <= number < first + 1000]
         assert mine == sorted(mine), "in the order of the calls"
+
+
+@pytest.mark.parametrize("is_up_to_clients", [True, False])
+def test_a_client_that_comes_again_at_once_is_served_at_once_but_not_for_ever(
+    pairs: list[tuple[socket.socket, socket.socket]], monkeypatch: pytest.MonkeyPatch, is_up_to_clients: bool
+) -> None:
+    """The client sends the next request as soon as it has an answer; beside it the event loop wants its turns."""
+    monkeypatch.setattr("rustord.frontends.poller.LOOK_S", 60.0)
+    ours, theirs = pairs[0]
+    told: list[str] = []
+    turns: list[int] = [0]
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+
+        def end_turn() -> bool:
+            turns[0] += 1
+            told.append("end")
+            theirs.send(b"x")
+            if turns[0] == 1:
+                loop.call_soon(loop.call_soon, told.append, "loop")  # behind what is ready by then
+            return is_up_to_clients and turns[0] < 100_000
+
+        poller = Poller(end_turn)
+        poller._answered = time.monotonic()  # just before
+        poller.watch(ours.fileno(), Peer("a", ours, told), reading=True, writing=False)
+        theirs.send(b"x")
+        deadline = time.monotonic() + SECONDS_MAX
+        while "loop" not in told and time.monotonic() < deadline:
+            await asyncio.sleep(0)
+        poller.close()
+
+    asyncio.run(run())
+    assert "loop" in told
+    turns_before = told[: told.index("loop")].count("end")
+    assert turns_before < 100_000
+    assert (turns_before > 3) is is_up_to_clients
