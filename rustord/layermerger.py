@@ -23,7 +23,7 @@ from rustord.journal import NOTHING
 from rustord.layer import Layer
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
-from rustord.page import BASE, SLOT_COUNT, ZEROS, LayerEntry, MapEntry, address_of, extent_at, page_of
+from rustord.page import BASE, SLOT_COUNT, ZEROS, LayerEntry, MapEntry, address_of, page_of
 from rustord.volumes import Volumes
 
 log = logging.getLogger(__name__)
@@ -113,9 +113,7 @@ class LayerMerger:
         for number in {page_of(chunk) for chunk, _ in chunks} - upper.places.keys():
             pages[number] = address_of(self._store.allocator.run(SLOT_COUNT, upper.home))
             upper.places[number] = pages[number]
-        places = [*pages.values(), *(address for _, address in chunks if address > ZEROS)]
-        devices = {upper.home, lower.home, *(extent_at(place, 1).device for place in places)}
-        self._store.note([MapEntry(upper.uuid, sorted(pages.items()), chunks)], devices)
+        self._store.note([MapEntry(upper.uuid, sorted(pages.items()), chunks)])
         return True
 
     def _finish(self, upper: Layer, lower: Layer, chunks: dict[int, int]) -> bool:
@@ -123,7 +121,7 @@ class LayerMerger:
         if not self._layers.is_mergeable(upper, lower):
             return False
         head = upper.head._replace(base=lower.head.base)
-        self._store.note([LayerEntry(upper.uuid, upper.address, head.encode())], {upper.home, lower.home})
+        self._store.note([LayerEntry(upper.uuid, upper.address, head.encode())])
         for chunk, address in chunks.items():
             upper.set(chunk, address)
         lower.drop(chunks)

@@ -92,10 +92,9 @@ class LayerMover:
             return 0
         count = 0
         if self._leaves(layer.address, quota):
+            self._store.keystore.checkpoint()  # the old home's journal need not tell of the map then
             slots = self._store.allocator.run(SLOT_COUNT, avoid=quota)
-            self._store.note(
-                [LayerEntry(layer.uuid, address_of(slots), layer.head.encode())], {layer.home, slots.device}
-            )
+            self._store.note([LayerEntry(layer.uuid, address_of(slots), layer.head.encode())])
             layer.address = address_of(slots)
             count = 1
         leaving = iter([number for number, place in layer.places.items() if self._leaves(place, quota)])
@@ -110,7 +109,6 @@ class LayerMover:
     def _move_pages(self, layer: Layer, numbers: Iterable[int], quota: Quota) -> int:
         """As far as there is room. The old slots are a grave from then on."""
         places: dict[int, int] = {}
-        devices = {layer.home}
         for number in numbers:
             try:
                 slots = self._store.allocator.run(SLOT_COUNT, layer.home, avoid=quota)
@@ -118,9 +116,8 @@ class LayerMover:
                 self.problem = error
                 break
             places[number] = address_of(slots)
-            devices |= {slots.device, extent_at(layer.places[number], 1).device}
         if places:
-            self._store.note([MapEntry(layer.uuid, sorted(places.items()), ())], devices)
+            self._store.note([MapEntry(layer.uuid, sorted(places.items()), ())])
             layer.places |= places
         return len(places)
 
@@ -196,9 +193,8 @@ class LayerMover:
         if self._layers.by_uuid.get(layer.uuid) is not layer:
             return [*moved.values()], copied
         old = {chunk: extent_at(layer.get(chunk), extent.count) for chunk, extent in moved.items()}
-        devices = {layer.home, *(extent.device for extent in (*old.values(), *moved.values()))}
         changes = [(chunk, address_of(extent)) for chunk, extent in sorted(moved.items())]
-        graves = self._store.note([MapEntry(layer.uuid, (), changes)], devices, copied, [*old.values()])
+        graves = self._store.note([MapEntry(layer.uuid, (), changes)], copied, [*old.values()])
         for chunk, address in changes:
             layer.set(chunk, address)
         return [*old.values()], graves

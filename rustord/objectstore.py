@@ -360,18 +360,25 @@ class ObjectStore:
     def note(
         self,
         notes: Sequence[LayerEntry | MapEntry],
-        devices: Iterable[int],
         copied: Sequence[RecordId] = (),
         left: Sequence[Extent] = (),
     ) -> list[RecordId]:
-        """Make changes of Layers durable, in the journals of ``devices``, and known. Called between cycles.
+        """Make changes of Layers durable and known. Called between cycles.
 
+        A MAP is in the journals of the Layer's home and of all devices that it speaks of when this returns, so that a
+        replay can tell one that was cut short. A LAYER goes to all journals: who has a MAP has to know whose it is.
         With it, the blocks of the graves ``copied`` become the Layer's, and those that are ``left`` a grave, to be
         erased, whose id is returned. Raises ReadOnly or DeviceError; the journals may have it all the same.
         """
         self.check_changeable()
         entries = []
+        devices = {extent.device for extent in left}
         for note in notes:
+            if isinstance(note, LayerEntry):
+                devices |= self.blocks.slots.keys()
+            else:
+                concerned = {self.keystore.home_of(note.layer), *(extent.device for extent in note.extents(1))}
+                devices |= {index for index in concerned if index is not None and self.blocks.writable(index)}
             self._sequence += 1
             kind = Kind.LAYER if isinstance(note, LayerEntry) else Kind.MAP
             entries.append(Entry(kind, self._sequence, note.encode()))

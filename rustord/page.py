@@ -17,6 +17,7 @@ from xxhash import xxh3_64_digest
 from rustord.errors import FormatError
 from rustord.extent import Extent
 from rustord.footer import TRAILER, sign
+from rustord.journal import Entry, Kind
 from rustord.objkey import ObjectId
 
 PAGE = struct.Struct("<8s16sQQQII")
@@ -199,6 +200,11 @@ class LayerEntry(NamedTuple):
     def encode(self) -> bytes:
         return LAYER_ENTRY.pack(self.layer, self.address) + self.content
 
+    @property
+    def home(self) -> int:
+        """The device of the head, and of the journal that says what the Layer's map is."""
+        return extent_at(self.address, 1).device
+
     def changes(self) -> list[PageChange]:
         """What it changes in the Layer's pages."""
         return [PageChange(self.layer, 0, self.address, lambda _: self.content)]
@@ -228,6 +234,11 @@ class MapEntry(NamedTuple):
         head = MAP_ENTRY.pack(self.layer, len(self.pages), len(self.chunks))
         return head + b"".join([PLACE.pack(*place) for place in places])
 
+    def extents(self, chunk_blocks: int) -> list[Extent]:
+        """The blocks that it adds to the Layer: slots, and chunks of ``chunk_blocks``."""
+        slots = [slot for _, address in self.pages for slot in slots_at(address)]
+        return slots + [extent_at(address, chunk_blocks) for _, address in self.chunks if address > ZEROS]
+
     def changes(self) -> list[PageChange]:
         """What it changes in the Layer's pages."""
         changed: dict[int, list[tuple[int, int]]] = {number: [] for number, _ in self.pages}
@@ -247,3 +258,9 @@ def decode_map_entry(payload: bytes) -> MapEntry:
         raise FormatError("a change of the map of a volume contradicts itself")
     places = list(PLACE.iter_unpack(memoryview(payload)[MAP_ENTRY.size :]))
     return MapEntry(layer, places[:page_count], places[page_count:])
+
+
+def decode_note(entry: Entry) -> LayerEntry | MapEntry:
+    """A LAYER or MAP of the journal. Raises FormatError as these do."""
+    decode = decode_layer_entry if entry.kind is Kind.LAYER else decode_map_entry
+    return decode(entry.payload)

@@ -294,19 +294,19 @@ def _finish_freezing(store: ObjectStore) -> None:
     for layer in list(store.layers.volumes.values()):
         if store.layers.is_frozen(layer):
             head = layer.head._replace(name="")
-            store.note([LayerEntry(layer.uuid, layer.address, head.encode())], [layer.home])
+            store.note([LayerEntry(layer.uuid, layer.address, head.encode())])
             store.layers.rename(layer, head)
 
 
 def _certain(graves: Sequence[Grave], blocks: BlockStore, layers: Layers) -> Sequence[Grave]:
-    """Without those that may be none: blocks that a Layer was about to have, or has left, while a device is missing.
+    """Without those of blocks that a Layer was to have, or has left, if its home is missing: that alone can tell."""
 
-    The change by which they became the Layer's may have reached that device's journal alone. It counts when the device
-    is back: nothing can be verified of a Layer, so that what it speaks of has to be there still.
-    """
-    if all(slot.device is not None for slot in blocks.slots.values()):
-        return graves
-    return [grave for grave in graves if not grave.id.sequence or grave.id.uuid not in layers.by_uuid]
+    def is_open(grave: Grave) -> bool:
+        layer = layers.by_uuid.get(grave.id.uuid) if grave.id.sequence else None
+        home = blocks.slots.get(layer.home) if layer else None
+        return home is not None and home.device is None
+
+    return [grave for grave in graves if not is_open(grave)]
 
 
 def _finish_erasures(
@@ -322,10 +322,7 @@ def _finish_erasures(
     """
     finished = []
     touched: set[int] = set()
-    done = set(stale)
     for grave in graves:
-        if grave.id in done:
-            continue
         try:
             for device in grave.devices:
                 blocks.writable(device)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from bisect import bisect_right, insort
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rustord.allocator import Allocator
@@ -38,7 +38,7 @@ def take_stock(
 ) -> tuple[Stock, list[Grave], list[RecordId], str]:
     """Fill the FreeLists: free is what no Record and no Layer names.
 
-    Returns also the graves, which of them are none any more, and why the pool takes no changes; "" if it does.
+    Returns also the graves, which others are none any more, and why the pool takes no changes; "" if it does.
     """
     used: dict[int, list[int]] = {index: [] for index in blocks.slots}
     stock = Stock()
@@ -54,7 +54,7 @@ def take_stock(
     graves = keystore.graves() + _add_layers(keystore, layers, used)
     for runs in used.values():
         runs.sort()
-    stale = _add_graves(graves, used)
+    graves, stale = _add_graves(graves, used)
     problem = ""
     for index, slot in blocks.slots.items():
         free, overlap = _gaps(slot.geometry.data_runs, used.pop(index))
@@ -82,31 +82,43 @@ def _add_layers(keystore: KeyStore, layers: Layers, used: Mapping[int, list[int]
     return graves
 
 
-def _add_graves(graves: Iterable[Grave], used: Mapping[int, list[int]]) -> list[RecordId]:
-    """Add the blocks of ``graves`` to ``used``, which is sorted; returns those of which somebody else has a block.
+def _add_graves(graves: Iterable[Grave], used: Mapping[int, list[int]]) -> tuple[list[Grave], list[RecordId]]:
+    """Add the blocks of ``graves`` to ``used``, which is sorted, but for those of somebody else, or of a younger one.
 
     A block is given to nobody before it is erased, so these are erased. The journal may not say so: if the index, which
     knew, is lost, the journal's tombstones make them graves again. To erase them now would destroy the other's data.
+    Returns the graves without them, and those of which nothing is left.
     """
     buried: dict[int, list[int]] = {index: [] for index in used}
-    stale = []
+    kept, stale = [], []
     for grave in sorted(graves, key=lambda grave: grave.id.sequence, reverse=True):
-        if not grave.devices <= used.keys() or any(
-            _is_taken(taken[extent.device], extent) for extent in grave.extents for taken in (used, buried)
-        ):
-            stale.append(grave.id)
+        left: list[Extent] = []
+        for extent in grave.extents if grave.devices <= used.keys() else ():
+            taken = buried[extent.device]
+            for part in _not_in(used[extent.device], extent):
+                for block, count in [(one.block, one.count) for one in _not_in(taken, part)]:
+                    insort(taken, block << 32 | count)
+                    left.append(Extent(extent.device, block, count))
+        if left:
+            kept.append(Grave(grave.id, left))
         else:
-            for device, block, count in grave.extents:
-                insort(buried[device], block << 32 | count)
+            stale.append(grave.id)
     for index, runs in buried.items():
         used[index].extend(runs)
-    return stale
+    return kept, stale
 
 
-def _is_taken(taken: Sequence[int], extent: Extent) -> bool:
-    """Whether the sorted runs (block << 32 | count) have a block of ``extent``."""
-    at = bisect_left(taken, extent.end << 32)
-    return at > 0 and (taken[at - 1] >> 32) + (taken[at - 1] & 0xFFFFFFFF) > extent.block
+def _not_in(taken: Sequence[int], extent: Extent) -> Iterator[Extent]:
+    """What the sorted runs (block << 32 | count) leave of ``extent``."""
+    device, block, _ = extent
+    at = max(bisect_right(taken, block << 32 | 0xFFFFFFFF) - 1, 0)
+    while at < len(taken) and (first := taken[at] >> 32) < extent.end:
+        if first > block:
+            yield Extent(device, block, first - block)
+        block = max(block, first + (taken[at] & 0xFFFFFFFF))
+        at += 1
+    if block < extent.end:
+        yield Extent(device, block, extent.end - block)
 
 
 def _gaps(data_runs: Iterable[tuple[int, int]], used: list[int]) -> tuple[list[tuple[int, int]], int]:

@@ -33,17 +33,14 @@ from rustord.label import Label, State
 from rustord.objkey import ObjectId, uuid_text
 from rustord.page import MAGIC as PAGE_MAGIC
 from rustord.page import (
-    LayerEntry,
-    MapEntry,
     Page,
     decode_head,
-    decode_layer_entry,
-    decode_map_entry,
     decode_slot,
+    extent_at,
     slots_at,
 )
 from rustord.record import Grave, Record, RecordId
-from rustord.replay import VOID_LENGTH, copy_is_whole, was_flushed
+from rustord.replay import VOID_LENGTH, Notes, copy_is_whole, was_flushed
 
 log = logging.getLogger(__name__)
 
@@ -167,8 +164,6 @@ class _Journals:
         """The newest change that says that an Object was there before: it was deleted, replaced, or moved."""
         self.deleted: set[ObjectId] = set()
         self.undone: set[RecordId] = set()
-        self.noted: dict[int, LayerEntry | MapEntry] = {}
-        """By sequence: changes of Layers."""
         self.erased: set[RecordId] = set()
         self.unerased: set[RecordId] = set()
         self.graves: dict[RecordId, Grave] = {}
@@ -178,10 +173,12 @@ class _Journals:
         self.holes: list[str] = []
         self._label = label
         self._block_size = label.block_size
+        self._notes = Notes()
         self._newest = 0
         self._durable: set[int] = set()
         self._runs: dict[bytes, list[tuple[int, Batch]]] = {}
         self._sequences: dict[tuple[bytes, int], list[int]] = {}  # of the changes in each batch
+        self._there = {slot.index for slot in blocks.slots.values() if slot.device is not None}
         for slot in blocks.slots.values():
             if slot.device is not None:
                 self._read(slot, Ring(slot.device, slot.uuid, slot.geometry, label.secret))
@@ -200,6 +197,7 @@ class _Journals:
         batches = []
         for block, batch in ring.batches():
             self._absorb(batch)
+            self._notes.add(slot.index, batch)
             batches.append((block, batch._replace(entries=())))
             self._sequences[slot.uuid, batch.number] = [entry.sequence for entry in batch.entries if entry.sequence]
         run = newest_run(batches)
@@ -235,15 +233,11 @@ class _Journals:
                 self.puts[sequence] = payload[:16], payload[16:]
             elif kind is Kind.DELETE:
                 self.deleted.add(payload)
-            elif kind is Kind.LAYER:
-                self.noted[sequence] = decode_layer_entry(payload)
-            elif kind is Kind.MAP:
-                self.noted[sequence] = decode_map_entry(payload)
             elif kind is Kind.GRAVE:
                 grave = decode_grave(payload)
                 self.graves[grave.id] = grave
                 self._newest = max(self._newest, grave.id.sequence)
-            else:
+            elif kind not in (Kind.LAYER, Kind.MAP):
                 ids = {Kind.UNDO: self.undone, Kind.ERASED: self.erased, Kind.UNERASED: self.unerased}[kind]
                 ids.update(decode_record_ids(payload))
 
@@ -252,16 +246,24 @@ class _Journals:
         pages: dict[tuple[bytes, int], Page] = {}
         for page in sorted(found, key=lambda page: page.generation):
             pages[page.layer, page.number] = page
-        for sequence, note in sorted(self.noted.items()):
-            for change in note.changes():
+        homes = {page.layer: extent_at(page.address, 1).device for page in pages.values() if not page.number}
+        uncounted = self._notes.uncounted(homes.get, self._there, self._label, reaches=self._reaches)
+        for sequence, note in sorted(self._notes.changes.items()):
+            for change in note.changes() if sequence not in uncounted else ():
                 key = change.layer, change.number
                 changed = change.apply(pages.get(key), sequence)
                 if changed is not None:
                     pages[key] = changed
+        self.graves |= {grave.id: grave for grave in self._notes.graves(uncounted, self._block_size)}
         gone = {id.uuid for id in self.erased | self.unerased if not id.sequence}
         return {
             key: page for key, page in pages.items() if page.address and (key[0], 0) in pages and key[0] not in gone
         }
+
+    def _reaches(self, device: int, sequence: int) -> bool:
+        """Whether the journal of a device has all changes that concern it from a sequence on."""
+        reach = self.reach.get(device)
+        return reach is not None and reach[0] <= sequence
 
     def graves_left(self) -> list[Grave]:
         """Those of the GRAVEs that nothing says are over. An opening drops those whose blocks are somebody's by now.

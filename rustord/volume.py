@@ -37,8 +37,8 @@ from rustord.page import (
 )
 from rustord.record import RecordId
 
-Note = Callable[[Sequence[MapEntry], set[int], Sequence[RecordId], Sequence[Extent]], Sequence[RecordId]]
-"""Makes changes durable in the journals of these devices, and has the KeyStore learn them; see `ObjectStore.note`."""
+Note = Callable[[Sequence[MapEntry], Sequence[RecordId], Sequence[Extent]], Sequence[RecordId]]
+"""Makes changes durable, and has the KeyStore learn them; see `ObjectStore.note`."""
 
 Free = Callable[[Sequence[Extent], Callable[[RustordError | None], None], Sequence[RecordId]], None]
 """Erases blocks, which are these graves, and gives them back, in the background; is told when it is done."""
@@ -394,9 +394,6 @@ class Volume:
         self, pages: dict[int, int], chunks: dict[int, int], copied: Sequence[RecordId], freed: Sequence[Extent]
     ) -> Sequence[RecordId]:
         """Returns the graves that ``freed`` are. ``copied`` are none any more."""
-        devices = {extent_at(address, 1).device for address in chunks.values() if address > ZEROS}
-        devices |= {extent_at(address, 1).device for address in pages.values()}
-        devices |= {extent.device for extent in freed} | {self.layer.home}
         changes = sorted(chunks.items())
         entries = [MapEntry(self.layer.uuid, sorted(pages.items()), changes[:_ENTRY_CHUNKS])]
         entries += [
@@ -404,5 +401,5 @@ class Volume:
             for at in range(_ENTRY_CHUNKS, len(changes), _ENTRY_CHUNKS)
         ]
         for entry in entries[:-1]:
-            self._note([entry], devices, (), ())
-        return self._note(entries[-1:], devices, copied, freed)
+            self._note([entry], (), ())
+        return self._note(entries[-1:], copied, freed)

@@ -204,9 +204,9 @@ class Volumes:
         return self.call(lambda: self._store.announce_copies(copies))
 
     def _note(
-        self, notes: Sequence[MapEntry], devices: set[int], copied: Sequence[RecordId], left: Sequence[Extent]
+        self, notes: Sequence[MapEntry], copied: Sequence[RecordId], left: Sequence[Extent]
     ) -> Sequence[RecordId]:
-        ids = self.call(lambda: self._store.note(notes, devices, copied, left))
+        ids = self.call(lambda: self._store.note(notes, copied, left))
         warning = self.warning()
         if warning and not self._warned:
             log.warning("%s", warning)
@@ -283,7 +283,7 @@ class Volumes:
         slots = self._store.allocator.run(SLOT_COUNT, home)
         layer = Layer(self._store.keygen.uuid(), address_of(slots), head)
         try:
-            self._store.note([_entry(layer, head), *others], {layer.home, home} - {-1})
+            self._store.note([_entry(layer, head), *others])
         except RustordError:
             self._store.free([slots])  # on a device that failed they stay taken until the next start
             raise
@@ -322,7 +322,7 @@ class Volumes:
 
     def _set_head(self, layer: Layer, head: Head) -> None:
         def change() -> None:
-            self._store.note([_entry(layer, head)], {layer.home})
+            self._store.note([_entry(layer, head)])
             self._layers.rename(layer, head)
 
         self.call(change)
@@ -399,7 +399,7 @@ class Volumes:
             return
         heads = [upper.head._replace(base=layer.uuid) for upper in above]
         entries = [_entry(upper, head) for upper, head in zip(above, heads, strict=True)]
-        self._store.note(entries, {layer.home, *(upper.home for upper in above)})
+        self._store.note(entries)
         for upper, head in zip(above, heads, strict=True):
             self._layers.rebase(upper, head)
         self._store.sweep_base(base)

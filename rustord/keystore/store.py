@@ -56,12 +56,13 @@ from rustord.keystore.ring import Ring, RingFull
 from rustord.keystore.state import REBUILDING_KEY, IndexState, commit, state_of, verify
 from rustord.objkey import ObjectId, uuid_text
 from rustord.page import (
+    LayerEntry,
     Page,
     PageChange,
     decode_head,
-    decode_layer_entry,
-    decode_map_entry,
+    decode_note,
     decode_page,
+    extent_at,
     slots_at,
 )
 from rustord.record import RECORD_ID, Grave, Record, RecordId, encode_extents
@@ -417,18 +418,15 @@ class KeyStore:
     def _learn_layer(self, overlay: Overlay, entry: Entry) -> Grave | None:
         """Returns the slots that pages have left with this change; they are a grave."""
         left: list[Extent] = []
-        if entry.kind is Kind.LAYER:
-            new = decode_layer_entry(entry.payload)
-            self._bases[new.layer] = decode_head(new.content).base
-            changes = new.changes()
-        else:
-            changes = decode_map_entry(entry.payload).changes()
-        for change in changes:
+        note = decode_note(entry)
+        if isinstance(note, LayerEntry):
+            self._bases[note.layer] = decode_head(note.content).base
+        for change in note.changes():
             if change.layer in self._bases:  # or else it has been erased since
                 left += self._change_page(overlay, change, entry.sequence)
         if not left:
             return None
-        grave = Grave(RecordId(changes[0].layer, entry.sequence), left)
+        grave = Grave(RecordId(note.layer, entry.sequence), left)
         self._learn_grave(overlay, grave, entry.sequence)
         return grave
 
@@ -452,6 +450,11 @@ class KeyStore:
     def has_page(self, layer: bytes, number: int) -> bool:
         """Whether a page of the map of a Layer is known."""
         return self._page(page_key(layer, number)) is not None
+
+    def home_of(self, layer: bytes) -> int | None:
+        """The device of the head of a Layer; None if there is no such Layer."""
+        raw = self._page(page_key(layer, 0))
+        return extent_at(decode_page(raw).address, 1).device if raw else None
 
     def _page(self, key: bytes) -> bytes | None:
         for overlay in (self._fresh, self._draining):

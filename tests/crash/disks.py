@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 from unittest.mock import patch
 
+from rustord.errors import DeviceError
 from rustord.layermover import LayerMover
 from rustord.objectstore import ObjectStore
 from rustord.page import CHUNK_BYTES
@@ -35,6 +36,11 @@ class Disk(NamedTuple):
             versions.append(versions[-1][:offset] + data + versions[-1][offset + len(data) :])
         return versions
 
+    def overwritten(self, offset: int, data: bytes) -> Disk:
+        """What it may hold after a write that was flushed, and perhaps nothing else was."""
+        written = tuple((at, _patched(old, offset - at, data)) for at, old in self.written)
+        return Disk(_patched(self.flushed, offset, data), written)
+
     def may_be(self, data: bytes) -> bool:
         versions = self.versions()
         sectors = (slice(at, at + SECTOR_BYTES) for at in range(0, len(self.flushed), SECTOR_BYTES))
@@ -42,6 +48,12 @@ class Disk(NamedTuple):
             len(data) == len(self.flushed)
             and all(any(data[sector] == version[sector] for version in versions) for sector in sectors)
         )
+
+
+def _patched(old: bytes, offset: int, data: bytes) -> bytes:
+    """``old`` with as much of ``data`` as lies within it, from ``offset`` on."""
+    begin, end = max(offset, 0), max(offset + len(data), 0)
+    return (old[:begin] + data[max(-offset, 0) :] + old[end:])[: len(old)]
 
 
 def found_disks(
@@ -105,6 +117,19 @@ class Disks:
             volume.flush()
         self._set(name, Disk(self.newest(name)))
 
+    def overwrite(self, name: str, offset: int, data: bytes) -> bool:
+        """Write and flush, whatever else may be unflushed; False if a device refuses that."""
+        before = self._stage.told.disks[name]
+        self._written(name, offset, data)
+        try:
+            with self._opened(name) as volume:
+                volume.write(offset, memoryview(data))
+                volume.flush()
+        except DeviceError:
+            return False
+        self._set(name, before.overwritten(offset, data))
+        return True
+
     def freeze(self, name: str, content: Content) -> None:
         """Make an Object of it, which then has that content."""
         stage = self._stage
@@ -127,13 +152,21 @@ class Disks:
         disks = {**told.disks, name: Disk(content.data)}
         stage.tell(told._replace(objects=objects, putting=putting, disks=disks, bases=told.bases | {record.uuid}))
 
-    def move(self) -> None:
-        """Have the chunks of all volumes on other blocks of any device."""
+    def move(self, device: int = -1) -> None:
+        """Have the chunks of all volumes on other blocks of any device, or those on ``device`` on others."""
         run = self._store.allocator.run
         mover = LayerMover(self._store, self._volumes)
+        if device >= 0:
+            mover.run({device: 1 << 60}, lambda length: None, slots=False)
+            assert mover.problem is None
+            return
         with patch.object(self._store.allocator, "run", lambda count, device=-1, avoid=(): run(count, device)):
             mover.run(dict.fromkeys(self._store.blocks.slots, 1 << 60), lambda length: None, slots=False)
         assert mover.problem is None
+
+    def home(self, name: str) -> int:
+        """The device of its map."""
+        return self._store.layers.volumes[name].home
 
     def delete(self, name: str) -> None:
         """Delete it; nothing of what it had by itself is to be found then."""

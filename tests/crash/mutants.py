@@ -26,6 +26,7 @@ from rustord.blockstore import BlockStore
 from rustord.keystore.ring import Ring
 from rustord.keystore.store import KeyStore
 from rustord.objectstore import ObjectStore
+from rustord.replay import Notes
 from rustord.survey import _Journals
 from rustord.volume import Volume
 from rustord.volumes import Volumes
@@ -291,12 +292,12 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "graves are forgotten at the start",
-        (pool._finish_erasures, "if grave.id in done:", "if True:"),
+        (pool._finish_erasures, "for grave in graves:", "for grave in ():"),
         by=(s.replacing_and_deleting,),
     )
     yield mutant(
         "a grave is erased though its blocks are another's by now",
-        (pool._finish_erasures, "if grave.id in done:", "if False:"),
+        (rustord.stock._add_graves, "_not_in(used[extent.device], extent)", "(extent,)"),
         by=freed,
     )
     # The journal and the index
@@ -458,6 +459,33 @@ def _mutants() -> Iterator[Mutant]:
         "what the chunks of a volume have left is no grave",
         (ObjectStore.note, "if left else []", "if False else []"),
         by=(s.moving_a_volume,),
+    )
+    # Devices that are away for a while
+    between = (s.moving_a_volume_between_devices, s.writing_a_volume)
+    yield mutant(
+        "a MAP counts that its home does not have",
+        (Notes.uncounted, "if at is not None and at not in devices and reaches(at, sequence):", "if False:"),
+        by=between,
+    )
+    yield mutant(
+        "what a MAP speaks of is free as long as its home is missing",
+        (Notes.graves, "if isinstance(change, MapEntry) and", "if False and"),
+        by=between,
+    )
+    yield mutant(
+        "blocks are erased that only a home which is missing can tell of",
+        (pool._certain, "return home is not None and home.device is None", "return False"),
+        by=between,
+    )
+    yield mutant(
+        "a LAYER is in the journal of its home alone",
+        (ObjectStore.note, "devices |= self.blocks.slots.keys()", "devices.add(note.home)"),
+        by=between,
+    )
+    yield mutant(
+        "an old LAYER counts, or one that comes too late",
+        (Notes.uncounted, "if needed - devices if is_late else sequence <= indexed_sequence:", "if False:"),
+        by=between,
     )
     # Devices that fail
     yield mutant(

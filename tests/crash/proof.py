@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from rustord.errors import PoolError, RustordError
 from rustord.objectstore import ObjectStore
+from rustord.page import CHUNK_BYTES
+from rustord.testing.device import SECTOR_BYTES
 from rustord.testing.recording import Note, State
 from tests.crash.disks import Disks
 from tests.crash.scenarios import DEVICE_BYTES, Scenario, some
@@ -19,7 +21,8 @@ class Proof:
     """Examines states that power cuts leave, and counts what it examined.
 
     ``samples`` of each moment with many unflushed writes, a ``share`` of all these, and ``depth`` more power cuts in
-    what follows upon each. Of ``losses`` of them, the index is lost as well.
+    what follows upon each. Of ``losses`` of them, the index is lost as well; of ``absences`` of those with
+    several devices, one of these is away for a while.
     """
 
     seed: int
@@ -27,6 +30,7 @@ class Proof:
     share: float = 1.0
     depth: int = 1
     losses: float = 0.3
+    absences: float = 0.3
     counts: Counter[str] = field(default_factory=Counter)
 
     def of(self, scenario: Scenario) -> None:
@@ -69,6 +73,8 @@ class Proof:
         found = stage.check(story.store)
         if chance.random() < self.losses:
             self._without_index(before, state, chance)
+        if len(told.members) > 1 and told.disks and not told.putting and chance.random() < self.absences:
+            self._with_a_device_away(before, state, index, chance)
         if older and chance.random() < 0.2:
             self._with_older_index(before, state, chance.choice([older[0], chance.choice(older)]), chance)
         stage.tell(stage.told.after(found, stage.members(story.store)))
@@ -115,6 +121,42 @@ class Proof:
         assert not report.losses, report.losses
         self.counts["rebuilt"] += 1
         return True
+
+    def _with_a_device_away(self, before: Stage, state: State, index: Index, chance: random.Random) -> None:
+        """What is written to volumes while a device is away stays when that is back, whatever it brings with it."""
+        stage = before.after(state, index, chance)
+        told = stage.told
+        try:
+            store = stage.open(away=chance.choice(sorted(told.members)))
+        except PoolError:  # the label of the only other device was being written
+            self.counts["no pool without the device away"] += 1
+            return
+        self.counts["device away"] += 1
+        story = Story(stage, store)
+        disks = Disks(story)
+        if stage.placer.copies == 1:
+            story.put(*(some(chance.getrandbits(64), CHUNK_BYTES) for _ in range(3)))  # on blocks that seem to be free
+        for name in sorted(store.layers.volumes.keys() & told.disks.keys() - told.unsure.keys()):
+            for chunk in range(store.layers.volumes[name].head.size // CHUNK_BYTES):
+                data = some(chance.getrandbits(64), SECTOR_BYTES).data
+                self.counts["written meanwhile"] += disks.overwrite(name, chunk * CHUNK_BYTES + SECTOR_BYTES, data)
+        if chance.random() < 0.5:
+            store.close()
+        else:
+            stage.lose_power()
+        rebuilding = chance.random() < self.losses
+        try:
+            if rebuilding:
+                stage.rebuild()
+            store = stage.open()
+        except PoolError as error:
+            if "used without the other devices" not in error.message:
+                raise
+        else:
+            if not any("used without the other devices" in slot.why for slot in store.blocks.slots.values()):
+                stage.check(store, redundant=False)
+                return
+        self.counts["refused when it was back"] += 1  # the cut came while labels were being written
 
     def _with_older_index(self, before: Stage, state: State, index: Index, chance: random.Random) -> None:
         """An older copy is as good, as long as the journal has the rest; or else it is refused."""

@@ -365,6 +365,26 @@ def moving_a_volume(stage: Stage) -> None:
     disks.flush("disk")
 
 
+def moving_a_volume_between_devices(stage: Stage) -> None:
+    """Its map stays on one device while its chunks go to another one and back; meanwhile it is written and trimmed."""
+    disks = Disks(opened(stage))
+    disks.create("disk", 3)
+    disks.write("disk", 0, some(1, 2 * CHUNK_BYTES).data)
+    disks.flush("disk")
+    home = disks.home("disk")
+    disks.move(home)
+    disks.write("disk", 70_000, some(2, 3000).data)
+    disks.flush("disk")
+    disks.trim("disk", 0)
+    disks.write("disk", 140_000, some(3, 3000).data)
+    disks.flush("disk")
+    disks.move(1 - home)
+    disks.snapshot("disk", Content(disks.newest("disk"), "snapshot"))
+    disks.move(home)
+    disks.write("disk", 0, some(4, 3000).data)
+    disks.flush("disk")
+
+
 def freezing_and_cloning(stage: Stage) -> None:
     """A volume becomes an Object without a byte being moved, and volumes share that until the last is gone."""
     story = opened(stage)
@@ -445,6 +465,7 @@ def _scenarios() -> Any:
     yield Scenario(writing_a_volume, 2, Striped(2))
     yield Scenario(moving_a_volume)
     yield Scenario(moving_a_volume, 2)
+    yield Scenario(moving_a_volume_between_devices, 2)
     yield Scenario(freezing_and_cloning)
     yield Scenario(cloning_an_object, 2, Mirrored(2))
     yield Scenario(keeping_a_map)

@@ -247,12 +247,12 @@ class Stage:
         with patch("rustord.pool.os.urandom", self.chance.randbytes), patch("rustord.pool.time.time_ns", self.now):
             yield
 
-    def open(self) -> ObjectStore:
-        """Open the pool on its devices: those of which users know, and whatever else bears its label."""
-        return self._with_devices(self._open)
+    def open(self, *, away: int = -1) -> ObjectStore:
+        """Open the pool on its devices: those of which users know, and whatever else bears its label; not ``away``."""
+        return self._with_devices(self._open, away)
 
-    def _with_devices(self, act: Callable[[Sequence[VolatileDevice]], T]) -> T:
-        numbers = [number for number in self.sizes if self._belongs(number)]
+    def _with_devices(self, act: Callable[[Sequence[VolatileDevice]], T], away: int = -1) -> T:
+        numbers = [number for number in self.sizes if number != away and self._belongs(number)]
         with ExitStack() as stack:
             stack.enter_context(patch("rustord.blockstore.ThreadPoolExecutor", _InTurn))
             stack.enter_context(patch("rustord.pool.os.urandom", self.chance.randbytes))
