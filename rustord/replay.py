@@ -6,6 +6,7 @@ import logging
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from rustord.blockstore import BlockStore
@@ -246,24 +247,44 @@ def _has_footer(record: Record, blocks: BlockStore, label: Label) -> bool:
 
 
 def _is_whole(record: Record, blocks: BlockStore, label: Label) -> bool | None:
-    """Whether any copy of an Object reached its devices whole; None if none did that is on devices that can be asked.
+    """Whether any copy of an Object reached its devices whole; None if nobody can tell.
 
     If some did, the others are made from them: an Object that is kept has all of its copies. They are durable once the
-    labels have been written, which is before the index knows of the Object.
+    labels have been written, which is before the index knows of the Object. If a copy did not, and none is known that
+    did, the Object was never acknowledged, whatever is on devices that are missing: all copies are durable before that.
     """
     if not record.devices <= blocks.slots.keys():
         return None  # it was on a device that has been removed, so it has been deleted or moved
+    whole = [_is_copy_whole(record, number, blocks, label) for number in range(len(record.copies))]
+    if True not in whole:
+        return False if False in whole else None
     try:
-        whole = [copy_is_whole(record, number, blocks, label) for number in range(len(record.copies))]
-        if any(whole) and not all(whole):
-            for number in range(len(whole)):
-                if not whole[number]:
-                    blocks.repair(record, number, footer_of(record, number, blocks, label))
+        for number, is_whole in enumerate(whole):
+            if is_whole is False:
+                blocks.repair(record, number, footer_of(record, number, blocks, label))
     except DeviceError as error:
-        uuid = uuid_text(record.uuid)
-        log.warning("Object %s could not be verified or repaired: %s", uuid, error, extra=fields(uuid=uuid))
-        return None
-    return any(whole)
+        _warn(record, error)
+    return True
+
+
+def _is_copy_whole(record: Record, number: int, blocks: BlockStore, label: Label) -> bool | None:
+    """The same of one copy; None if a part of it cannot be read, and the others, as far as they were looked at, are."""
+    unsure = any(blocks.slots[extent.device].device is None for extent in record.copies[number])
+    steps = _steps(record, number, blocks, label, CHUNK_BYTES if unsure else _VERIFY_BYTES)
+    for is_right in steps:
+        try:
+            if not is_right():
+                return False
+        except DeviceError as error:
+            if not unsure:  # it failed just now, and may take long to do so again
+                _warn(record, error)
+                return None
+    return None if unsure else True
+
+
+def _warn(record: Record, error: DeviceError) -> None:
+    uuid = uuid_text(record.uuid)
+    log.warning("Object %s could not be verified or repaired: %s", uuid, error, extra=fields(uuid=uuid))
 
 
 def footer_of(record: Record, number: int, blocks: BlockStore, label: Label) -> bytes:
@@ -272,12 +293,16 @@ def footer_of(record: Record, number: int, blocks: BlockStore, label: Label) -> 
 
 
 def copy_is_whole(record: Record, number: int, blocks: BlockStore, label: Label) -> bool:
+    """Whether a copy has the right bytes and its footer. Raises DeviceError."""
+    return all(is_right() for is_right in _steps(record, number, blocks, label, _VERIFY_BYTES))
+
+
+def _steps(record: Record, number: int, blocks: BlockStore, label: Label, step: int) -> Iterator[Callable[[], bool]]:
+    """What has to be right of a copy, ``step`` bytes of data at a time."""
     # What a Layer has was durable before the Object was thought of.
-    for offset in range(0, record.size if not record.layer else 0, _VERIFY_BYTES):
-        length = min(_VERIFY_BYTES, record.size - offset)
-        if not blocks.verify(record, number, offset, length):
-            return False
-    return _footer_is_whole(record, number, blocks, label)
+    for offset in range(0, record.size if not record.layer else 0, step):
+        yield partial(blocks.verify, record, number, offset, min(step, record.size - offset))
+    yield partial(_footer_is_whole, record, number, blocks, label)
 
 
 def _footer_is_whole(record: Record, number: int, blocks: BlockStore, label: Label) -> bool:

@@ -487,6 +487,11 @@ def _mutants() -> Iterator[Mutant]:
         (Notes.uncounted, "if needed - devices if is_late else sequence <= indexed_sequence:", "if False:"),
         by=between,
     )
+    yield mutant(
+        "a PUT is believed though a copy of it that can be asked is not whole",
+        (replay._is_whole, "return False if False in whole else None", "return None"),
+        by=(s.replacing_and_deleting, s.adding_a_device),
+    )
     # Devices that fail
     yield mutant(
         "a PUT is acknowledged though a flush failed",

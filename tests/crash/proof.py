@@ -73,7 +73,8 @@ class Proof:
         found = stage.check(story.store)
         if chance.random() < self.losses:
             self._without_index(before, state, chance)
-        if len(told.members) > 1 and told.disks and not told.putting and chance.random() < self.absences:
+        has_failed = any(device.failed for device in before.devices.values())  # which counts as away already
+        if len(told.members) > 1 and not has_failed and chance.random() < self.absences:
             self._with_a_device_away(before, state, index, chance)
         if older and chance.random() < 0.2:
             self._with_older_index(before, state, chance.choice([older[0], chance.choice(older)]), chance)
@@ -154,7 +155,10 @@ class Proof:
                 raise
         else:
             if not any("used without the other devices" in slot.why for slot in store.blocks.slots.values()):
-                stage.check(store, redundant=False)
+                if told.putting or not told.disks:
+                    stage.check_acknowledged(store)
+                else:
+                    stage.check(store, redundant=False)
                 return
         self.counts["refused when it was back"] += 1  # the cut came while labels were being written
 

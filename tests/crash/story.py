@@ -332,6 +332,22 @@ class Stage:
         self._check_erased(store, [uuid for uuid in told.places if uuid not in found])
         return found
 
+    def check_acknowledged(self, store: ObjectStore) -> None:
+        """Assert that what was acknowledged is there, and what was deleted is not. Others there may be damaged.
+
+        Nobody could tell of these, as long as a device was missing, that they had never been acknowledged.
+        """
+        told = self.told
+        replacing = {content.name for content in told.putting if content.name}
+        for uuid, content in told.objects.items():
+            record = store.keystore.get(uuid)
+            if record is not None:
+                assert content_of(store, record) == content, "an Object has changed"
+            else:
+                assert uuid in told.deleting or content.name in replacing, "an acknowledged Object is lost"
+        for uuid in told.deleted:
+            assert uuid in told.objects or store.keystore.get(uuid) is None, "a deleted Object came back"
+
     def _check_erased(self, store: ObjectStore, gone: Iterable[bytes]) -> None:
         """No free block holds what was deleted."""
         numbers = {id(device): number for number, device in self.devices.items()}
