@@ -242,7 +242,7 @@ class Volume:
         device = self._blocks.writable(index)
         device.write(block * self._blocks.block_size + skip, (data,))
         with self._dirtying:
-            self._dirty[index] = device
+            self._dirty.setdefault(index, device)  # one that was there before has yet to be flushed, if it still can be
 
     def _write_first(self, chunk: int, skip: int, data: memoryview) -> None:
         """Write to a chunk that the top Layer does not have yet."""
@@ -376,7 +376,7 @@ class Volume:
                 self._freed = freed + self._freed
                 self._copied = copied + self._copied
             with self._dirtying:
-                self._dirty = dirty | self._dirty
+                self._dirty |= dirty
             raise
         return freed, graves
 

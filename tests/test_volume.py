@@ -13,6 +13,7 @@ import pytest
 from rustord.errors import DeviceError
 from rustord.objectstore import ObjectStore
 from rustord.page import CHUNK_BYTES
+from rustord.testing.device import VolatileDevice
 from rustord.volume import Volume
 from rustord.volumes import Volumes
 from rustord.writer import Writer
@@ -125,3 +126,23 @@ def test_a_flush_that_fails_says_so_and_goes_on_saying_so(simulation: Simulation
             volume.flush()
     assert read(volume, 0, 4096) == b"x" * 4096
     volume.close()
+
+
+@pytest.mark.parametrize("tried", [False, True], ids=["", "after a flush that failed"])
+def test_what_a_device_has_lost_while_it_was_away_is_not_forgotten_when_it_is_written_again(
+    simulation: Simulation, store: ObjectStore, volumes: Volumes, *, tried: bool
+) -> None:
+    volumes.create("disk", SIZE)
+    volume = volumes.open("disk")
+    volume.write(0, memoryview(b"x" * 4096))
+    slot, before = store.blocks.slots[0], simulation.devices[0]
+    if tried:
+        before.fail_flushes = 1
+        with pytest.raises(DeviceError):
+            volume.flush()
+    slot.device = VolatileDevice(before._below)  # it was pulled out, and is back
+    volume.write(8192, memoryview(b"y" * 4096))
+    for _ in range(2):
+        with pytest.raises(DeviceError, match="was away"):
+            volume.flush()
+    slot.device, before.failed = before, ""
