@@ -368,14 +368,18 @@ class ObjectStore:
         A MAP is in the journals of the Layer's home and of all devices that it speaks of when this returns, so that a
         replay can tell one that was cut short. A LAYER goes to all journals: who has a MAP has to know whose it is.
         With it, the blocks of the graves ``copied`` become the Layer's, and those that are ``left`` a grave, to be
-        erased, whose id is returned. Raises ReadOnly or DeviceError; the journals may have it all the same.
+        erased, whose id is returned. Raises ReadOnly, or DeviceError if a device that has to take it does not; the
+        journals may have it all the same then.
         """
         self.check_changeable()
+        writable = self.blocks.writable_indices()
+        if not writable:
+            raise DeviceError("no device of the pool takes writes", hint="'rustorctl device list' shows why")
         entries = []
         devices = {extent.device for extent in left}
         for note in notes:
             if isinstance(note, LayerEntry):
-                devices |= self.blocks.slots.keys()
+                devices.update(writable)
             else:
                 concerned = {self.keystore.home_of(note.layer), *(extent.device for extent in note.extents(1))}
                 devices |= {index for index in concerned if index is not None and self.blocks.writable(index)}

@@ -163,11 +163,14 @@ class Volume:
         self._freed.append(old)
         return True
 
-    def end(self) -> None:
-        """Make durable what can be, and change nothing of the Layer from now on."""
-        with self._flushing, suppress(RustordError):
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Make durable what can be, and change nothing of the Layer from then on, unless what is done here raises."""
+        with self._flushing:
+            with suppress(RustordError):
+                self._flush()
+            yield
             self._ended = True
-            self._flush()
         self._layers.unwatch(self._gate)
 
     # Reading

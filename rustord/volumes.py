@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -344,11 +344,11 @@ class Volumes:
         name = layer.head.name
         with self._making:
             self._ending.add(name)
-            volume = self._volumes.pop(name, None)
+            volume = self._volumes.get(name)
         try:
-            if volume is not None:
-                volume.end()
-            self._set_head(layer, layer.head._replace(name=""))
+            with volume.ending() if volume else nullcontext():
+                self._set_head(layer, layer.head._replace(name=""))
+            self._volumes.pop(name, None)
         finally:
             self._ending.discard(name)
 
@@ -389,7 +389,8 @@ class Volumes:
                 pace(length)
             writing.flush()
         finally:
-            writing.end()
+            with writing.ending():
+                pass
 
     def _replace(self, base: Record, layer: Layer) -> None:
         """Have build on a Layer what built on a deleted Object, if anything does still. Called between cycles."""

@@ -146,3 +146,20 @@ def test_what_a_device_has_lost_while_it_was_away_is_not_forgotten_when_it_is_wr
         with pytest.raises(DeviceError, match="was away"):
             volume.flush()
     slot.device, before.failed = before, ""
+
+
+def test_a_change_that_no_journal_takes_is_an_error(simulation: Simulation, volumes: Volumes) -> None:
+    volumes.create("disk", SIZE)
+    volume = volumes.open("disk")
+    volume.write(0, memoryview(b"x" * CHUNK_BYTES))
+    volume.flush()
+    simulation.devices[0].failed = "it was told to"
+    volume.zero(0, CHUNK_BYTES, keep=False, fast=False)
+    for _ in range(2):
+        with pytest.raises(DeviceError):
+            volume.flush()
+    volume.close()
+    with pytest.raises(DeviceError):
+        volumes.delete("disk")
+    assert volumes.names() == ["disk"]
+    simulation.devices[0].failed = ""
