@@ -15,6 +15,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain, islice
+from typing import TypeVar
 
 from rustord.allocator import Allocator
 from rustord.blockdevice import BlockDevice
@@ -37,6 +39,8 @@ from rustord.page import (
 )
 from rustord.record import RecordId
 
+T = TypeVar("T")
+
 Note = Callable[[Sequence[MapEntry], Sequence[RecordId], Sequence[Extent]], Sequence[RecordId]]
 """Makes changes durable, and has the KeyStore learn them; see `ObjectStore.note`."""
 
@@ -47,7 +51,7 @@ Announce = Callable[[Layer, Iterable[Sequence[Extent]]], Sequence[RecordId]]
 """Makes graves of blocks that are about to be filled with what a Layer has."""
 
 _PENDING_MAX = 16384
-"""Changes of the map that wait for a flush, before a write flushes of its own accord."""
+"""Changes of the map that wait for a flush, before the next one flushes of its own accord."""
 _ENTRY_CHUNKS = 4096
 """Changes in one entry of the journal: 64 KiB, which is little beside the shortest journal."""
 _ERASE_S = 10.0
@@ -93,8 +97,10 @@ class Volume:
         self._dirtying = threading.Lock()
         self._pages: dict[int, int] = {}
         self._chunks: dict[int, int] = {}
-        self._freed: list[Extent] = []
-        self._copied: list[RecordId] = []  # graves that become chunks with the next flush
+        self._freed: dict[int, list[Extent]] = {}  # what these chunks have left
+        self._copied: dict[int, list[RecordId]] = {}  # graves that become these chunks with the next flush
+        self._change_count = 0  # a chunk may have changed often
+        self._left: list[tuple[Sequence[Extent], Sequence[RecordId]]] = []  # what is to be erased, durably a grave
         self._erasing = 0
         self._erased = threading.Condition()
 
@@ -107,12 +113,12 @@ class Volume:
     def still(self) -> Iterator[None]:
         """What the volume has is durable, and nobody reads, writes or moves it: its Layers may be changed."""
         with self._flushing, self._gate.shut():
-            freed, graves = self._commit()
+            self._commit()
             try:
                 yield
             finally:
                 self.look()
-                self._erase(freed, graves)
+                self._erase_left()
 
     def look(self) -> None:
         """See what the volume builds on now. Nobody is reading or writing it."""
@@ -146,7 +152,7 @@ class Volume:
                     for chunk, extent in places.items():
                         if self._copy(chunk, extent):
                             del left[chunk]
-                            self._copied.append(ids[chunk])
+                            self._copied.setdefault(chunk, []).append(ids[chunk])
                 self._flush()
         finally:
             self._erase([*left.values()], [ids[chunk] for chunk in left if chunk in ids])
@@ -159,8 +165,7 @@ class Volume:
             return False
         old = extent_at(address, extent.count)
         self._write_in_place(address_of(extent), 0, self._blocks.read_copy((old,), 0, CHUNK_BYTES))
-        self._change(chunk, address_of(extent))
-        self._freed.append(old)
+        self._change(chunk, address_of(extent), old)
         return True
 
     @contextmanager
@@ -215,13 +220,12 @@ class Volume:
     def write(self, offset: int, data: memoryview) -> None:
         """Overwrite. Raises NoSpace, which leaves each chunk as it was or written, DeviceError or InvalidRequest."""
         self._check(offset, len(data))
+        self._limit_pending()
         try:
             self._write(offset, data)
         except NoSpace:
             self._reclaim()
             self._write(offset, data)
-        if len(self._chunks) > _PENDING_MAX:
-            self.flush()
 
     def _write(self, offset: int, data: memoryview) -> None:
         with self._gate:
@@ -279,9 +283,18 @@ class Volume:
             place = address_of(self._allocator.run(SLOT_COUNT, self.layer.home))
             self.layer.places[number] = self._pages[number] = place
 
-    def _change(self, chunk: int, address: int) -> None:
+    def _change(self, chunk: int, address: int, *left: Extent) -> None:
+        """Have a chunk somewhere else, and ``left`` given back with the next flush."""
         self.layer.set(chunk, address)
         self._chunks[chunk] = address
+        if left:
+            self._freed.setdefault(chunk, []).extend(left)
+        self._change_count += 1
+
+    def _limit_pending(self) -> None:
+        """Flush what waits for that, if it is much: before there is more, for a client may not care if that fails."""
+        if self._change_count > _PENDING_MAX:
+            self.flush()
 
     # Giving back
 
@@ -291,12 +304,11 @@ class Volume:
         first, end = -(-offset // CHUNK_BYTES), (offset + length) // CHUNK_BYTES
         while first < end:
             page_end = min(end, page_of(first) * PAGE_CHUNKS)
+            self._limit_pending()
             with self._gate, self._mapping:
                 if page_of(first) in self.layer.places or len(self._chain) > 1 or self._base_size:
                     for chunk in range(first, page_end):
                         self._trim_chunk(chunk)
-            if len(self._chunks) > _PENDING_MAX:
-                self.flush()
             first = page_end
 
     def _trim_chunk(self, chunk: int) -> None:
@@ -304,9 +316,8 @@ class Volume:
         if address == bare or (address == BASE and bare == BASE):
             return
         self._place(page_of(chunk))
-        self._change(chunk, bare)
-        if address > ZEROS:
-            self._freed.append(extent_at(address, self._layers.chunk_blocks))
+        left = [extent_at(address, self._layers.chunk_blocks)] if address > ZEROS else []
+        self._change(chunk, bare, *left)
 
     def zero(self, offset: int, length: int, *, keep: bool, fast: bool) -> None:
         """Make the range read as zeros. Whole chunks are given back unless ``keep``; the rest is written."""
@@ -335,10 +346,17 @@ class Volume:
             self._flush()
 
     def _flush(self) -> None:
-        freed, graves = self._commit()
-        if freed:
-            self._gate.drain()  # nobody is reading or writing there any more
-            self._erase(freed, graves)
+        try:
+            self._commit()
+        finally:
+            if self._left:
+                self._gate.drain()  # nobody is reading or writing there any more
+                self._erase_left()
+
+    def _erase_left(self) -> None:
+        left, self._left = self._left, []
+        for extents, graves in left:
+            self._erase(extents, graves)
 
     def _erase(self, extents: Sequence[Extent], graves: Sequence[RecordId] = ()) -> None:
         if extents:
@@ -358,30 +376,40 @@ class Volume:
         with self._erased:
             self._erased.wait_for(lambda: not self._erasing, _ERASE_S)
 
-    def _commit(self) -> tuple[Sequence[Extent], Sequence[RecordId]]:
-        """Everything but the giving back of blocks, which are returned, with the graves that they are."""
-        graves: Sequence[RecordId] = ()
+    def _commit(self) -> None:
+        """Everything but the erasing of what was given back, which is ``_left`` then."""
+        for _ in range(0, max(len(self._chunks), 1), _ENTRY_CHUNKS):
+            self._commit_oldest()
+
+    def _commit_oldest(self) -> None:
+        """Make durable what was written, and of the changes of the map as many as one entry of the journal takes.
+
+        What these chunks leave is a grave from then on, in the same batch: no crash parts the two.
+        """
         with self._mapping:
             pages, self._pages = self._pages, {}
-            chunks, self._chunks = self._chunks, {}
-            freed, self._freed = self._freed, []
-            copied, self._copied = self._copied, []
+            chunks = dict(islice(self._chunks.items(), _ENTRY_CHUNKS))
+            freed = {chunk: self._freed.pop(chunk) for chunk in chunks if chunk in self._freed}
+            copied = {chunk: self._copied.pop(chunk) for chunk in chunks if chunk in self._copied}
+            for chunk in chunks:
+                del self._chunks[chunk]
+            change_count, self._change_count = self._change_count, len(self._chunks)
         with self._dirtying:
             dirty, self._dirty = self._dirty, {}
         try:
             self._flush_devices(dirty)
             if chunks or pages:
-                graves = self._journal(pages, chunks, copied, freed)
+                self._journal(pages, chunks, _all(copied), _all(freed))
         except BaseException:
             with self._mapping:
                 self._pages = pages | self._pages
                 self._chunks = chunks | self._chunks
-                self._freed = freed + self._freed
-                self._copied = copied + self._copied
+                self._freed = _joined(freed, self._freed)
+                self._copied = _joined(copied, self._copied)
+                self._change_count += change_count
             with self._dirtying:
                 self._dirty |= dirty
             raise
-        return freed, graves
 
     def _flush_devices(self, dirty: dict[int, BlockDevice]) -> None:
         for index, device in dirty.items():
@@ -395,14 +423,17 @@ class Volume:
 
     def _journal(
         self, pages: dict[int, int], chunks: dict[int, int], copied: Sequence[RecordId], freed: Sequence[Extent]
-    ) -> Sequence[RecordId]:
-        """Returns the graves that ``freed`` are. ``copied`` are none any more."""
-        changes = sorted(chunks.items())
-        entries = [MapEntry(self.layer.uuid, sorted(pages.items()), changes[:_ENTRY_CHUNKS])]
-        entries += [
-            MapEntry(self.layer.uuid, (), changes[at : at + _ENTRY_CHUNKS])
-            for at in range(_ENTRY_CHUNKS, len(changes), _ENTRY_CHUNKS)
-        ]
-        for entry in entries[:-1]:
-            self._note([entry], (), ())
-        return self._note(entries[-1:], copied, freed)
+    ) -> None:
+        """``copied`` are no graves any more, and ``freed`` is one."""
+        entry = MapEntry(self.layer.uuid, sorted(pages.items()), sorted(chunks.items()))
+        graves = self._note([entry], copied, freed)
+        if freed:
+            self._left.append((freed, graves))
+
+
+def _all(by_chunk: dict[int, list[T]]) -> list[T]:
+    return [*chain.from_iterable(by_chunk.values())]
+
+
+def _joined(older: dict[int, list[T]], newer: dict[int, list[T]]) -> dict[int, list[T]]:
+    return {chunk: [*older.get(chunk, ()), *newer.get(chunk, ())] for chunk in older | newer}

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import pytest
 
-from rustord.errors import InUse, InvalidRequest, NoSpace, NotFound, PreconditionFailed, ReadOnly
+from rustord.errors import DeviceError, InUse, InvalidRequest, NoSpace, NotFound, PreconditionFailed, ReadOnly
 from rustord.keystore.lmdb import LmdbBackend
 from rustord.layermerger import LayerMerger
 from rustord.objkey import uuid_text
@@ -784,3 +784,22 @@ def test_a_rebuild_leaves_out_a_page_whose_slots_are_erased_already(disk_path: P
     assert not store.read_only
     check_sound(store)
     assert not Volumes(store, Direct(store)).names()
+
+
+def test_what_waits_for_a_flush_does_not_pile_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rustord.volume._PENDING_MAX", 8)
+    bench.volumes.create("disk", SIZE)
+    volume = bench.volumes.open("disk")
+    for _ in range(100):
+        write(volume, 0, b"x")
+        left = free_count(bench.store)
+        volume.trim(0, CHUNK_BYTES)
+    run(bench.store)
+    assert free_count(bench.store) - left < 12 * CHUNK_BYTES // 4096
+    bench.simulation.devices[bench.store.layers.volumes["disk"].home].failed = "it was told to"
+    before = free_count(bench.store)
+    for chunk in range(40):
+        with suppress(DeviceError):  # the other device takes what is written, but the map can not be flushed
+            write(volume, chunk * CHUNK_BYTES, b"x")
+    assert before - free_count(bench.store) < 12 * CHUNK_BYTES // 4096
+    volume.close()

@@ -388,12 +388,12 @@ def _mutants() -> Iterator[Mutant]:
     # Volumes
     yield mutant(
         "a flush of a volume leaves the map where it was",
-        (Volume._commit, "if chunks or pages:", "if False:"),
+        (Volume._commit_oldest, "if chunks or pages:", "if False:"),
         by=(s.writing_a_volume,),
     )
     yield mutant(
         "what was written to a volume in place is not flushed",
-        (Volume._commit, "self._flush_devices(dirty)"),
+        (Volume._commit_oldest, "self._flush_devices(dirty)"),
         by=(s.writing_a_volume,),
     )
     yield mutant(
