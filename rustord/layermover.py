@@ -55,6 +55,7 @@ class LayerMover:
         ``pace`` is told the length of what has been moved, and may wait or raise. What cannot be moved is ``problem``.
         """
         self.problem = None
+        self._volumes.give_back_spare()
         moved = self._move_bases(quota, pace) if slots else 0
         for layer in self._all():
             if slots:
@@ -147,7 +148,7 @@ class LayerMover:
             if not places:
                 return 0
             if volume := self._volumes.writer_of(layer):
-                return volume.move(layer, places, self._volumes.announce)
+                return volume.move(layer, places)
             return self._move_unwritten(layer, places)
 
     def _take(self, layer: Layer, chunks: list[int], quota: Quota) -> dict[int, Extent]:

@@ -1,7 +1,9 @@
 """Volume: a writable, thin block device kept in the pool, while it is open.
 
 Chunks that the volume has of its own are written in place. The first write to another chunk takes free blocks, writes
-all of the chunk to them, with what the base has beside the new bytes, and only then changes the map in memory. Flush::
+all of the chunk to them, with what the base has beside the new bytes, and only then changes the map in memory. If the
+base has something there, the journal knows these blocks as a grave before: should the power fail, or the base be
+deleted, nobody else would know what is on them. Flush::
 
     flush the devices -> journal the changes of the map -> flush the journal = the commit point -> erase, free -> return
 
@@ -52,6 +54,10 @@ Announce = Callable[[Layer, Iterable[Sequence[Extent]]], Sequence[RecordId]]
 
 _PENDING_MAX = 16384
 """Changes of the map that wait for a flush, before the next one flushes of its own accord."""
+_COPIED_MAX = 1024
+"""Chunks among them that are graves until then, of which the journals are told again and again."""
+_SPARE_MAX = 64
+"""Chunks whose blocks are announced at once, which costs a flush of the journal: 4 MiB."""
 _ENTRY_CHUNKS = 4096
 """Changes in one entry of the journal: 64 KiB, which is little beside the shortest journal."""
 _ERASE_S = 10.0
@@ -73,9 +79,12 @@ class Volume:
         allocator: Allocator,
         note: Note,
         free: Free,
+        announce: Announce,
         on_close: Callable[[], None] = lambda: None,
+        *,
+        is_copy: bool = False,
     ) -> None:
-        """``on_close`` is told of each `close`."""
+        """``on_close`` is told of each `close`. With ``is_copy``, all that is written is somebody else's data."""
         self.layer = layer
         self.size = layer.head.size
         self.read_only = False
@@ -86,6 +95,8 @@ class Volume:
         self._allocator = allocator
         self._note = note
         self._free = free
+        self._announce = announce
+        self._is_copy = is_copy
         self.close = on_close
         self._gate = Gate()
         layers.watch(self._gate)  # before looking at the Layers: they are not changed until this has returned
@@ -99,6 +110,8 @@ class Volume:
         self._chunks: dict[int, int] = {}
         self._freed: dict[int, list[Extent]] = {}  # what these chunks have left
         self._copied: dict[int, list[RecordId]] = {}  # graves that become these chunks with the next flush
+        self._spare: list[tuple[Extent, RecordId]] = []  # graves for chunks to come
+        self._spare_count = 1  # how many are taken next
         self._change_count = 0  # a chunk may have changed often
         self._left: list[tuple[Sequence[Extent], Sequence[RecordId]]] = []  # what is to be erased, durably a grave
         self._erasing = 0
@@ -133,9 +146,10 @@ class Volume:
         with self.still():
             left = self.layer
             self.layer = split(left)
+            self.give_back_spare()  # it is the other Layer's
         return left
 
-    def move(self, layer: Layer, places: Mapping[int, Extent], announce: Announce) -> int:
+    def move(self, layer: Layer, places: Mapping[int, Extent]) -> int:
         """Put chunks of ``layer``, as long as that is the one which is written, on the blocks ``places``, durably.
 
         A chunk is copied while nobody writes, and is the volume's with the next flush, as one that is written for the
@@ -147,7 +161,8 @@ class Volume:
             with self._flushing:
                 if self._ended or self.layer is not layer:
                     return 0
-                ids = dict(zip(places, announce(layer, [(extent,) for extent in places.values()]), strict=True))
+                graves = self._announce(layer, [(extent,) for extent in places.values()])
+                ids = dict(zip(places, graves, strict=True))
                 with self._gate.shut():
                     for chunk, extent in places.items():
                         if self._copy(chunk, extent):
@@ -174,6 +189,7 @@ class Volume:
         with self._flushing:
             with suppress(RustordError):
                 self._flush()
+            self.give_back_spare()
             yield
             self._ended = True
         self._layers.unwatch(self._gate)
@@ -259,13 +275,46 @@ class Volume:
                 self._write_in_place(address, skip, data)
                 return
             self._place(page_of(chunk))
-            extent = self._allocator.run(self._layers.chunk_blocks, self.layer.home)
+            is_copy = self._is_copy or (len(data) < CHUNK_BYTES and self._has_data(chunk))
+            extent, graves = self._take_announced() if is_copy else (self._run(), [])
             try:
                 self._write_in_place(address_of(extent), 0, self._whole(chunk, skip, data))
             except BaseException:
-                self._erase([extent])
+                self._erase([extent], graves)
                 raise
             self._change(chunk, address_of(extent))
+            if graves:
+                self._copied.setdefault(chunk, []).extend(graves)
+
+    def _run(self) -> Extent:
+        """Blocks for a chunk. Raises NoSpace."""
+        return self._allocator.run(self._layers.chunk_blocks, self.layer.home)
+
+    def _take_announced(self) -> tuple[Extent, list[RecordId]]:
+        """Blocks for a chunk, and the grave that they are until the next flush.
+
+        Each time that there are none, more are taken in advance: no more than have been needed until then.
+        """
+        if not self._spare:
+            taken = [self._run()]
+            try:
+                with suppress(NoSpace):
+                    for _ in range(self._spare_count - 1):
+                        taken.append(self._run())
+                graves = self._announce(self.layer, [(extent,) for extent in reversed(taken)])
+            except BaseException:
+                self._allocator.release(taken)
+                raise
+            self._spare = [*zip(reversed(taken), graves, strict=True)]
+            self._spare_count = min(2 * self._spare_count, _SPARE_MAX)
+        extent, grave = self._spare.pop()
+        return extent, [grave]
+
+    def give_back_spare(self) -> None:
+        """Give back the blocks that were announced for chunks to come."""
+        with self._mapping:
+            spare, self._spare = self._spare, []
+        self._erase([extent for extent, _ in spare], [grave for _, grave in spare])
 
     def _whole(self, chunk: int, skip: int, data: memoryview) -> memoryview:
         """The chunk as it will be."""
@@ -293,7 +342,7 @@ class Volume:
 
     def _limit_pending(self) -> None:
         """Flush what waits for that, if it is much: before there is more, for a client may not care if that fails."""
-        if self._change_count > _PENDING_MAX:
+        if self._change_count > _PENDING_MAX or len(self._copied) > _COPIED_MAX:
             self.flush()
 
     # Giving back
@@ -372,6 +421,7 @@ class Volume:
 
     def _reclaim(self) -> None:
         """Wait until what was given back is free."""
+        self.give_back_spare()
         self.flush()
         with self._erased:
             self._erased.wait_for(lambda: not self._erasing, _ERASE_S)

@@ -165,7 +165,8 @@ class Volumes:
         name, store = layer.head.name, self._store
         if name not in self._volumes:
             self._volumes[name] = Volume(
-                layer, self._layers, store.blocks, store.allocator, self._note, self.free, lambda: self._close(name)
+                *(layer, self._layers, store.blocks, store.allocator),
+                *(self._note, self.free, self.announce, lambda: self._close(name)),
             )
         return self._volumes[name]
 
@@ -226,11 +227,21 @@ class Volumes:
     def _close(self, name: str) -> None:
         with self._lock:
             self._open[name] -= 1
-            if not self._open[name]:
-                del self._open[name]
+            if self._open[name]:
+                return
+            del self._open[name]
+        self.give_back_spare(name)
+
+    def give_back_spare(self, *names: str) -> None:
+        """Give back what these volumes, or all, have taken for chunks to come. Raises nothing: it is for later then."""
+        for name in names or [*self._volumes]:
+            if volume := self._volumes.get(name):
+                with suppress(RustordError):
+                    volume.give_back_spare()
 
     def close(self) -> None:
         """Flush all volumes; the writer still runs. Raises nothing: what cannot be flushed was not promised."""
+        self.give_back_spare()
         for volume in list(self._volumes.values()):
             try:
                 volume.flush()
@@ -378,7 +389,9 @@ class Volumes:
 
     def _fill(self, layer: Layer, base: Record, pace: Callable[[int], None]) -> None:
         store = self._store
-        writing = Volume(layer, self._layers, store.blocks, store.allocator, self._note, self.free)
+        writing = Volume(
+            *(layer, self._layers, store.blocks, store.allocator, self._note, self.free, self.announce), is_copy=True
+        )
         try:
             for offset in range(0, base.size, _READ_BYTES):
                 length = min(_READ_BYTES, base.size - offset)

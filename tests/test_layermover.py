@@ -134,6 +134,26 @@ def test_a_device_with_volumes_can_be_emptied(pool: Callable[..., Pool], seed: i
     assert not one.store.keystore.bases()
 
 
+def test_a_clone_in_use_has_nothing_on_a_device_that_leaves(pool: Callable[..., Pool], seed: int) -> None:
+    one = pool(24 * MIB, 24 * MIB)
+    data = random.Random(seed).randbytes(10 * CHUNK_BYTES)
+    one.store.put(data, name="image")
+    one.volumes.clone("image", "clone")
+    volume = one.volumes.open("clone")
+    for chunk in range(3):  # for the third one, more blocks are taken than it needs
+        write(volume, chunk * CHUNK_BYTES, b"new")
+    one.leave(one.store.layers.volumes["clone"].home)
+    one.done()
+    write(volume, 5 * CHUNK_BYTES, b"new")
+    volume.flush()
+    expected = b"".join(
+        b"new" + data[at + 3 : at + CHUNK_BYTES] if at // CHUNK_BYTES in (0, 1, 2, 5) else data[at : at + CHUNK_BYTES]
+        for at in range(0, len(data), CHUNK_BYTES)
+    )
+    assert read(volume, 0, len(data)) == expected
+    volume.close()
+
+
 def test_a_volume_is_written_and_read_while_it_moves(pool: Callable[..., Pool], seed: int) -> None:
     one = pool(64 * MIB, 64 * MIB)
     one.volumes.create("disk", 300 * CHUNK_BYTES)
@@ -404,6 +424,65 @@ def test_nothing_is_left_of_a_volume_that_is_deleted_after_a_power_cut(
         check_sound(store)
         volumes.delete("disk")
         if uuid := store.resolve("snapshot"):
+            store.delete(uuid)
+        assert not remains(template, data), f"after {count} writes and flushes"
+        check_sound(store)
+        template.close()
+        count += 1
+    assert found, "no power cut has left anything in two places"
+
+
+@pytest.mark.parametrize("fate", ["", "rebuild"])
+@pytest.mark.parametrize("work", ["write", "write to a clone of a snapshot", "adopt"])
+def test_nothing_is_left_of_what_a_clone_was_made_of_when_both_are_deleted_after_a_power_cut(
+    disk_path: Path, seed: int, work: str, fate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "snapshot" in work:  # more than one entry of the journal takes
+        monkeypatch.setattr("rustord.volume._ENTRY_CHUNKS", 1)
+    chance = random.Random(seed)
+    data = chance.randbytes(5 * CHUNK_BYTES)
+    template = Simulation(disk_path, (16 * MIB,))
+    store = template.open()
+    volumes = Volumes(store, Direct(store))
+    if "snapshot" in work:
+        volumes.create("image", len(data))
+        volume = volumes.open("image")
+        write(volume, 0, data)
+        volume.close()
+        volumes.freeze("image", "image")
+    else:
+        store.put(data, name="image")
+    volumes.clone("image", "disk")
+    if work == "adopt" and (uuid := store.resolve("image")):
+        store.delete(uuid)
+    template.close()
+    restore = template.save()
+    count, done, found = 0, False, 0
+    while not done:
+        restore()
+        store = template.open()
+        volumes = Volumes(store, Direct(store))
+        template.power.left = count
+        with suppress(PowerCut):
+            if work == "adopt":
+                volumes.adopt(store.keystore.bases()[0], lambda length: None)
+            else:
+                volume = volumes.open("disk")
+                for chunk in (3, 1, 4):
+                    write(volume, chunk * CHUNK_BYTES + 512, b"new")
+                volume.trim(CHUNK_BYTES, CHUNK_BYTES)
+                volume.flush()
+            done = True
+        template.power.left = 0
+        template.cut_power(survival(chance))
+        found += len(remains(template, data)) > len(data) // 4096
+        if fate == "rebuild":
+            rebuild_index(template)
+        store = template.open()
+        volumes = Volumes(store, Direct(store))
+        check_sound(store)
+        volumes.delete("disk")
+        if uuid := store.resolve("image"):
             store.delete(uuid)
         assert not remains(template, data), f"after {count} writes and flushes"
         check_sound(store)

@@ -803,3 +803,45 @@ def test_what_waits_for_a_flush_does_not_pile_up(bench: Bench, monkeypatch: pyte
             write(volume, chunk * CHUNK_BYTES, b"x")
     assert before - free_count(bench.store) < 12 * CHUNK_BYTES // 4096
     volume.close()
+
+
+def test_blocks_are_announced_in_advance_for_what_a_clone_copies_and_for_nothing_else(bench: Bench) -> None:
+    bench.store.put(b"base" * (200 * CHUNK_BYTES // 4), name="image")
+    bench.volumes.clone("image", "clone")
+    bench.volumes.create("disk", 100 * CHUNK_BYTES)
+    clone, disk = bench.volumes.open("clone"), bench.volumes.open("disk")
+    before = flush_count(bench)
+    for chunk in range(100):
+        write(disk, chunk * CHUNK_BYTES, b"x")
+        write(clone, chunk * CHUNK_BYTES, b"x" * CHUNK_BYTES)
+    assert flush_count(bench) == before
+    for chunk in range(100, 200):
+        write(clone, chunk * CHUNK_BYTES, b"x")
+    assert 7 <= flush_count(bench) - before <= 9
+    clone.close()
+    disk.close()
+    bench.check()  # what was taken in advance is given back
+
+
+def flush_count(bench: Bench) -> int:
+    return sum(device.flush_count for device in bench.simulation.devices)
+
+
+def test_blocks_that_were_announced_in_advance_fill_no_pool(disk_path: Path) -> None:
+    bench = Bench(Simulation(disk_path, (16 * MIB,)))
+    bench.store.put(b"base" * (40 * CHUNK_BYTES // 4), name="image")
+    bench.volumes.clone("image", "clone")
+    clone = bench.volumes.open("clone")
+    for chunk in range(36):  # the last of them takes 32 in advance
+        write(clone, chunk * CHUNK_BYTES, b"x")
+    bench.volumes.create("disk", 100 * MIB)
+    disk = bench.volumes.open("disk")
+    with suppress(NoSpace):
+        for chunk in range(200):
+            write(disk, chunk * CHUNK_BYTES, b"x")
+    write(clone, 36 * CHUNK_BYTES, b"x" * CHUNK_BYTES)  # for which nothing was taken
+    clone.flush()
+    clone.close()
+    disk.close()
+    bench.check()
+    bench.simulation.close()

@@ -450,10 +450,15 @@ def _mutants() -> Iterator[Mutant]:
         "the journal does not say which blocks are being filled with chunks of a volume",
         (
             Volume.move,
-            "announce(layer, [(extent,) for extent in places.values()])",
+            "self._announce(layer, [(extent,) for extent in places.values()])",
             "[RecordId(layer.uuid, 1)] * len(places)",
         ),
         by=(s.moving_a_volume,),
+    )
+    yield mutant(
+        "the journal does not say which blocks are being filled with what a clone has of its base",
+        (Volume._write_first, "self._take_announced() if is_copy", "self._take_announced() if False"),
+        by=(s.cloning_an_object, s.freezing_and_cloning),
     )
     yield mutant(
         "what the chunks of a volume have left is no grave",

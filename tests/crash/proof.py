@@ -195,8 +195,7 @@ def work_on(story: Story, chance: random.Random) -> None:
         disks = Disks(story)
         disks.write(name, chance.randrange(16) * 4096, some(at + 3, 6000).data)
         disks.flush(name)
-        if not story.stage.told.bases:  # what is copied from these when a volume is written, nothing tells of yet
-            disks.delete(name)
+        disks.delete(name)
     if chance.random() < 0.5:
         story.checkpoint()
     moving = [uuid for uuid in story.uuids if uuid in story.stage.told.moving]
