@@ -51,7 +51,7 @@ class Writer(Protocol):
         """Make the changes in the next cycles. Raises TimeoutError; they may be made nevertheless."""
 
     def call(self, function: Callable[[], T], timeout_s: float = ...) -> T:
-        """Run ``function`` between two cycles. Raises TimeoutError; it may run nevertheless."""
+        """Run ``function`` between two cycles. Raises TimeoutError; it may run then, but begins no more."""
 
 
 class Info(NamedTuple):

@@ -113,17 +113,25 @@ class Writer:
         return outcomes
 
     def call(self, function: Callable[[], T], timeout_s: float = 60.0) -> T:
-        """Run ``function`` on the writer's thread between two cycles, and return or raise what it does."""
+        """Run ``function`` on the writer's thread between two cycles, and return or raise what it does.
+
+        Raises TimeoutError; it may be running then, but does not begin any more: who asked for it has gone on.
+        """
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(function())
             except BaseException as error:
                 future.set_exception(error)
 
         self._queue.put(run)
-        return future.result(timeout_s)
+        try:
+            return future.result(timeout_s)
+        finally:
+            future.cancel()
 
     def standstill_s(self) -> float:
         """For how long the writer has not got on; 0 if there is nothing to do. To be asked every few seconds.

@@ -534,3 +534,23 @@ def test_killed_at_random_moments(disk_path: Path, seed: int, lose_index: bool) 
         with rustord.open(image, directory=index) as store:
             witness.check(store)
     assert len(witness.objects) + len(witness.deleted) > 30
+
+
+def test_a_call_that_nobody_waits_for_any_more_is_not_made(writer: Writer) -> None:
+    """Who asked for it has gone on: he may have given back the blocks of which it speaks."""
+    began, hold = threading.Event(), threading.Event()
+    made: list[int] = []
+
+    def wait() -> None:
+        began.set()
+        hold.wait(SECONDS_MAX)
+
+    holder = threading.Thread(target=writer.call, args=(wait,))
+    holder.start()
+    assert began.wait(SECONDS_MAX)
+    with pytest.raises(TimeoutError):
+        writer.call(lambda: made.append(1), 0.05)
+    hold.set()
+    holder.join(SECONDS_MAX)
+    writer.call(lambda: None)
+    assert not made
