@@ -458,7 +458,7 @@ def _mutants() -> Iterator[Mutant]:
     yield mutant(
         "the journal does not say which blocks are being filled with what a clone has of its base",
         (Volume._write_first, "self._take_announced() if is_copy", "self._take_announced() if False"),
-        by=(s.cloning_an_object, s.freezing_and_cloning),
+        by=(s.deleting_a_clone_after_a_crash,),
     )
     yield mutant(
         "what the chunks of a volume have left is no grave",

@@ -414,6 +414,20 @@ def cloning_an_object(stage: Stage) -> None:
     disks.delete("copy")
 
 
+def deleting_a_clone_after_a_crash(stage: Stage) -> None:
+    """What a clone had copied, and not flushed, is to be gone with the clone and its base."""
+    story = opened(stage)
+    story.put(some(1, 3 * CHUNK_BYTES, "image"))
+    disks = Disks(story)
+    disks.clone("image", "copy")
+    for chunk in range(3):
+        disks.write("copy", chunk * CHUNK_BYTES + 3000, some(2 + chunk, 3000).data)
+    story = stage.restart()
+    Disks(story).delete("copy")
+    story.delete(story.named("image"))
+    story.put(some(9, 3000))
+
+
 def keeping_a_map(stage: Stage) -> None:
     """The journal has gone around since, so that the slots alone have the map of a volume if the index is lost."""
     story = opened(stage)
@@ -468,6 +482,7 @@ def _scenarios() -> Any:
     yield Scenario(moving_a_volume_between_devices, 2)
     yield Scenario(freezing_and_cloning)
     yield Scenario(cloning_an_object, 2, Mirrored(2))
+    yield Scenario(deleting_a_clone_after_a_crash)
     yield Scenario(keeping_a_map)
     yield Scenario(deleting_and_putting_at_once, 1, OnFirst())
     yield Scenario(filling_the_journal, 1, OnFirst())
