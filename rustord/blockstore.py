@@ -484,22 +484,20 @@ def chunk_sums(data: Data) -> bytes:
 def read_label(device: BlockDevice) -> Label | None:
     """What the device's label says; None if it bears none.
 
-    Raises FormatError if every copy that there is is damaged, or was written by a newer rustord.
+    Raises FormatError if every copy that there is is damaged, or was written by a newer rustord; DeviceError.
     """
     if device.size < LABEL_BYTES:
         return None
     return choose_label([_read_copy(device, offset) for offset in label_offsets(device.size)])
 
 
-def _read_copy(device: BlockDevice, offset: int) -> Label | FormatError | None:
+def _read_copy(device: BlockDevice, offset: int) -> Label | FormatError | DeviceError | None:
     data = bytearray(LABEL_BYTES)
     try:
         device.read(offset, (data,))
         return decode_label(memoryview(data))
-    except FormatError as error:
+    except (FormatError, DeviceError) as error:
         return error
-    except DeviceError as error:
-        return FormatError(error.message, hint=error.hint)
 
 
 def write_label(device: BlockDevice, label: Label) -> None:

@@ -14,7 +14,7 @@ import ssl
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -23,11 +23,11 @@ from systemd.journal import JournalHandler
 
 from rustord.admin import Admin
 from rustord.config import Config, changes
-from rustord.errors import ConfigError, DeviceBusy, DeviceError, PluginError, RustordError
+from rustord.errors import ConfigError, DeviceBusy, DeviceError, PluginError, RustordError, Unavailable
 from rustord.event import CONFIG_LOADED, CONFIG_REFUSED, DEVICE_MISSING, FAULT, POOL_CLOSED, POOL_OPENED, POOL_READ_ONLY
 from rustord.frontends.exports import Exports
 from rustord.frontends.handover import Handover
-from rustord.frontends.http import HttpServer
+from rustord.frontends.http import HttpServer, turn_away
 from rustord.frontends.nbd import Left, NbdServer, listen_tcp, server_tls
 from rustord.frontends.peer import Principals, Roles
 from rustord.hotplug import Hotplug, find_devices
@@ -59,26 +59,60 @@ STUCK_S = 60.0
 """A writer that has not got on for longer than this is no sign of life: the watchdog may restart us."""
 
 
-def run(config: Config, reload: Callable[[], Config]) -> None:
-    """Serve until SIGTERM or SIGINT; SIGHUP calls ``reload`` and applies what can be applied.
+def run(configure: Callable[[], Config]) -> None:
+    """Serve until SIGTERM or SIGINT; SIGHUP calls ``configure`` once more and applies what can be applied.
 
     Raises RustordError for whatever keeps the daemon from starting.
     """
     # Signals that come too early wait until the event loop takes them; all other threads inherit that they do not.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-    set_up_logging(config)
-    with closing(Supervisor()) as supervisor:
+    with closing(Supervisor()) as supervisor, _passed_sockets(supervisor) as passed:
+        config = configure()
+        set_up_logging(config)
         store, plugins = _open(config, supervisor)
         try:
-            with listen(config, supervisor) as listeners:
+            with listen(config, supervisor, passed) as listeners:
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
                 gc.collect()
                 gc.freeze()  # what is there by now stays: to look through it stops everything for 10 ms each time
-                asyncio.run(_serve(config, reload, store, plugins, listeners, supervisor))
+                asyncio.run(_serve(config, configure, store, plugins, listeners, supervisor))
         finally:
             supervisor.status("closing the pool")
             store.close()
             log.info("the pool is closed", extra=POOL_CLOSED())
+
+
+@contextmanager
+def _passed_sockets(supervisor: Supervisor) -> Iterator[list[tuple[str, socket.socket]]]:
+    """The sockets that systemd passed, and their names.
+
+    After an error, clients wait in their queues until we are started again. If that would be in vain, they are told.
+    """
+    passed = supervisor.sockets()
+    listeners = [(name, sock) for name, sock in passed if not Handover.named(name)]
+    try:
+        yield passed
+    except RustordError as error:
+        supervisor.status(f"{error} ({error.hint})")
+        if error.needs_person:
+            for name, listener in listeners:
+                _empty_queue(listener, error, is_http=name != NBD_SOCKET)
+        raise
+    finally:
+        for _, listener in listeners:
+            listener.close()
+
+
+def _empty_queue(listener: socket.socket, error: RustordError, *, is_http: bool) -> None:
+    """Turn away who waits, for else systemd would start us again at once, and again."""
+    refusal = Unavailable(f"rustord cannot start: {error}", hint=error.hint)
+    with suppress(OSError):  # nobody waits any more
+        listener.setblocking(False)
+        while True:
+            sock, _ = listener.accept()
+            with sock:
+                if is_http:
+                    turn_away(sock, refusal)
 
 
 def set_up_logging(config: Config) -> None:
@@ -169,20 +203,22 @@ class Listeners(NamedTuple):
 
 
 @contextmanager
-def listen(config: Config, supervisor: Supervisor) -> Iterator[Listeners]:
-    """The sockets that systemd passed, and new ones at the configured paths for what it did not pass."""
+def listen(
+    config: Config, supervisor: Supervisor, passed: Iterable[tuple[str, socket.socket]]
+) -> Iterator[Listeners]:
+    """The sockets that systemd ``passed``, and new ones at the configured paths for what it did not pass."""
     with ExitStack() as opened:
-        passed: dict[bool, list[socket.socket]] = {True: [], False: []}
+        api: list[socket.socket] = []
+        nbd: list[socket.socket] = []
         left = []
-        for name, sock in supervisor.sockets():
+        for name, sock in passed:
             if handover := Handover.named(name):
                 left.append((handover, sock))
             else:
-                passed[name == NBD_SOCKET].append(opened.enter_context(sock))
-        for name, listeners in (("rustord.socket", passed[False]), (NBD_SOCKET, passed[True])):
+                (nbd if name == NBD_SOCKET else api).append(sock)
+        for name, listeners in (("rustord.socket", api), (NBD_SOCKET, nbd)):
             if len(listeners) > 1:
                 raise ConfigError(f"systemd passed {len(listeners)} sockets", hint=f"{name} has one ListenStream=")
-        api, nbd = passed[False], passed[True]
         if not api:
             api.append(opened.enter_context(_bind("socket", config.socket.path, config.socket.mode)))
         if not nbd:

@@ -18,7 +18,7 @@
     ├── ReadOnly                  the pool takes no writes, and why
     ├── Damaged                   bytes on a device do not match their checksum
     │   └── FormatError           ... in an on-disk structure (label, journal, record)
-    ├── DeviceError               a device failed, is missing, or is too small
+    ├── DeviceError               a device failed, is missing (perhaps only yet), or is too small
     │   ├── DeviceBusy            somebody else holds it
     │   ├── WriteProtected        it can only be read
     │   └── ClaimRefused          it is not proven free; carries every reason
@@ -40,13 +40,15 @@ class RustordError(Exception):
     """Base of the tree.
 
     ``code`` is the stable name of the error on the wire (``problem+json`` "code"), ``http_status`` the HTTP status,
-    ``nbd_error`` the errno an NBD client is told, ``exit_status`` what a command ends with.
+    ``nbd_error`` the errno an NBD client is told, ``exit_status`` what a command ends with. ``needs_person`` says that
+    trying again is in vain before somebody has put something right: a daemon that ends so is not started again.
     """
 
     code: ClassVar[str] = "internal"
     http_status: ClassVar[int] = 500
     nbd_error: ClassVar[int] = errno.EIO
     exit_status: ClassVar[int] = 1
+    needs_person: ClassVar[bool] = False
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -59,6 +61,7 @@ class InvalidRequest(RustordError):
     http_status = 400
     nbd_error = errno.EINVAL
     exit_status = 2
+    needs_person = True
 
 
 class TooLarge(InvalidRequest):
@@ -149,6 +152,7 @@ class ReadOnly(RustordError):
 class Damaged(RustordError):
     code = "damaged"
     exit_status = 10
+    needs_person = True
 
 
 class FormatError(Damaged):
@@ -175,6 +179,7 @@ class ClaimRefused(DeviceError):
     code = "claim-refused"
     http_status = 409
     exit_status = 12
+    needs_person = True
 
     def __init__(self, message: str, *, reasons: Sequence[str], hint: str = "") -> None:
         super().__init__(message, hint=hint)
@@ -186,8 +191,10 @@ class PoolError(RustordError):
     code = "pool"
     http_status = 503
     exit_status = 13
+    needs_person = True
 
 
 class PluginError(RustordError):
     code = "plugin"
     exit_status = 14
+    needs_person = True

@@ -17,7 +17,7 @@ from rustord.blockstore import Slot, read_label
 from rustord.claim import require_ours
 from rustord.config import Config
 from rustord.discovery import Candidate, DeviceRemoved, Watcher, candidates, matches
-from rustord.errors import ConfigError, PoolError, RustordError
+from rustord.errors import ConfigError, DeviceError, RustordError
 from rustord.event import DEVICE_BACK, DEVICE_GONE, DEVICE_REFUSED, fields
 from rustord.label import Label
 from rustord.membership import attach_device, detach_device
@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 def find_devices(config: Config) -> list[str]:
     """The paths to open at start: those that are named and there, and those that a rule means and that bear a label.
 
-    Raises ConfigError if nothing is named, or if the rules find devices of several pools; PoolError if nothing is
-    there (yet: a disk may be late, and another try may find it).
+    Raises ConfigError if nothing is named, or if the rules find devices of several pools; DeviceError if what is there
+    is not enough (yet: a disk may be late, and another try may find it).
     """
     if not config.pool.devices and not config.device:
         raise ConfigError(
@@ -41,10 +41,11 @@ def find_devices(config: Config) -> list[str]:
         )
     named = [str(path) for path in config.pool.devices]
     there = [path for path in named if os.path.exists(path)]
-    for path in set(named) - set(there):
+    missing = [path for path in named if path not in there]
+    for path in missing:
         log.warning("%s is not there", path, extra=fields(device=path))
     if named and not there:
-        raise PoolError(f"none of {', '.join(named)} is there", hint="see whether the devices are attached")
+        raise DeviceError(f"none of {', '.join(named)} is there", hint="see whether the devices are attached")
     looks = {path: _look_at(path) for path in there}
     labels = {path: look for path, look in looks.items() if isinstance(look, Label)}
     taken = {os.path.realpath(path) for path in there}
@@ -56,9 +57,12 @@ def find_devices(config: Config) -> list[str]:
             hint="make the rules narrower, or name one device of the pool in pool.devices",
         )
     if not pools:
+        if missing:
+            others = ", and ".join(f"{path} is no help: {why}" for path, why in looks.items())
+            raise DeviceError(f"{', '.join(missing)} is not there, and {others}", hint="see whether it is attached")
         if there:
             return there  # to open them will say what is wrong
-        raise PoolError("no device that a [[device]] rule means bears a label", hint="see 'rustorctl pool create'")
+        raise DeviceError("no device that a [[device]] rule means bears a label", hint="see 'rustorctl pool create'")
     labels |= {path: label for path, label in found.items() if label.pool_uuid in pools}
     left_out = {path: look for path, look in looks.items() if isinstance(look, str)} | _let_go(labels)
     for path, why in left_out.items():

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from rustord.audit import Finding, label_problems, overlaps
 from rustord.blockstore import read_label
-from rustord.errors import Damaged, FormatError
+from rustord.errors import Damaged, DeviceError, FormatError
 from rustord.objectstore import ObjectStore
 from rustord.objkey import ObjectId, uuid_text
 
@@ -72,7 +72,7 @@ def _labels(store: ObjectStore) -> Iterator[Finding]:
             continue
         try:
             own = read_label(slot.device)
-        except FormatError as error:
+        except (FormatError, DeviceError) as error:
             yield Finding("label", f"device {slot.index}: {error.message}", "replace the device")
             continue
         for what in label_problems(slot, slot.device, own) if own else ():

@@ -285,16 +285,18 @@ def decode_label(data: bytes | memoryview) -> Label | None:
     )
 
 
-def choose_label(copies: Sequence[Label | FormatError | None]) -> Label | None:
+def choose_label(copies: Sequence[Label | FormatError | DeviceError | None]) -> Label | None:
     """The newest good one of the copies of one device; None if none of them is a label.
 
-    Raises FormatError if all copies that there are are damaged, or if good ones are not of one device.
+    Raises FormatError if all copies that there are are damaged, or if good ones are not of one device; DeviceError if
+    those that may be there cannot be read.
     """
     good = [copy for copy in copies if isinstance(copy, Label)]
     if not good:
-        damaged = [copy for copy in copies if isinstance(copy, FormatError)]
-        if damaged:
-            raise damaged[0]
+        for kind in (FormatError, DeviceError):
+            for copy in copies:
+                if isinstance(copy, kind):
+                    raise copy
         return None
     newest = max(good, key=lambda label: label.generation)
     if any(label.device_uuid != newest.device_uuid for label in good):

@@ -241,7 +241,7 @@ def _check_rounds(devices: Sequence[BlockDevice], labels: Sequence[Label], newes
 def check_return(device: BlockDevice, label: Label, member: Member, geometry: Geometry) -> RustordError | None:
     """Why a device, which bears ``label``, cannot take its place in the pool again; None if it can."""
     if device.size < geometry.size:
-        return DeviceError(
+        return PoolError(
             f"{device.path} has {device.size} bytes, but its label speaks of {geometry.size}: it was cut short",
             hint="restore the device or image file to its full size; do not write to it meanwhile",
         )
@@ -262,6 +262,8 @@ def check_return(device: BlockDevice, label: Label, member: Member, geometry: Ge
 def _label_of(device: BlockDevice) -> Label:
     label = read_label(device)
     if label is None:
+        if not device.size:  # a loop or network device may be there before what it stands for
+            raise DeviceError(f"{device.path} has no size", hint="see whether it is attached to anything")
         raise PoolError(
             f"{device.path} bears no rustord label",
             hint="make a pool of it with 'rustorctl pool create', or name another device",

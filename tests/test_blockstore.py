@@ -285,6 +285,12 @@ class TestLabels:
         with pytest.raises(FormatError, match="checksum"):
             read_label(device)
 
+    def test_what_cannot_be_read_is_not_called_damaged(self, device: BlockDevice) -> None:
+        write_label(device, label(device))
+        device.close()
+        with pytest.raises(DeviceError):
+            read_label(device)
+
     def test_firmware_that_zeroes_the_first_blocks_loses_nothing(self, device: BlockDevice) -> None:
         written = label(device)
         write_label(device, written)

@@ -112,7 +112,7 @@ def test_a_device_that_is_named_and_meant_by_a_rule_counts_once(
 def test_a_rule_that_means_no_device_of_a_pool_says_so(make_daemon: MakeDaemon, disks: Disks) -> None:
     blank = disks.attach(disks.image())
     status, said = make_daemon(config=disks.rule).refusal()
-    assert status == 13
+    assert status == 11
     assert "no device that a [[device]] rule means bears a label" in said
     assert blank.read_bytes() == bytes(disks.size)
 

@@ -202,7 +202,7 @@ class TestOpening:
         simulation.close()
         with simulation.paths[0].open("r+b") as file:
             file.truncate(12 * MIB)
-        with pytest.raises(DeviceError, match="cut short"):
+        with pytest.raises(PoolError, match="cut short"):
             simulation.open()
         with simulation.paths[0].open("r+b") as file:
             file.truncate(16 * MIB)

@@ -42,7 +42,7 @@ def rustord(file: Path | None, print_settings: bool, print_example: bool, **over
     def configure() -> Config:
         return _override(load(file), **overrides)
 
-    run(configure(), reload=configure)
+    run(configure)
 
 
 def _override(

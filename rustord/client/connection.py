@@ -12,6 +12,7 @@ DEFAULT_SOCKET = "/run/rustord/rustord.sock"
 EXPECT_BYTES = 1 << 20
 """A longer body is announced first: the daemon may refuse it before it is sent."""
 HEAD_BYTES_MAX = 64 << 10
+_STATUS = "'systemctl status rustord' says how the daemon is, and 'systemctl start rustord' starts it"
 
 
 class Connection:
@@ -43,13 +44,13 @@ class Connection:
         """What an error of the connection means."""
         path = self._path
         if isinstance(error, FileNotFoundError):
-            return Unreachable(f"there is no socket {path}", hint="start the daemon, or name its socket")
+            return Unreachable(f"there is no socket {path}", hint=f"{_STATUS}, or name its socket")
         if isinstance(error, ConnectionRefusedError):
-            return Unreachable(f"nobody listens on {path}", hint="start the daemon: systemctl start rustord")
+            return Unreachable(f"nobody listens on {path}", hint=_STATUS)
         if isinstance(error, PermissionError):
             return Unreachable(f"{path} may not be used", hint="join the group that owns the socket, or use sudo")
         if isinstance(error, (TimeoutError, BlockingIOError)):
-            return Unreachable(f"the daemon on {path} was silent for {self._timeout_s:g} s", hint="see its log")
+            return Unreachable(f"the daemon on {path} was silent for {self._timeout_s:g} s", hint=_STATUS)
         if error.errno is None and not isinstance(error, ConnectionError):  # such as a path that is too long
             return Unreachable(f"{path} cannot be the daemon's socket: {error}", hint="name another one")
-        return Unreachable(f"the connection to {path} was lost: {error}", hint="see the daemon's log")
+        return Unreachable(f"the connection to {path} was lost: {error}", hint=_STATUS)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
 
-from rustord.errors import Unavailable
+from rustord.errors import RustordError, Unavailable
 from rustord.frontends.connection import Connection
 from rustord.frontends.listener import Listener
 from rustord.frontends.operations import Admin, Submit
@@ -31,6 +31,13 @@ log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
 """How often deadlines are looked at. They are seconds, and nobody relies on them to the tenth."""
+
+
+def turn_away(sock: socket.socket, error: RustordError) -> None:
+    """Answer a connection with an error, before it has asked for anything, and close it."""
+    reply = problem(error)
+    with sock, suppress(OSError):  # it may be gone already
+        sock.send(reply.head(b"Connection: close\r\n") + reply.body)
 
 
 class HttpServer:
@@ -92,9 +99,7 @@ class HttpServer:
             error = Unavailable(
                 f"there are {self._limits.connections} connections already", hint="try again later, or use fewer"
             )
-            reply = problem(error)
-            with sock, suppress(OSError):  # it may be gone already
-                sock.send(reply.head(b"Connection: close\r\n") + reply.body)
+            turn_away(sock, error)
             return
         try:
             role = self.roles(peer_of(sock))

@@ -258,8 +258,9 @@ def test_who_is_not_there_is_unreachable(tmp_path: Path) -> None:
         listener.bind(str(tmp_path / "s"))
     with pytest.raises(Unreachable, match="cannot be the daemon's socket"):
         Client("x" * 200).pool()
-    with pytest.raises(Unreachable, match="nobody listens"):
+    with pytest.raises(Unreachable, match="nobody listens") as refused:
         Client(tmp_path / "s").pool()
+    assert "systemctl status rustord" in refused.value.hint
 
 
 @pytest.mark.root

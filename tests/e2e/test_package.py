@@ -263,6 +263,46 @@ def test_what_hangs_is_started_again(machine: Machine) -> None:
     machine.rustorctl("delete", "kept")
 
 
+def test_what_needs_a_person_stops_and_clients_are_told(machine: Machine) -> None:
+    machine.put("kept")
+    container = machine.container
+    container.sh("systemctl stop rustord.service; cp -a /var/lib/rustord /root/old; systemctl start rustord.service")
+    container.sh("systemctl stop rustord.service; mv /var/lib/rustord /root/new; mv /root/old /var/lib/rustord")
+    assert container.run("systemctl", "start", "rustord.service").returncode != 0
+    container.until(lambda: machine.show("ActiveState") == "failed", "the service has failed")
+    assert machine.show("ExecMainStatus") == "13"
+    assert "the index is older (generation " in machine.show("StatusText")
+    assert "put back the index directory" in container.run("systemctl", "status", "rustord").stdout
+    refused = container.run("rustorctl", "status", user="alice")
+    assert refused.returncode == 8
+    assert "rustord cannot start: the index is older (generation " in refused.stderr
+    assert "hint: put back the index directory" in refused.stderr
+    with NbdPeer(machine.nbd_socket, flags=None) as peer:
+        assert peer.is_ended()
+    container.until(lambda: machine.show("ActiveState") == "failed", "the service has failed again")
+    assert machine.show("NRestarts") == "0"
+    container.sh("rm -r /var/lib/rustord; mv /root/new /var/lib/rustord")
+    assert machine.rustorctl("get", "kept") == "data"
+    machine.rustorctl("delete", "kept")
+
+
+def test_a_client_waits_for_disks_that_are_late(machine: Machine) -> None:
+    machine.put("kept")
+    machine.container.ok("systemctl", "stop", "rustord.service")
+    for loop in machine.loops:
+        machine.container.unplug(loop)
+    get = machine.container.command("rustorctl", "get", "kept", user="alice")
+    with subprocess.Popen(get, stdout=subprocess.PIPE, text=True) as client:
+        machine.container.until(lambda: machine.show("StatusText").startswith("none of /dev/loop"), "it has tried")
+        machine.container.until(lambda: machine.show("NRestarts") != "0", "systemd has it try again")
+        assert client.poll() is None
+        for loop, image in zip(machine.loops, machine.images, strict=True):
+            machine.container.plug(loop, image)
+        assert client.communicate(timeout=60)[0] == "data"
+    machine.container.until(lambda: "State    ok" in machine.rustorctl("status"), "both devices are taken in")
+    machine.rustorctl("delete", "kept")
+
+
 class drop_in:
     """Lets the service run with other settings for a while."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -14,6 +15,8 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+
+from tests.test_errors import all_errors
 
 UNITS = Path(__file__).parents[2] / "systemd"
 BIN = Path(sys.executable).parent
@@ -51,6 +54,13 @@ def test_service_is_sandboxed(unit: str) -> None:
     assert done.returncode == 0, done.stdout[-200:]
 
 
+def test_what_needs_a_person_is_not_tried_again() -> None:
+    (listed,) = re.findall(r"^RestartPreventExitStatus=(.*)$", (UNITS / "rustord.service").read_text(), re.MULTILINE)
+    kinds = [(kind.exit_status, kind.needs_person) for kind in all_errors()]
+    assert {int(status) for status in listed.split()} == {status for status, needs_person in kinds if needs_person}
+    assert not {status for status, _ in kinds if (status, True) in kinds and (status, False) in kinds}
+
+
 class Systemd:
     """Starts the daemon on a new pool, and listens to what it says on the notification socket."""
 
@@ -64,13 +74,15 @@ class Systemd:
         subprocess.run([BIN / "rustorctl", "pool", "create", "--pool-name", "test", image], check=True)
 
     @contextmanager
-    def running(self, listener: socket.socket | None = None) -> Iterator[subprocess.Popen[bytes]]:
-        """A daemon that serves the listening socket, or one that it makes itself."""
+    def running(
+        self, listener: socket.socket | None = None, *options: str | Path
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """A daemon that serves the listening socket, or one that it makes itself; ``options`` are for its command."""
         descriptor = "" if listener is None else str(listener.fileno())
         rustord = [f"{BIN}/rustord", "--device", str(self._image), "--directory", str(self._directory / "index")]
         rustord += ["--socket", str(self.socket_path)]  # beside which it makes that for NBD, whoever made this one
         with subprocess.Popen(
-            [sys.executable, "-c", START_AS_SYSTEMD, descriptor, *rustord],
+            [sys.executable, "-c", START_AS_SYSTEMD, descriptor, *rustord, *options],
             env={"NOTIFY_SOCKET": str(self._directory / "notify"), "WATCHDOG_USEC": "400000"},
             pass_fds=[int(descriptor)] if descriptor else [],
         ) as self._daemon:
@@ -84,12 +96,13 @@ class Systemd:
         deadline = time.monotonic() + SECONDS_MAX
         while time.monotonic() < deadline:
             ended = self._daemon.poll() is not None
-            with suppress(TimeoutError):
+            try:
                 self._said += self._notifications.recv(4096).decode().splitlines()
+            except TimeoutError:
+                assert not ended, f"the daemon ended with status {self._daemon.returncode}"
             while self._said:
                 if wanted(assignment := self._said.pop(0)):
                     return assignment
-            assert not ended, f"the daemon ended with status {self._daemon.returncode}"
         raise TimeoutError("the daemon did not say what was wanted")
 
     def close(self) -> None:
@@ -135,9 +148,7 @@ def test_daemon_goes_on_when_nobody_listens(systemd: Systemd, how: str) -> None:
 
 
 def test_daemon_serves_the_socket_that_it_is_given(systemd: Systemd) -> None:
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(systemd.socket_path))
-        listener.listen()
+    with listening(systemd.socket_path) as listener:
         for _ in range(2):  # the socket is not the daemon's, and so outlives it
             with systemd.running(listener) as daemon:
                 assert ask(systemd.socket_path).startswith(b"HTTP/1.1 200 ")  # waited in the queue of the socket
@@ -146,10 +157,74 @@ def test_daemon_serves_the_socket_that_it_is_given(systemd: Systemd) -> None:
                 assert daemon.wait(SECONDS_MAX) == 0
 
 
+SETTINGS = {
+    "an unknown setting": "[pool]\nspare = 1\n",
+    "settings that turn out to be wrong late": "[nbd]\nlisten = '127.0.0.1:10809'\ntls_certificate = '/nowhere'\n"
+    "tls_key = '/nowhere'\ntls_authority = '/nowhere'\n",
+}
+
+
+@pytest.mark.parametrize("harm", ["no pool", *SETTINGS])
+def test_who_waits_for_what_needs_a_person_is_told(systemd: Systemd, image: Path, tmp_path: Path, harm: str) -> None:
+    (config := tmp_path / "rustord.toml").write_text(SETTINGS.get(harm, ""))
+    if harm == "no pool":
+        image.write_bytes(bytes(image.stat().st_size))
+    with listening(systemd.socket_path) as listener:
+        with asking(systemd.socket_path) as first, asking(systemd.socket_path) as second:
+            with systemd.running(listener, "--config", config) as daemon:
+                assert daemon.wait(SECONDS_MAX) == (13 if harm == "no pool" else 78)
+                told = systemd.wait_for(lambda said: said.endswith(")"))  # a hint
+            replies = {answer(first), answer(second)}
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):  # for whom systemd would start it again
+            listener.accept()
+    (reply,) = replies
+    assert reply.startswith(b"HTTP/1.1 503 ")
+    problem = json.loads(reply.partition(b"\r\n\r\n")[2])
+    assert problem["code"] == "unavailable"
+    assert told == f"STATUS={problem['detail'].removeprefix('rustord cannot start: ')} ({problem['hint']})"
+
+
+def test_who_waits_for_a_late_disk_goes_on_waiting(systemd: Systemd, image: Path) -> None:
+    late = image.rename(image.with_name("late"))
+    with listening(systemd.socket_path) as listener, asking(systemd.socket_path) as client:
+        with systemd.running(listener) as daemon:
+            assert daemon.wait(SECONDS_MAX) == 11
+            systemd.wait_for(f"STATUS=none of {image} is there (see whether the devices are attached)".__eq__)
+        late.rename(image)
+        with systemd.running(listener):
+            assert answer(client).startswith(b"HTTP/1.1 200 ")
+
+
+@contextmanager
+def listening(path: Path) -> Iterator[socket.socket]:
+    """A socket as systemd makes it."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        yield listener
+
+
 def ask(path: Path) -> bytes:
     """What the daemon behind a socket answers when it is asked for its pool."""
+    with asking(path) as client:
+        return answer(client)
+
+
+@contextmanager
+def asking(path: Path) -> Iterator[socket.socket]:
+    """A client that has asked for the pool."""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(SECONDS_MAX)
         client.connect(str(path))
         client.sendall(b"GET /v1/pool HTTP/1.1\r\nHost: rustord\r\nConnection: close\r\n\r\n")
-        return b"".join(iter(lambda: client.recv(4096), b""))
+        yield client
+
+
+def answer(client: socket.socket) -> bytes:
+    """All that a client is answered, up to the end of the connection."""
+    received = b""
+    with suppress(ConnectionResetError):  # what it asked was not read
+        while data := client.recv(4096):
+            received += data
+    return received
