@@ -63,6 +63,7 @@ _ZEROS = memoryview(mmap(-1, 1 << 20, flags=MAP_PRIVATE | MAP_ANONYMOUS)).toread
 _DIRECT_ALIGNMENT = 4096  # of what is read past the page cache: no device and no filesystem here asks for more
 _UNSUPPORTED = frozenset((errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.ENOSYS))
 _HEALTH_HINT = "look into the kernel log (dmesg) and at the device's health (smartctl), then replace the device"
+_GONE_HINT = "attach it again; 'rustorctl status' shows what is missing, and the kernel log (dmesg) why"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -161,6 +162,7 @@ class _OpenDevice:
         self.path = path
         self.read_only = read_only
         self.failed = ""
+        self._absence = ""  # why we hold nothing any more
         self._zeroes_ranges = True
         self._direct_fd = -1
         self._opening = threading.Lock()
@@ -245,8 +247,7 @@ class _OpenDevice:
                 if os.pwritev(self._direct(), (zeros,), start) != len(zeros):
                     raise OSError(errno.EIO, os.strerror(errno.EIO))
         except OSError as error:
-            reason = f"{self.path}: zeroing {length} bytes at byte {offset} failed: {error.strerror}"
-            raise DeviceError(reason, hint=_HEALTH_HINT) from error
+            raise self._error(f"zeroing {length} bytes at byte {offset} failed", error) from error
 
     def _direct(self) -> int:
         """A descriptor of the same device that goes past the page cache and makes each write durable."""
@@ -270,6 +271,7 @@ class _OpenDevice:
     def let_go(self, why: str) -> None:
         """Give the device back while others may be using it: they find nothing in its place."""
         self.failed = self.failed or why
+        self._absence = why
         nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # for reading: nobody may think that he has written
         for fd in (self._fd, self._direct_fd):
             if fd >= 0:
@@ -281,6 +283,7 @@ class _OpenDevice:
             if fd >= 0:
                 os.close(fd)
         self._fd = self._direct_fd = -1
+        self._absence = self._absence or "it was closed"
 
     def _identify(self) -> None:
         raise NotImplementedError
@@ -298,6 +301,8 @@ class _OpenDevice:
         except OSError as error:
             raise self._read_error(offset, want, error) from error
         if got < want:
+            if self._why_absent():
+                raise self._read_error(offset, want, f"it got {got}")
             raise DeviceError(
                 f"{self.path} ends at byte {offset + got}: reading {want} bytes at byte {offset} got {got}",
                 hint=f"it had {self.size} bytes when it was opened; if it was truncated, restore it from a copy",
@@ -324,16 +329,24 @@ class _OpenDevice:
             raise self._fail(f"{verb} of {length} bytes at byte {offset} failed", error) from error
         return True
 
-    def _read_error(self, offset: int, want: int, error: OSError) -> DeviceError:
-        return DeviceError(
-            f"{self.path}: reading {want} bytes at byte {offset} failed: {error.strerror}", hint=_HEALTH_HINT
-        )
+    def _read_error(self, offset: int, want: int, why: OSError | str) -> DeviceError:
+        return self._error(f"reading {want} bytes at byte {offset} failed", why)
 
     def _fail(self, what: str, why: OSError | str) -> DeviceError:
         """Makes the device ``failed``; the first reason stays. Returns the error to raise."""
-        reason = f"{what}: {why.strerror if isinstance(why, OSError) else why}"
-        self.failed = self.failed or reason
-        return DeviceError(f"{self.path}: {reason}", hint=_HEALTH_HINT)
+        error = self._error(what, why)
+        self.failed = self.failed or error.message.removeprefix(f"{self.path}: ")
+        return error
+
+    def _error(self, what: str, why: OSError | str) -> DeviceError:
+        """Says why, unless that is only how it looks when there is no device any more: a short read, ENOSPC, EBADF."""
+        absent = self._why_absent()
+        reason = absent or (why.strerror if isinstance(why, OSError) else why)
+        return DeviceError(f"{self.path}: {what}: {reason}", hint=_GONE_HINT if absent else _HEALTH_HINT)
+
+    def _why_absent(self) -> str:
+        """Why there is nothing any more where the device was; empty if it is there, as far as the kernel tells."""
+        return self._absence
 
     def _refusal(self, verb: str, offset: int, length: int) -> DeviceError:
         """Why a change is not even tried."""
@@ -377,6 +390,13 @@ class RawDevice(_OpenDevice):
             return int.from_bytes(fcntl.ioctl(self._fd, BLKGETDISKSEQ, bytes(8)), sys.byteorder)
         except OSError:
             return 0
+
+    def _why_absent(self) -> str:
+        if not self._absence:
+            with suppress(OSError):
+                if any(fcntl.ioctl(self._fd, BLKGETSIZE64, bytes(8))):
+                    return ""
+        return self._absence or "the device has gone"
 
     def _zero_range(self, offset: int, length: int) -> None:
         fcntl.ioctl(self._fd, BLKZEROOUT, struct.pack("QQ", offset, length))

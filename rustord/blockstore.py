@@ -347,13 +347,14 @@ class BlockStore:
                 try:
                     fill(copies[number], start, buffer)
                 except DeviceError as error:
-                    problem = problem or error
+                    if not isinstance(problem, DeviceError):  # a copy that cannot be read may be good
+                        problem = error
                     continue
                 if chunk_sums(buffer) == sums:
                     if problem is not None:
                         self.on_damage(record, start, start + len(buffer))
                     return
-                problem = Damaged(
+                problem = problem or Damaged(
                     f"Object {uuid_text(record.uuid)}, bytes {start} to {start + len(buffer) - 1}, does not match its "
                     f"checksum on any of {len(copies)} copies",
                     hint="the bytes on the device have changed; restore the Object from elsewhere",

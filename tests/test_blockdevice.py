@@ -204,6 +204,36 @@ def open_size(path: Path) -> int:
         return device.size
 
 
+class TestGone:
+    WHAT = (
+        ("reading 512 bytes at byte 4096", lambda device: device.read(4096, [bytearray(512)])),
+        ("reading 512 bytes at byte 4096", lambda device: device.reread(4096, [bytearray(512)])),
+        ("zeroing 4096 bytes at byte 4096", lambda device: device.scratch(4096, 4096)),
+        ("writing 512 bytes at byte 4096", lambda device: device.write(4096, [bytes(512)])),
+    )
+
+    def test_a_device_that_has_gone_says_so(self, make_loop: Any) -> None:
+        with closing(open_device(path := make_loop(SIZE))) as device:
+            os.truncate(make_loop.image(path), 0)
+            subprocess.run(["losetup", "--set-capacity", path], check=True)  # as of a disk that was pulled out
+            for what, ask in self.WHAT:
+                with pytest.raises(DeviceError) as caught:
+                    ask(device)
+                assert caught.value.message == f"{path}: {what} failed: the device has gone"
+                assert "attach it again" in caught.value.hint
+            with pytest.raises(DeviceError, match=r"takes no writes any more: writing .* failed: the device has gone"):
+                device.flush()
+
+    def test_what_was_let_go_says_why(self, path: Path) -> None:
+        with closing(open_device(path)) as device:
+            device.let_go("it was removed")
+            for what, ask in self.WHAT:
+                device.failed = ""  # as whoever found it that has begun before
+                with pytest.raises(DeviceError) as caught:
+                    ask(device)
+                assert caught.value.message == f"{path}: {what} failed: it was removed"
+
+
 class TestZeroAndDiscard:
     def test_zero_clears_the_range_and_nothing_else(self, path: Path, seed: int) -> None:
         content = bytearray(fill(path, seed))

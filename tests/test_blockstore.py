@@ -128,6 +128,13 @@ class TestReading:
         rig.damage(1, 0)
         assert rig.read() == DATA
 
+    @pytest.mark.parametrize("damaged", [0, 1])
+    def test_a_copy_that_cannot_be_asked_is_not_called_damaged(self, rig: Rig, damaged: int) -> None:
+        rig.damage(damaged, 0)
+        rig.store.retire(rig.slots[COPIES[1 - damaged][0].device], "it was pulled out")
+        with pytest.raises(DeviceError, match=r"cannot be read: device .* is missing: it was pulled out"):
+            rig.read(0, 10)
+
     def test_an_object_whose_devices_are_missing_says_which(self, rig: Rig) -> None:
         rig.store.retire(rig.slots[2], "it was pulled out")
         rig.store.retire(rig.slots[0], "it burnt")
