@@ -329,6 +329,16 @@ def test_a_power_cut_at_any_step_leaves_all_of_it(
         count += step
 
 
+def create_disk(store: ObjectStore, data: bytes) -> Volumes:
+    """The volumes of ``store``, of which "disk" is a new one that begins with ``data``, durably."""
+    volumes = Volumes(store, Direct(store))
+    volumes.create("disk", 4 * CHUNK_BYTES)
+    volume = volumes.open("disk")
+    write(volume, 0, data)
+    volume.flush()
+    return volumes
+
+
 @pytest.mark.parametrize("kept", [0, 1, None], ids=["old place's", "new place's", "none"])
 def test_a_power_cut_before_a_device_is_away_for_a_while_leaves_all_of_it(
     disk_path: Path, seed: int, kept: int | None
@@ -337,12 +347,7 @@ def test_a_power_cut_before_a_device_is_away_for_a_while_leaves_all_of_it(
     data = random.Random(seed).randbytes(2 * CHUNK_BYTES)
     template = Simulation(disk_path, (16 * MIB, 16 * MIB))
     store = template.open()
-    volumes = Volumes(store, Direct(store))
-    volumes.create("disk", 4 * CHUNK_BYTES)
-    volume = volumes.open("disk")
-    write(volume, 0, data)
-    volume.flush()
-    volumes.close()
+    create_disk(store, data).close()
     assert homes(store) == {0}
     template.close()
     restore = template.save()
@@ -391,12 +396,7 @@ def test_nothing_is_left_of_a_volume_that_is_deleted_after_a_power_cut(
     chance = random.Random(seed)
     data = chance.randbytes(3 * CHUNK_BYTES)
     template = Simulation(disk_path, (16 * MIB,))
-    store = template.open()
-    volumes = Volumes(store, Direct(store))
-    volumes.create("disk", 4 * CHUNK_BYTES)
-    volume = volumes.open("disk")
-    write(volume, 0, data)
-    volume.flush()
+    volumes = create_disk(template.open(), data)
     if "snapshot" in work:
         volumes.snapshot("disk", "snapshot")
     template.close()

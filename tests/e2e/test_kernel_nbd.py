@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.guest import kernel
+
 ROOT = Path(__file__).parents[2]
-KERNEL = "linux-image-cloud-amd64"
 SECONDS_MAX = 900
 """Without hardware's help, and with other work beside it."""
 
@@ -20,25 +21,11 @@ main()
 """
 
 
-def kernel(directory: Path) -> Path:
-    """Debian's kernel for virtual machines, unpacked but not installed."""
-    depends = ["apt-cache", "depends", "--important", KERNEL]
-    package = (
-        subprocess.run(depends, check=True, capture_output=True, text=True).stdout.split("Depends: ")[1].split()[0]
-    )
-    fetched = subprocess.run(["apt-get", "download", package], cwd=directory, capture_output=True, text=True)
-    if fetched.returncode:
-        pytest.skip(f"there is no mirror to get {package} from: {fetched.stderr[-500:]}")
-    (archive,) = directory.glob("*.deb")
-    subprocess.run(["dpkg-deb", "--extract", archive, directory / "kernel"], check=True)
-    return directory / "kernel"
-
-
-def disk(directory: Path, debian: Path, kernel: Path) -> Path:
+def disk(directory: Path, debian: Path) -> Path:
     """An image to boot from: a Debian with rustord, whose first process is the script."""
     root = directory / "root"
     subprocess.run(["cp", "--archive", "--reflink=auto", debian, root], check=True)
-    (modules,) = (kernel / "lib/modules").iterdir()
+    (modules,) = (kernel() / "lib/modules").iterdir()
     shutil.copytree(modules, root / "usr/lib/modules" / modules.name, symlinks=True)
     subprocess.run(["chroot", root, "depmod", modules.name], check=True)
     ignore = shutil.ignore_patterns("__pycache__")
@@ -64,9 +51,8 @@ def disk(directory: Path, debian: Path, kernel: Path) -> Path:
     reason="there is no qemu-system-x86_64; `apt-get install qemu-system-x86` brings it",
 )
 def test_the_kernel_attaches_and_survives_the_daemon(disk_path: Path, debian: Path) -> None:
-    unpacked = kernel(disk_path)
-    image = disk(disk_path, debian, unpacked)
-    (boot,) = (unpacked / "boot").glob("vmlinuz-*")
+    image = disk(disk_path, debian)
+    (boot,) = (kernel() / "boot").glob("vmlinuz-*")
     console = disk_path / "console"
     settings = "console=ttyS0 root=/dev/nvme0n1 rootfstype=ext4 rw init=/first panic=-1 quiet mitigations=off"
     command: list[str | Path] = ["qemu-system-x86_64", "-nodefaults", "-display", "none", "-machine", "q35"]
