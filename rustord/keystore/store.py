@@ -310,9 +310,8 @@ class KeyStore:
             newest = max(newest, sequence)
             for device in (record.devices & writable) or writable:  # somebody has to know of it
                 entries.setdefault(device, []).append(undo_entry(sequence, record.id))
-        if entries:
-            self._carry(entries, writable, newest)
-        return self._append_all(entries, erased, durable, newest)
+        carried = bool(entries) and self._carry(entries, writable, newest)
+        return self._append_all(entries, erased, durable, newest, carried)
 
     def journal_notes(
         self,
@@ -326,11 +325,16 @@ class KeyStore:
         """The same for GRAVEs and changes of Layers, up to the sequence ``newest``: each goes to all of ``devices``."""
         batch = [encode_entry(entry) for entry in entries]
         batches = {device: list(batch) for device in devices}
-        self._carry(batches, set(writable), newest)
-        return self._append_all(batches, erased, durable, newest)
+        carried = self._carry(batches, set(writable), newest)
+        return self._append_all(batches, erased, durable, newest, carried)
 
     def _append_all(
-        self, entries: dict[int, list[bytes]], erased: Mapping[int, list[RecordId]], durable: int, newest: int
+        self,
+        entries: dict[int, list[bytes]],
+        erased: Mapping[int, list[RecordId]],
+        durable: int,
+        newest: int,
+        carried: bool,
     ) -> tuple[set[int], dict[int, RustordError]]:
         failed: dict[int, RustordError] = {}
         for device, batch in entries.items():
@@ -340,24 +344,28 @@ class KeyStore:
                 self._append(self._rings[device], batch, durable, newest)
             except RustordError as error:
                 failed[device] = error
+        if carried and failed:  # the old batches may be let go by now: the next one, which overwrites them, says it all
+            self._carry_due = True
         return entries.keys() - failed.keys(), failed
 
-    def _carry(self, entries: dict[int, list[bytes]], writable: set[int], newest: int) -> None:
+    def _carry(self, entries: dict[int, list[bytes]], writable: set[int], newest: int) -> bool:
         """Write down once more what is deleted and not erased, if that keeps old batches from being let go.
 
         Erasing may take long, be put off by a reader, or be impossible because a device failed; no journal may fill up
-        for it.
+        for it. Returns whether it was necessary.
         """
         oldest = min(self._unerased.values(), default=newest)
         length = RECORD_ID.size * len(self._unerased) + sum(len(entry.payload) for entry in self._noted.values())
-        if self._carry_due or any(self._rings[device].is_held_by(oldest, length) for device in writable):
-            self._carry_due = False
-            carried = [unerased_entry(id for id in self._unerased if id not in self._noted)]
-            carried += map(encode_entry, self._noted.values())
-            for device in writable:
-                entries.setdefault(device, []).extend(carried)
-            with self._learning:
-                self._unerased = dict.fromkeys(self._unerased, newest)
+        if not self._carry_due and not any(self._rings[device].is_held_by(oldest, length) for device in writable):
+            return False
+        self._carry_due = False
+        carried = [unerased_entry(id for id in self._unerased if id not in self._noted)]
+        carried += map(encode_entry, self._noted.values())
+        for device in writable:
+            entries.setdefault(device, []).extend(carried)
+        with self._learning:
+            self._unerased = dict.fromkeys(self._unerased, newest)
+        return True
 
     def _append(self, ring: Ring, entries: list[bytes], durable: int, sequence: int) -> None:
         try:

@@ -355,14 +355,30 @@ class TestJournal:
 
     def test_what_is_too_long_for_it_is_refused(self, keys: Keys) -> None:
         record = keys.put()
-        long = Record(
-            encode_record(
-                ObjKey(bytes(16), "xxh3-128", b"", 0), 99, 0, [[Extent(0, 1, 1)]], bytes(5 * MIB), b"", b"", b""
-            )
-        )
-        _, failed = keys.store.journal([(long, NOTHING)], [], [], {}, 1, [0])
-        assert isinstance(failed[0], Unavailable)
+        refuse_what_is_too_long(keys)
         assert uuids(keys.store) == [record.uuid]
+
+    def test_a_batch_that_is_refused_takes_no_tombstone_along(self, keys: Keys) -> None:
+        keys.backend.error = NoSpace("the disk of the index is full")
+        held = keys.put()
+        keys.delete(held)
+        while keys.store.journal_used() < 1:
+            keys.put()
+        keys.backend.error = None
+        refuse_what_is_too_long(keys)  # but what is before the tombstone has reached the index, and is let go
+        refuse_what_is_too_long(keys)  # and with it what repeats the tombstone, which is the oldest now
+        for _ in range(3):
+            keys.put()  # over the oldest
+        entries = [entry for _, batch in keys.ring.batches() for entry in batch.entries]
+        assert RECORD_ID.pack(*held.id) in {entry.payload for entry in entries if entry.kind is Kind.UNERASED}
+
+
+def refuse_what_is_too_long(keys: Keys) -> None:
+    key = ObjKey(bytes(16), "xxh3-128", b"", 0)
+    copies = [[Extent(0, 1, 1)]]
+    long = Record(encode_record(key, keys.sequence + 1, 0, copies, bytes(5 * MIB), b"", b"", b""))
+    _, failed = keys.store.journal([(long, NOTHING)], [], [], {}, 1, [0])
+    assert isinstance(failed[0], Unavailable)
 
 
 LONG = "ü" * 240  # 480 bytes in UTF-8
