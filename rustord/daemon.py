@@ -55,6 +55,8 @@ FINISH_S = 60.0
 """How long the Writer may take after that: it erases what has been deleted."""
 NBD_SOCKET = "rustord-nbd.socket"
 """The unit whose socket is that of NBD; any other is that of the object API."""
+_QUEUE_LENGTH_MAX = 4096
+"""The longest queue of a socket (net.core.somaxconn), unless somebody has made it longer."""
 STUCK_S = 60.0
 """A writer that has not got on for longer than this is no sign of life: the watchdog may restart us."""
 
@@ -108,7 +110,7 @@ def _empty_queue(listener: socket.socket, error: RustordError, *, is_http: bool)
     refusal = Unavailable(f"rustord cannot start: {error}", hint=error.hint)
     with suppress(OSError):  # nobody waits any more
         listener.setblocking(False)
-        while True:
+        for _ in range(_QUEUE_LENGTH_MAX):
             sock, _ = listener.accept()
             with sock:
                 if is_http:
