@@ -269,7 +269,8 @@ def _is_whole(record: Record, blocks: BlockStore, label: Label) -> bool | None:
 
 def _is_copy_whole(record: Record, number: int, blocks: BlockStore, label: Label) -> bool | None:
     """The same of one copy; None if a part of it cannot be read, and the others, as far as they were looked at, are."""
-    unsure = any(blocks.slots[extent.device].device is None for extent in record.copies[number])
+    devices = {extent.device for extent in record.copies[number]} & record.devices  # not those of its Layer
+    unsure = any(blocks.slots[device].device is None for device in devices)
     steps = _steps(record, number, blocks, label, CHUNK_BYTES if unsure else _VERIFY_BYTES)
     for is_right in steps:
         try:
