@@ -735,7 +735,8 @@ class ObjectStore:
             puts.append((record, placed.replaced_uuid))
             batch.outcomes.append((placed.put, record))
             self.stock.add(record)
-            if record.layer:
+            is_move = not isinstance(placed.put, Put)
+            if record.layer and not is_move:
                 self.layers.use(record.layer)
             if replaced is not None:
                 self.stock.remove(replaced)
@@ -746,7 +747,8 @@ class ObjectStore:
                         self._erasures.add(copy)
                     if replaced.uuid in self.layers.users:  # a Layer builds on it: it is erased with the last one
                         continue
-                erase = Erase(placed.remains(replaced, record), (replaced.id,), after=after, layer=replaced.layer)
+                layer = 0 if is_move else replaced.layer  # a moved Object needs its Layer as before
+                erase = Erase(placed.remains(replaced, record), (replaced.id,), after=after, layer=layer)
                 if not self._erasures.hold(erase):
                     batch.following.append(erase)
         return puts
