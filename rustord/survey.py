@@ -209,7 +209,7 @@ class _Journals:
             self.reach[slot.index] = (first, max(sequences) + 1)
 
     def _look_for_damage(self, slot: Slot, ring: Ring, batches: Sequence[tuple[int, Batch]]) -> None:
-        for number in lost_batches(batches, self._block_size):
+        for number in lost_batches(batches, self._block_size, slot.geometry.journal_length // self._block_size):
             self.holes.append(
                 f"batch {number} in the journal of device {slot.index} is damaged: what was deleted by it may be back, "
                 "and what was written to volumes may be as it was before"

@@ -197,21 +197,27 @@ class Ring:
                         yield first + block, batch
 
 
-def lost_batches(batches: Iterable[tuple[int, Batch]], block_size: int) -> Iterator[int]:
+def lost_batches(batches: Iterable[tuple[int, Batch]], block_size: int, block_count: int) -> Iterator[int]:
     """The numbers of batches that are missing between ``batches`` though no newer one was written over them.
 
     Where the numbers go on to the right of a batch, nobody has come around since: that would have overwritten it first.
     Where they go on at the start of the ring, what came between may have been there, and be overwritten by newer ones,
-    which begin before what was left of it, or in the first block.
+    which begin before what was left of it, or in the first block. What is behind the newest one may have been hit by
+    another that a power cut tore: that leaves any of the sectors there as they were, also those of the first batches.
+    If it did not fit before the end of the ring, of ``block_count`` blocks, that is so from its start on.
     """
     found = sorted(batches, key=lambda item: item[1].number)
+    ends = [block + -(-batch.length // block_size) for block, batch in found]
+    longest = max((end - block for end, (block, _) in zip(ends, found, strict=True)), default=0)
+    safe_end = ends[-1] if found and ends[-1] + longest <= block_count else 0
     for at, ((block, batch), (next_block, following)) in enumerate(pairwise(found)):
         missing = range(batch.number + 1, following.number)
         if missing and next_block < block + -(-batch.length // block_size):
             is_overwritten = any(start < next_block for start, _ in found[at + 2 :])
             if is_overwritten or (next_block == 0 and len(missing) > 1):
                 continue
-        yield from missing
+        if block < safe_end:
+            yield from missing
 
 
 def newest_run(batches: Iterable[tuple[int, Batch]]) -> list[tuple[int, Batch]]:

@@ -210,9 +210,9 @@ def test_a_batch_that_is_missing_between_others_was_damaged(device: BlockDevice,
     ring = make(device)
     for sequence in range(1, 5):
         append(ring, sequence, blocks=2)
-    assert list(lost_batches(make(device).batches(), 4096)) == []
+    assert list(lost_batches(make(device).batches(), 4096, RING_BLOCKS)) == []
     device.write(MIB + 2 * 4096 + offset, [b"?"])
-    assert list(lost_batches(make(device).batches(), 4096)) == [2]
+    assert list(lost_batches(make(device).batches(), 4096, RING_BLOCKS)) == [2]
 
 
 def test_what_a_ring_has_overwritten_is_not_taken_for_damage(device: BlockDevice, seed: int) -> None:
@@ -222,7 +222,20 @@ def test_what_a_ring_has_overwritten_is_not_taken_for_damage(device: BlockDevice
         append(ring, sequence, blocks=chance.choice([1, 2, 30, 100, 200]))
         ring.release(sequence + 1, sequence)
         if sequence % 3 == 0:
-            assert list(lost_batches(make(device).batches(), 4096)) == []
+            assert list(lost_batches(make(device).batches(), 4096, RING_BLOCKS)) == []
+
+
+def test_what_a_torn_batch_has_hit_is_not_taken_for_damage(device: BlockDevice) -> None:
+    """Of the batch that is written over the oldest ones, the power failed before its first sector was there."""
+    ring = make(device)
+    for sequence in range(1, RING_BLOCKS // 2 + 2):  # the last one is at the start again
+        append(ring, sequence, blocks=2)
+        ring.release(sequence + 1, sequence)
+    second, third = ring.block, ring.block + 2
+    assert list(lost_batches(make(device).batches(), 4096, RING_BLOCKS)) == []
+    device.write(MIB + third * 4096, [b"?" * 512])  # the one at ``second`` is as it was
+    assert second in [block for block, _ in make(device).batches()]
+    assert list(lost_batches(make(device).batches(), 4096, RING_BLOCKS)) == []
 
 
 def test_a_batch_that_was_begun_is_told_from_none(device: BlockDevice) -> None:
