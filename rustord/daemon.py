@@ -205,9 +205,7 @@ class Listeners(NamedTuple):
 
 
 @contextmanager
-def listen(
-    config: Config, supervisor: Supervisor, passed: Iterable[tuple[str, socket.socket]]
-) -> Iterator[Listeners]:
+def listen(config: Config, supervisor: Supervisor, passed: Iterable[tuple[str, socket.socket]]) -> Iterator[Listeners]:
     """The sockets that systemd ``passed``, and new ones at the configured paths for what it did not pass."""
     with ExitStack() as opened:
         api: list[socket.socket] = []

@@ -32,12 +32,15 @@ class Proof:
     losses: float = 0.3
     absences: float = 0.3
     counts: Counter[str] = field(default_factory=Counter)
+    _absences: float = 0.0
 
     def of(self, scenario: Scenario) -> None:
         """Examine what power cuts leave of a scenario. Raises AssertionError, which says where."""
         chance = random.Random(f"{self.seed} {scenario}")
         stage = Stage(dict.fromkeys(range(scenario.device_count), DEVICE_BYTES), scenario.placer, chance)
         scenario.play(stage)
+        has_failed = any(device.failed for device in stage.devices.values())  # which counts as away already
+        self._absences = 0.0 if has_failed else self.absences
         self.of_stage(stage, chance)
 
     def of_stage(self, stage: Stage, chance: random.Random) -> None:
@@ -73,8 +76,7 @@ class Proof:
         found = stage.check(story.store)
         if chance.random() < self.losses:
             self._without_index(before, state, chance)
-        has_failed = any(device.failed for device in before.devices.values())  # which counts as away already
-        if len(told.members) > 1 and not has_failed and chance.random() < self.absences:
+        if len(told.members) > 1 and chance.random() < self._absences:
             self._with_a_device_away(before, state, index, chance)
         if older and chance.random() < 0.2:
             self._with_older_index(before, state, chance.choice([older[0], chance.choice(older)]), chance)

@@ -74,9 +74,7 @@ class Systemd:
         subprocess.run([BIN / "rustorctl", "pool", "create", "--pool-name", "test", image], check=True)
 
     @contextmanager
-    def running(
-        self, listener: socket.socket | None = None, *options: str | Path
-    ) -> Iterator[subprocess.Popen[bytes]]:
+    def running(self, listener: socket.socket | None = None, *options: str | Path) -> Iterator[subprocess.Popen[bytes]]:
         """A daemon that serves the listening socket, or one that it makes itself; ``options`` are for its command."""
         descriptor = "" if listener is None else str(listener.fileno())
         rustord = [f"{BIN}/rustord", "--device", str(self._image), "--directory", str(self._directory / "index")]
