@@ -1,7 +1,7 @@
 #!/bin/bash
 # Runs as the first process of a guest whose kernel has nbd: attach, use, lose the daemon twice, detach.
 # Says "ok WHAT" for each thing that is as it should be, and "done" at the end.
-export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root PYTHONDONTWRITEBYTECODE=1
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
 export RUSTORD_SOCKET=/run/rustord/rustord.sock
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -14,8 +14,9 @@ status() { local wanted=$1; shift; "$@"; [ $? = "$wanted" ]; }
 start() {
     rustord --device /tmp/pool.img --directory /tmp/index --socket $RUSTORD_SOCKET >> /tmp/log 2>&1 &
     daemon=$!
-    until rustorctl status > /dev/null 2>&1; do sleep 0.2; done
+    until curl --silent --unix-socket $RUSTORD_SOCKET http://rustord/v1/pool > /dev/null; do sleep 0.2; done
 }
+waits() { read -r _ writes < /sys/block/nbd1/inflight && [ "$writes" -gt 0 ]; }
 same_object() { rustorctl get object > /tmp/copy && cmp -n 10485760 /tmp/copy /dev/nbd0; }
 
 modprobe nbd nbds_max=4
@@ -38,13 +39,16 @@ ok "and mounted" mount -o discard /dev/nbd1 /tmp/mnt
 ok "a mounted device stays" status 15 rustorctl detach volume
 ok "an attached object stays" status 15 rustorctl delete object
 
-cp /tmp/data /tmp/mnt/killed && sync &
-copying=$!
-sleep 0.5
+echo 10000 > /sys/block/nbd1/queue/io_timeout  # after which the kernel sends again what it has lost, not 30,000 ms
+cp /tmp/data /tmp/mnt/killed
+kill -STOP $daemon  # so that it answers no write, and then loses one before it is flushed
+sync &
+writing=$!
+until waits; do sleep 0.1; done
 kill -9 $daemon
 wait $daemon
 start
-ok "writing waits for a daemon that was killed" wait $copying
+ok "writing waits for a daemon that was killed" wait $writing
 kill $daemon
 wait $daemon
 start
@@ -59,9 +63,9 @@ ok "it is unmounted" umount /tmp/mnt
 ok "the filesystem is in order" fsck.ext4 -fn /dev/nbd1
 ok "the volume is detached" rustorctl detach volume
 ok "and the object" rustorctl detach /dev/nbd0
-sleep 3
 ok "nothing is attached" [ "$(rustorctl attached --json)" = "[]" ]
-ok "nobody stays behind" [ "$(rustorctl exports --json)" = "[]" ]
+until [ "$(rustorctl exports --json)" = "[]" ]; do sleep 0.2; done
+ok "nobody stays behind" true
 ok "the object is deleted" rustorctl delete object
 ok "nothing went wrong inside" status 1 grep Traceback /tmp/log
 echo done

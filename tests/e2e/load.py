@@ -1,8 +1,9 @@
 """Stores, replaces and deletes Objects on a guest, and reads them back, with the client that the package brings.
 
-``load.py work FIRST`` goes on until it is stopped. Each name goes from step FIRST on through what `content` says, and
-each step is told before the name's next one begins: "done NAME STEP" or "refused NAME STEP WHY". So is what is wrong
-with what is read: "unreadable NAME STEP WHY", or "wrong NAME STEP".
+``load.py work FIRST [DIRECTORY]`` goes on until it is stopped. Each name goes from step FIRST on through what `content`
+says, and each step is told before the name's next one begins: "done NAME STEP" or "refused NAME STEP WHY". So is what
+is wrong with what is read: "unreadable NAME STEP WHY", or "wrong NAME STEP". Meanwhile files appear in DIRECTORY, each
+of which is told when it is durable: "synced PATH SHA256".
 
 ``load.py check`` prints what is there: "NAME DEVICES STEP", with the devices that hold the Object as in "0,1", or "NAME
 DEVICES - WHY" if it cannot be read.
@@ -10,11 +11,14 @@ DEVICES - WHY" if it cannot be read.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
+from functools import cache
 from itertools import count
 
 from rustord.client import Client
@@ -32,10 +36,17 @@ def content(name: str, step: int) -> bytes | None:
     return None if size is None else f"{name} {step}\n".encode() + rng.randbytes(size)
 
 
-def work(wire: int, names: Sequence[str], first: int) -> None:
-    def tell(*words: object) -> None:
-        os.write(wire, (" ".join(map(str, words)) + "\n").encode())  # returns when the line is out of the machine
+def tell(*words: object) -> None:
+    """Returns when the line is out of the machine."""
+    os.write(wire(), (" ".join(map(str, words)) + "\n").encode())
 
+
+@cache
+def wire() -> int:
+    return os.open("/dev/virtio-ports/rustord.test", os.O_WRONLY)
+
+
+def work(names: Sequence[str], first: int) -> None:
     rng = random.Random(first)
     steps: dict[str, int] = {}
     with Client() as client:
@@ -77,6 +88,18 @@ def _found(client: Client, name: str) -> bytes | None:
         return None
 
 
+def write_files(directory: str) -> None:
+    entries = os.open(directory, os.O_RDONLY)
+    while True:
+        file, path = tempfile.mkstemp(dir=directory)
+        data = os.urandom(50_000)
+        os.write(file, data)
+        os.fsync(file)
+        os.fsync(entries)
+        os.close(file)
+        tell("synced", path, hashlib.sha256(data).hexdigest())
+
+
 def check() -> None:
     with Client() as client:
         for stored in list(client.names()):
@@ -96,8 +119,9 @@ def main() -> None:
     if sys.argv[1] == "check":
         check()
         return
-    wire = os.open("/dev/virtio-ports/rustord.test", os.O_WRONLY)
-    clients = [threading.Thread(target=work, args=(wire, names, int(sys.argv[2]))) for names in CLIENTS]
+    wire()
+    clients = [threading.Thread(target=work, args=(names, int(sys.argv[2]))) for names in CLIENTS]
+    clients += [threading.Thread(target=write_files, args=(directory,)) for directory in sys.argv[3:]]
     for client in clients:
         client.start()
 
