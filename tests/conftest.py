@@ -83,6 +83,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         later = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=later)
         items[:] = [item for item in items if item not in later]
+    items.sort(key=_takes_less)  # so that no worker begins with what takes long when the others are done
+
+
+def _takes_less(item: pytest.Item) -> tuple[bool, bool]:
+    return (item.path.name != "test_guest.py", item.path.parent.name not in ("e2e", "crash"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
