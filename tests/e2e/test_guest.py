@@ -128,9 +128,16 @@ class Machine:
         self.guest = Guest(self._directory / f"boot{self._boot_count}", self._root.address, disks)
         self._boot_count += 1
 
-    def state(self) -> str:
+    def wait_for_boot(self) -> str:
         """What systemd says of all that should run, once the boot is over."""
         return self.guest.run("systemctl is-system-running --wait")[1].strip()
+
+    def check_boot(self) -> None:
+        """The machine serves its pool and has mounted a volume, by itself."""
+        state = self.wait_for_boot()
+        said = self.guest.ok("systemctl --failed --no-legend; journalctl --boot --unit='rustord*' --unit=srv-vm.mount")
+        assert state == "running", said
+        assert self.guest.run("mountpoint --quiet /srv/vm")[0] == 0, said
 
     def wait_for_write(self, rng: random.Random) -> None:
         """Until some writes have come to some disk; it holds the last one, unflushed, until the power is cut."""
@@ -281,9 +288,9 @@ def test_a_filesystem_on_a_volume_is_mounted_at_each_boot(machine: Machine, how:
     machine.guest.ok(f"echo {how} > /srv/vm/file")
     machine.guest.shut_down(how)
     machine.boot()
+    machine.check_boot()
     guest = machine.guest
-    assert machine.state() == "running", guest.ok("systemctl --failed")
-    assert guest.ok("mountpoint --quiet /srv/vm; cat /srv/vm/file").strip() == how
+    assert guest.ok("cat /srv/vm/file").strip() == how
     assert "recovery" not in guest.ok("journalctl --boot --dmesg --grep=EXT4-fs")  # it had been unmounted
     ended = guest.ok("journalctl --boot=-1 --lines=150 | grep --invert-match systemd-journald")
     order = ("srv-vm.mount", "rustord-attach@vm-data.service", "rustord.service")
@@ -300,12 +307,12 @@ def test_what_was_acknowledged_survives_power_cuts(machine: Machine, seed: int, 
         guest.until(lambda guest=guest: any(line.startswith("synced ") for line in guest.told), "a file is synced")
         machine.wait_for_write(rng)
         assert machine.cut_power(rng) > 0
-        assert machine.state() == "running", machine.guest.ok("systemctl --failed")  # by itself
+        machine.check_boot()
         assert machine.acknowledged.note(guest) == []
         assert machine.acknowledged.wrong(machine.guest) == {}
         assert "main is ok" in machine.guest.ok("systemctl status rustord")
         sums = shlex.quote("\n".join(machine.acknowledged.sums))
-        machine.guest.ok(f"mountpoint --quiet /srv/vm; echo {sums} | sha256sum --check --strict")
+        machine.guest.ok(f"echo {sums} | sha256sum --check --strict")
     machine.guest.ok("umount /srv/vm; fsck.ext4 -fn /dev/nbd0; mount /srv/vm")
 
 
@@ -327,6 +334,6 @@ def test_without_flushes_what_was_acknowledged_is_lost(machine: Machine, seed: i
     acknowledged.wait(guest, 100)
     machine.cut_power(rng)
     assert acknowledged.note(guest) == []
-    machine.state()
+    machine.wait_for_boot()
     serves = machine.guest.run("systemctl is-active rustord")[0] == 0
     assert not serves or acknowledged.wrong(machine.guest) != {}
