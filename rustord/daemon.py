@@ -331,7 +331,7 @@ class _Daemon:
         self._writer = Writer(store, self._metrics.on_cycle)
         self._repairer = Repairer(store, self._writer)
         self._scrub = Scrub(store, self._repairer, config.pool.directory / "scrub.json", config.scrub.rate)
-        self._volumes = Volumes(store, self._writer)
+        self._volumes = Volumes(store, self._writer, config.pool.directory)
         self._merger = LayerMerger(store, self._volumes)
         exports = Exports(store, self._writer, self._volumes)
         tcp_role = Role[config.nbd.tcp_role.upper()]

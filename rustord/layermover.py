@@ -105,7 +105,7 @@ class LayerMover:
 
     def _is_known(self, layer: Layer, number: int) -> bool:
         """Whether the journal knows of a page; else it is in the next flush of the volume."""
-        return self._store.keystore.has_page(layer.uuid, number)
+        return self._store.keystore.page(layer.uuid, number) is not None
 
     def _move_pages(self, layer: Layer, numbers: Iterable[int], quota: Quota) -> int:
         """As far as there is room. The old slots are a grave from then on."""

@@ -41,6 +41,7 @@ from rustord.layer import Layers
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
 from rustord.page import LayerEntry
+from rustord.pending import PENDING, take_up
 from rustord.placer import Placer
 from rustord.record import Grave, RecordId
 from rustord.replay import take_journals
@@ -140,6 +141,7 @@ def open_pool(
         _check_generation(keystore, label)
         progress("replaying the journal")
         label, sequence = _replay(label, blocks, keystore)
+        sequence = take_up(directory / PENDING, label.pool_uuid, blocks, keystore, sequence)
         progress("reading the index")
         allocator = Allocator(placer, blocks.accepting_indices, blocks.refusals, blocks.leaving_indices)
         layers = Layers(blocks, keystore.base)

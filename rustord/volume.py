@@ -39,6 +39,7 @@ from rustord.page import (
     extent_at,
     page_of,
 )
+from rustord.pending import Pending
 from rustord.record import RecordId
 
 T = TypeVar("T")
@@ -83,8 +84,12 @@ class Volume:
         on_close: Callable[[], None] = lambda: None,
         *,
         is_copy: bool = False,
+        pending: Pending | None = None,
     ) -> None:
-        """``on_close`` is told of each `close`. With ``is_copy``, all that is written is somebody else's data."""
+        """``on_close`` is told of each `close`. With ``is_copy``, all that is written is somebody else's data.
+
+        In ``pending`` changes of the map are noted before they are answered.
+        """
         self.layer = layer
         self.size = layer.head.size
         self.read_only = False
@@ -97,6 +102,7 @@ class Volume:
         self._free = free
         self._announce = announce
         self._is_copy = is_copy
+        self._pending = pending
         self.close = on_close
         self._gate = Gate()
         layers.watch(self._gate)  # before looking at the Layers: they are not changed until this has returned
@@ -192,6 +198,8 @@ class Volume:
             self.give_back_spare()
             yield
             self._ended = True
+            if self._pending is not None:
+                self._pending.close()
         self._layers.unwatch(self._gate)
 
     # Reading
@@ -339,6 +347,10 @@ class Volume:
         if left:
             self._freed.setdefault(chunk, []).extend(left)
         self._change_count += 1
+        if self._pending is not None:
+            number = page_of(chunk)
+            pages = [(number, self._pages[number])] if number in self._pages else []
+            self._pending.add(MapEntry(self.layer.uuid, pages, [(chunk, address)]))
 
     def _limit_pending(self) -> None:
         """Flush what waits for that, if it is much: before there is more, for a client may not care if that fails."""
@@ -479,6 +491,9 @@ class Volume:
         graves = self._note([entry], copied, freed)
         if freed:
             self._left.append((freed, graves))
+        if self._pending is not None:
+            with self._mapping:
+                self._pending.settle(MapEntry(self.layer.uuid, [*self._pages.items()], [*self._chunks.items()]))
 
 
 def _all(by_chunk: dict[int, list[T]]) -> list[T]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 from rustord.blockstore import chunk_sums
@@ -23,6 +24,7 @@ from rustord.layer import Frozen, Layer
 from rustord.objectstore import ObjectStore
 from rustord.objkey import is_uuid, parse_uuid
 from rustord.page import CHUNK_BYTES, SLOT_COUNT, Head, LayerEntry, MapEntry, address_of
+from rustord.pending import PENDING, Pending, circumstances
 from rustord.pool import renew_labels
 from rustord.record import Metadata, Record, RecordId
 from rustord.volume import Volume
@@ -73,8 +75,10 @@ class Volumes:
     One operation at a time works on a volume. A volume that is open is neither made shorter, frozen nor deleted.
     """
 
-    def __init__(self, store: ObjectStore, writer: Writer) -> None:
+    def __init__(self, store: ObjectStore, writer: Writer, directory: Path | None = None) -> None:
+        """What is not flushed is noted below ``directory``, that of the index, for who opens the pool after a kill."""
         self._store = store
+        self._directory = directory
         self._layers = store.layers
         self._writer = writer
         self._volumes: dict[str, Volume] = {}
@@ -167,8 +171,15 @@ class Volumes:
             self._volumes[name] = Volume(
                 *(layer, self._layers, store.blocks, store.allocator),
                 *(self._note, self.free, self.announce, lambda: self._close(name)),
+                pending=self._pending(name),
             )
         return self._volumes[name]
+
+    def _pending(self, name: str) -> Pending | None:
+        store = self._store
+        if self._directory is None:
+            return None
+        return Pending(self._directory / PENDING / name, lambda: circumstances(store.label.pool_uuid, store.blocks))
 
     def writer_of(self, layer: Layer) -> Volume | None:
         """The volume that is written in a Layer, open or not; None if it is not written any more."""

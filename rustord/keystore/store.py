@@ -455,14 +455,15 @@ class KeyStore:
         overlay.pages[key] = page._replace(generation=generation).encode()
         return slots_at(old.address) if old and old.address not in (0, page.address) else []
 
-    def has_page(self, layer: bytes, number: int) -> bool:
-        """Whether a page of the map of a Layer is known."""
-        return self._page(page_key(layer, number)) is not None
+    def page(self, layer: bytes, number: int) -> Page | None:
+        """A page of the map of a Layer, if it is known."""
+        raw = self._page(page_key(layer, number))
+        return decode_page(raw) if raw else None
 
     def home_of(self, layer: bytes) -> int | None:
         """The device of the head of a Layer; None if there is no such Layer."""
-        raw = self._page(page_key(layer, 0))
-        return extent_at(decode_page(raw).address, 1).device if raw else None
+        head = self.page(layer, 0)
+        return extent_at(head.address, 1).device if head else None
 
     def _page(self, key: bytes) -> bytes | None:
         for overlay in (self._fresh, self._draining):

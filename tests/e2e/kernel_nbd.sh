@@ -17,6 +17,7 @@ start() {
     until curl --silent --unix-socket $RUSTORD_SOCKET http://rustord/v1/pool > /dev/null; do sleep 0.2; done
 }
 waits() { read -r _ writes < /sys/block/nbd1/inflight && [ "$writes" -gt 0 ]; }
+written() { read -r _ _ _ _ writes _ < /sys/block/nbd1/stat && echo "$writes"; }
 same_object() { rustorctl get object > /tmp/copy && cmp -n 10485760 /tmp/copy /dev/nbd0; }
 
 modprobe nbd nbds_max=4
@@ -41,10 +42,12 @@ ok "an attached object stays" status 15 rustorctl delete object
 
 echo 10000 > /sys/block/nbd1/queue/io_timeout  # after which the kernel sends again what it has lost, not 30,000 ms
 cp /tmp/data /tmp/mnt/killed
-kill -STOP $daemon  # so that it answers no write, and then loses one before it is flushed
+before=$(written)
 sync &
 writing=$!
-until waits; do sleep 0.1; done
+until [ "$(written)" -gt "$before" ]; do :; done  # something has been answered that is not flushed
+kill -STOP $daemon
+until waits; do sleep 0.1; done  # and something will not be answered
 kill -9 $daemon
 wait $daemon
 start

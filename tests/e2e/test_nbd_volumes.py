@@ -127,6 +127,26 @@ def test_what_was_flushed_survives_the_death_of_the_daemon(daemon: Daemon) -> No
         assert peer.go("disk").read(0, 16).data == b"\0\0\0\0\0flushed\0\0\0\0"
 
 
+def test_what_was_answered_survives_the_death_of_the_daemon(daemon: Daemon, seed: int) -> None:
+    """Who connects again takes the daemon for the one before, and flushes what that has answered."""
+    data = random.Random(seed).randbytes(3 * MIB)
+    with NbdPeer(nbd_socket(daemon)) as peer:
+        peer.go("disk")
+        assert peer.one(1, 0, MIB, payload=b"x" * MIB).error == 0
+        assert peer.one(3).error == 0
+        assert peer.one(1, MIB // 2, 3 * MIB, payload=data).error == 0
+        assert peer.one(6, MIB // 4, MIB // 8).error == 0  # zeros
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGKILL)
+        daemon.process.wait()
+    daemon.start()
+    with NbdPeer(nbd_socket(daemon)) as peer:
+        peer.go("disk")
+        assert peer.one(3).error == 0
+        expected = b"x" * (MIB // 4) + bytes(MIB // 8) + b"x" * (MIB // 8) + data
+        assert peer.read(0, len(expected)).data == expected
+
+
 # Filesystems
 
 MKFS = {"ext4": ("mkfs.ext4", "-q"), "xfs": ("mkfs.xfs", "-q"), "btrfs": ("mkfs.btrfs", "-q")}

@@ -1,0 +1,186 @@
+"""Pending: what volumes have changed in memory only, kept where it outlives a process that is killed.
+
+A write to a volume is answered before a flush makes it durable. By then the data is in the page cache, which outlives
+the process; but where a chunk is that was written for the first time, and that one was trimmed, only the map in memory
+knows. A client that connects again, as the kernel's nbd does, goes on as if nothing had been: when its next flush is
+answered, all that was answered before has to be there. So each change of a map is noted in a file before it is
+answered, without waiting for any device, and the next opening takes up what it finds there: if the machine has not been
+started since, and no disk was away, for else the page cache is gone. Nobody was promised more then than was flushed.
+
+A file has a line of JSON, and then changes of maps in the order in which they were made, as in the journal, each behind
+its length. What is in the journal already may be there as well: the last change of a chunk is the one that counts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from rustord.blockdevice import RawDevice
+from rustord.blockstore import BlockStore
+from rustord.errors import FormatError
+from rustord.extent import Extent
+from rustord.journal import Entry, Kind, grave_entry
+from rustord.keystore.store import KeyStore
+from rustord.objkey import ObjectId, uuid_text
+from rustord.page import (
+    CHUNK_BYTES,
+    PAGE_CHUNKS,
+    ZEROS,
+    MapEntry,
+    Page,
+    decode_addresses,
+    decode_head,
+    decode_map_entry,
+    extent_at,
+    page_of,
+)
+from rustord.record import Grave, RecordId
+
+PENDING = "pending"
+"""The folder of all these files, in that of the index."""
+LENGTH = struct.Struct("<I")
+_NEXT = "~"
+"""Ends the name of a file that is about to replace another; no volume's name ends so."""
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+log = logging.getLogger(__name__)
+
+
+def circumstances(pool_uuid: bytes, blocks: BlockStore) -> Mapping[str, object]:
+    """What must be the same for the page cache to have what was written: the start of the machine, and the disks."""
+    try:
+        boot = _BOOT_ID.read_text().strip()
+    except OSError:  # then nobody can tell
+        boot = ""
+    disks = {
+        uuid_text(slot.uuid): [*slot.device.disk] if isinstance(slot.device, RawDevice) else []
+        for slot in blocks.slots.values()
+        if slot.device is not None
+    }
+    return {"boot": boot, "pool": uuid_text(pool_uuid), "disks": disks}
+
+
+class Pending:
+    """Those of one volume. Not for two threads at a time."""
+
+    def __init__(self, path: Path, circumstances: Callable[[], Mapping[str, object]]) -> None:
+        self._path = path
+        self._circumstances = circumstances
+        self._fd = -1
+        self._is_begun = False
+        self._has_failed = False
+
+    def add(self, change: MapEntry) -> None:
+        """Note a change before it is answered. Raises nothing: a file that cannot be written is logged, once."""
+        try:
+            self._add(change)
+        except OSError as error:
+            if not self._has_failed:
+                what = "should rustord be killed, writes to volumes are lost that were not flushed"
+                log.error("%s cannot be written (%s): %s", self._path, error.strerror, what)
+            self._has_failed = True
+
+    def _add(self, change: MapEntry) -> None:
+        if self._fd < 0:
+            self._path.parent.mkdir(mode=0o700, exist_ok=True)
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        raw = change.encode()
+        raw = LENGTH.pack(len(raw)) + raw
+        if not self._is_begun:
+            raw = json.dumps(self._circumstances()).encode() + b"\n" + raw
+        if os.write(self._fd, raw) < len(raw):
+            raise OSError("a part of it was written")
+        self._is_begun = True
+
+    def settle(self, left: MapEntry) -> None:
+        """All that was noted is durable, but for what is ``left``."""
+        if not self._is_begun:
+            return
+        if left.pages or left.chunks:
+            rest = Pending(self._path.with_name(self._path.name + _NEXT), self._circumstances)
+            rest.add(left)
+            if rest._is_begun:
+                os.rename(rest._path, self._path)
+                self._fd, rest._fd = rest._fd, self._fd
+            os.close(rest._fd)
+        else:
+            os.ftruncate(self._fd, 0)
+            self._is_begun = False
+
+    def close(self) -> None:
+        """Forget all."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd, self._is_begun = -1, False
+            self._path.unlink(missing_ok=True)
+
+
+def take_up(directory: Path, pool_uuid: bytes, blocks: BlockStore, keystore: KeyStore, sequence: int) -> int:
+    """Put what a process left that was killed into the index, if the data is there, and forget it.
+
+    ``sequence`` is the newest that has been used; returns the newest one then.
+    """
+    left = _read_all(directory, circumstances(pool_uuid, blocks))
+    if left and not blocks.flush(blocks.writable_indices()):
+        changes, graves = [], []
+        for change in left:
+            known = {page.number: page for page in keystore.pages() if page.layer == change.layer}
+            home = keystore.home_of(change.layer)
+            if home is None or blocks.slots[home].device is None or not decode_head(known[0].content).name:
+                continue  # nobody can write it, or does any more
+            pages = [(number, place) for number, place in change.pages if number not in known]
+            changes.append(Entry(Kind.MAP, sequence + 1, change._replace(pages=pages).encode()))
+            graves.append(grave_entry(Grave(RecordId(change.layer, sequence + 2), [*_leaving(change, known, blocks)])))
+            sequence += 2
+            log.info("took up %d changes of volume %s", len(change.chunks), decode_head(known[0].content).name)
+        keystore.replay(changes, (), graves)
+    for path in directory.glob("*"):
+        path.unlink(missing_ok=True)
+    return sequence
+
+
+def _leaving(change: MapEntry, known: Mapping[int, Page], blocks: BlockStore) -> Iterator[Extent]:
+    """The blocks that chunks had until then."""
+    for chunk, address in change.chunks:
+        if page := known.get(page_of(chunk)):
+            old = decode_addresses(page.content)[chunk % PAGE_CHUNKS]
+            if old > ZEROS and old != address:
+                yield extent_at(old, CHUNK_BYTES // blocks.block_size)
+
+
+def _read_all(directory: Path, now: Mapping[str, object]) -> list[MapEntry]:
+    """One change for each Layer."""
+    pages: dict[ObjectId, dict[int, int]] = {}
+    chunks: dict[ObjectId, dict[int, int]] = {}
+    for path in sorted(directory.glob("*")):
+        for change in _read(path, now):
+            pages.setdefault(change.layer, {}).update(change.pages)
+            chunks.setdefault(change.layer, {}).update(change.chunks)
+    return [MapEntry(layer, sorted(pages[layer].items()), sorted(chunks[layer].items())) for layer in chunks]
+
+
+def _read(path: Path, now: Mapping[str, object]) -> Iterator[MapEntry]:
+    """Its changes, up to one that was not noted whole: it was not answered."""
+    head, _, raw = path.read_bytes().partition(b"\n")
+    if not head or path.name.endswith(_NEXT):
+        return
+    try:
+        then = json.loads(head)
+    except ValueError:  # it was being begun
+        return
+    if not now["boot"] or then != now:
+        log.warning("%s is not taken up: the machine has been started since, or its disks are others", path)
+        return
+    at = 0
+    while at + LENGTH.size <= len(raw):
+        (length,) = LENGTH.unpack_from(raw, at)
+        at += LENGTH.size + length
+        try:
+            yield decode_map_entry(raw[at - length : at])
+        except FormatError:
+            return

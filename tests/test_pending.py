@@ -1,0 +1,201 @@
+"""What was written to a volume and not flushed is there when only the process was killed, and nothing wrong ever is."""
+
+from __future__ import annotations
+
+import logging
+import random
+from pathlib import Path
+
+import pytest
+
+from rustord.page import CHUNK_BYTES, MapEntry
+from rustord.pending import PENDING, Pending
+from rustord.volume import Volume
+from rustord.volumes import Volumes
+from tests.crash.disks import Disks
+from tests.simulation import MIB, Direct, Simulation, check_sound, free_count, run
+
+CHUNKS = 24
+SIZE = CHUNKS * CHUNK_BYTES
+
+
+class Bench:
+    """A pool with a volume "disk", ``written`` as ``model`` says."""
+
+    def __init__(self, directory: Path) -> None:
+        self.simulation = Simulation(directory, (24 * MIB, 24 * MIB))
+        self.model = bytearray(SIZE)
+        self._open()
+        self.volumes.create("disk", SIZE)
+
+    def _open(self) -> None:
+        self.store = self.simulation.open()
+        self.volumes = Volumes(self.store, Direct(self.store), self.simulation.index)
+
+    def kill(self) -> None:
+        """End the process, not the machine, and begin another one."""
+        self.simulation.cut_power(lambda offset: True)
+        self._open()
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted((self.simulation.index / PENDING).iterdir())
+
+    @property
+    def disk(self) -> Volume:
+        return self.volumes.open("disk")
+
+    def write(self, offset: int, data: bytes) -> None:
+        self.disk.write(offset, memoryview(data))
+        self.model[offset : offset + len(data)] = data
+
+    def trim(self, chunk: int, count: int = 1) -> None:
+        self.disk.trim(chunk * CHUNK_BYTES, count * CHUNK_BYTES)
+        self.model[chunk * CHUNK_BYTES : (chunk + count) * CHUNK_BYTES] = bytes(count * CHUNK_BYTES)
+
+    def content(self) -> bytes:
+        buffer = bytearray(SIZE)
+        self.disk.read(0, memoryview(buffer))
+        return bytes(buffer)
+
+    def step(self, chance: random.Random) -> None:
+        """Something that users do."""
+        what = chance.randrange(12)
+        if what < 6:
+            self.write(chance.randrange(SIZE - 200_000), chance.randbytes(chance.choice([512, 5000, 70_000, 200_000])))
+        elif what < 9:
+            chunk = chance.randrange(CHUNKS)
+            self.trim(chunk, chance.randrange(1, CHUNKS - chunk + 1))
+        elif what == 9:
+            self.disk.flush()
+        elif what == 10:
+            self.volumes.snapshot("disk", f"snapshot{chance.getrandbits(64)}")
+        else:
+            disks = Disks.__new__(Disks)
+            disks._store, disks._volumes = self.store, self.volumes
+            disks.move()
+
+
+@pytest.fixture
+def bench(disk_path: Path) -> Bench:
+    return Bench(disk_path)
+
+
+def test_all_that_was_answered_is_there_after_a_kill(disk_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    for number in range(8):
+        (directory := disk_path / str(number)).mkdir()
+        bench = Bench(directory)
+        for _ in range(6):
+            for _ in range(chance.randrange(1, 12)):
+                bench.step(chance)
+            bench.kill()
+            assert bench.content() == bench.model
+            run(bench.store)
+            check_sound(bench.store)
+        bench.simulation.close()
+
+
+def test_it_is_durable_as_soon_as_it_is_flushed_again(bench: Bench) -> None:
+    bench.write(70_000, b"answered")
+    bench.kill()
+    bench.disk.flush()
+    bench.simulation.cut_power()
+    bench._open()
+    assert bench.content() == bench.model
+
+
+def test_nothing_of_it_is_kept_when_the_volume_goes(bench: Bench) -> None:
+    free = free_count(bench.store)
+    bench.write(0, b"x" * 3 * CHUNK_BYTES)
+    bench.disk.flush()
+    bench.trim(0)
+    bench.write(CHUNK_BYTES, b"y" * 2 * CHUNK_BYTES)
+    bench.kill()
+    run(bench.store)
+    for _ in range(20):
+        if bench.volumes._open.get("disk"):
+            bench.volumes._volumes["disk"].close()
+    bench.volumes.delete("disk")
+    run(bench.store)
+    assert free_count(bench.store) > free
+    check_sound(bench.store)
+    assert bench.files == []
+
+
+def test_only_what_was_flushed_counts_once_the_machine_has_been_started_anew(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bench.write(0, b"flushed")
+    bench.disk.flush()
+    flushed = bytes(bench.model)
+    bench.write(CHUNK_BYTES, b"answered")
+    (tmp_path / "boot_id").write_text("another\n")
+    monkeypatch.setattr("rustord.pending._BOOT_ID", tmp_path / "boot_id")
+    bench.kill()
+    assert bench.content() == flushed
+    assert bench.files == []
+    check_sound(bench.store)
+
+
+def test_only_what_was_flushed_counts_if_a_disk_may_have_been_away(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.write(CHUNK_BYTES, b"answered")
+    (file,) = bench.files
+    file.write_bytes(file.read_bytes().replace(b'"disks": {', b'"disks": {"another": [2049, 7], ', 1))
+    bench.kill()
+    assert bench.content() == bytes(SIZE)
+    assert "its disks are others" in caplog.text
+
+
+def test_a_change_that_was_noted_in_part_was_not_answered(bench: Bench) -> None:
+    bench.write(0, b"first")
+    first = bytes(bench.model)
+    bench.write(5 * CHUNK_BYTES, b"second")
+    (file,) = bench.files
+    noted = file.read_bytes()
+    bench.simulation.cut_power(lambda offset: True)
+    file.write_bytes(noted[:-3])
+    bench._open()
+    assert bench.content() == first
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\n", b"{}", b'{"boot": 1}\n', b"\xff" * 100, b"[]\n" + bytes(50)])
+def test_a_file_that_is_none_is_passed_over(bench: Bench, garbage: bytes) -> None:
+    bench.write(0, b"flushed")
+    bench.disk.flush()
+    bench.simulation.cut_power(lambda offset: True)
+    (bench.simulation.index / PENDING / "disk").write_bytes(garbage)
+    bench._open()
+    assert bench.content() == bench.model
+
+
+def test_changes_during_a_flush_are_still_noted(tmp_path: Path) -> None:
+    layer = b"a volume's layer"
+    pending = Pending(tmp_path / "disk", lambda: {"boot": "x"})
+    pending.add(MapEntry(layer, [(1, 100)], [(0, 200)]))
+    pending.add(MapEntry(layer, [], [(1, 300)]))
+    pending.settle(MapEntry(layer, [], [(1, 300)]))
+    pending.add(MapEntry(layer, [], [(2, 400)]))
+    noted = (tmp_path / "disk").read_bytes()
+    assert noted.count(b"boot") == 1
+    assert MapEntry(layer, [], [(1, 300)]).encode() in noted
+    assert MapEntry(layer, [], [(2, 400)]).encode() in noted
+    assert MapEntry(layer, [(1, 100)], [(0, 200)]).encode() not in noted
+    pending.settle(MapEntry(layer, [], []))
+    assert (tmp_path / "disk").read_bytes() == b""
+    pending.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_written_is_no_reason_not_to_write(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    (bench.simulation.index / PENDING).write_bytes(b"")
+    with caplog.at_level(logging.ERROR):
+        bench.write(0, b"a")
+        bench.write(5 * CHUNK_BYTES, b"b")
+    assert caplog.text.count("cannot be written") == 1
+    bench.disk.flush()
+    assert bench.content() == bench.model
