@@ -130,12 +130,16 @@ def _mutants() -> Iterator[Mutant]:
     # PUT
     yield mutant(
         "the last batch is not verified",
-        (replay._is_whole, "return any(whole)", "return True"),
+        (replay._is_copy_whole, "return False", "return True"),
         by=(s.putting,),
     )
     yield mutant(
         "data is not compared with its checksums",
-        (replay.copy_is_whole, "if not blocks.verify(record, number, offset, length):", "if False:"),
+        (
+            replay._steps,
+            "partial(blocks.verify, record, number, offset, min(step, record.size - offset))",
+            "lambda: True",
+        ),
         by=(s.putting,),
     )
     yield mutant(
@@ -145,7 +149,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "a copy that was torn is not made anew",
-        (replay._is_whole, "if any(whole) and not all(whole):", "if False:"),
+        (replay._is_whole, "if is_whole is False:", "if False:"),
         by=(s.putting,),
     )
     yield mutant(
@@ -484,7 +488,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "a LAYER is in the journal of its home alone",
-        (ObjectStore.note, "devices |= self.blocks.slots.keys()", "devices.add(note.home)"),
+        (ObjectStore.note, "devices.update(writable)", "devices.add(note.home)"),
         by=between,
     )
     yield mutant(
