@@ -18,6 +18,8 @@ import logging
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from rustord.blockdevice import RawDevice
@@ -53,16 +55,21 @@ log = logging.getLogger(__name__)
 
 def circumstances(pool_uuid: bytes, blocks: BlockStore) -> Mapping[str, object]:
     """What must be the same for the page cache to have what was written: the start of the machine, and the disks."""
-    try:
-        boot = _BOOT_ID.read_text().strip()
-    except OSError:  # then nobody can tell
-        boot = ""
     disks = {
         uuid_text(slot.uuid): [*slot.device.disk] if isinstance(slot.device, RawDevice) else []
         for slot in blocks.slots.values()
         if slot.device is not None
     }
-    return {"boot": boot, "pool": uuid_text(pool_uuid), "disks": disks}
+    return {"boot": _read_boot_id(_BOOT_ID), "pool": uuid_text(pool_uuid), "disks": disks}
+
+
+@cache
+def _read_boot_id(path: Path) -> str:
+    """Empty if nobody can tell."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 class Pending:
@@ -74,16 +81,22 @@ class Pending:
         self._fd = -1
         self._is_begun = False
         self._has_failed = False
+        """Nothing is noted any more, before all is durable once: a note that is older than another one is wrong."""
 
     def add(self, change: MapEntry) -> None:
-        """Note a change before it is answered. Raises nothing: a file that cannot be written is logged, once."""
-        try:
-            self._add(change)
-        except OSError as error:
-            if not self._has_failed:
-                what = "should rustord be killed, writes to volumes are lost that were not flushed"
-                log.error("%s cannot be written (%s): %s", self._path, error.strerror, what)
-            self._has_failed = True
+        """Note a change before it is answered. Raises nothing: a file that cannot be written is logged."""
+        if not self._has_failed:
+            try:
+                self._add(change)
+            except OSError as error:
+                self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        what = "should rustord be killed, writes to volumes are lost that were not flushed"
+        log.error("%s cannot be written (%s): %s", self._path, error.strerror or error, what)
+        self._has_failed = True
+        with suppress(OSError):
+            self.close()
 
     def _add(self, change: MapEntry) -> None:
         if self._fd < 0:
@@ -98,26 +111,35 @@ class Pending:
         self._is_begun = True
 
     def settle(self, left: MapEntry) -> None:
-        """All that was noted is durable, but for what is ``left``."""
-        if not self._is_begun:
-            return
-        if left.pages or left.chunks:
-            rest = Pending(self._path.with_name(self._path.name + _NEXT), self._circumstances)
-            rest.add(left)
-            if rest._is_begun:
-                os.rename(rest._path, self._path)
-                self._fd, rest._fd = rest._fd, self._fd
-            os.close(rest._fd)
-        else:
-            os.ftruncate(self._fd, 0)
-            self._is_begun = False
+        """All that was noted is durable, but for what is ``left``. Raises nothing."""
+        is_all = not (left.pages or left.chunks)
+        try:
+            if self._is_begun and is_all:
+                os.ftruncate(self._fd, 0)
+                self._is_begun = False
+            elif self._is_begun:
+                self._replace(left)
+        except OSError as error:
+            self._fail(error)
+        if is_all:
+            self._has_failed = False
+
+    def _replace(self, left: MapEntry) -> None:
+        rest = Pending(self._path.with_name(self._path.name + _NEXT), self._circumstances)
+        try:
+            rest._add(left)
+            os.rename(rest._path, self._path)
+            self._fd, rest._fd = rest._fd, self._fd
+        finally:
+            if rest._fd >= 0:
+                os.close(rest._fd)
 
     def close(self) -> None:
         """Forget all."""
         if self._fd >= 0:
+            self._path.unlink(missing_ok=True)
             os.close(self._fd)
             self._fd, self._is_begun = -1, False
-            self._path.unlink(missing_ok=True)
 
 
 def take_up(directory: Path, pool_uuid: bytes, blocks: BlockStore, keystore: KeyStore, sequence: int) -> int:
@@ -126,7 +148,10 @@ def take_up(directory: Path, pool_uuid: bytes, blocks: BlockStore, keystore: Key
     ``sequence`` is the newest that has been used; returns the newest one then.
     """
     left = _read_all(directory, circumstances(pool_uuid, blocks))
-    if left and not blocks.flush(blocks.writable_indices()):
+    failed = blocks.flush(blocks.writable_indices()) if left else {}
+    for error in failed.values():
+        log.error("what volumes had answered before rustord was killed, and not flushed, is lost: %s", error)
+    if left and not failed:
         changes, graves = [], []
         for change in left:
             known = {page.number: page for page in keystore.pages() if page.layer == change.layer}
@@ -139,9 +164,13 @@ def take_up(directory: Path, pool_uuid: bytes, blocks: BlockStore, keystore: Key
             sequence += 2
             log.info("took up %d changes of volume %s", len(change.chunks), decode_head(known[0].content).name)
         keystore.replay(changes, (), graves)
-    for path in directory.glob("*"):
+    for path in _files(directory):
         path.unlink(missing_ok=True)
     return sequence
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.glob("*") if path.is_file())
 
 
 def _leaving(change: MapEntry, known: Mapping[int, Page], blocks: BlockStore) -> Iterator[Extent]:
@@ -157,7 +186,7 @@ def _read_all(directory: Path, now: Mapping[str, object]) -> list[MapEntry]:
     """One change for each Layer."""
     pages: dict[ObjectId, dict[int, int]] = {}
     chunks: dict[ObjectId, dict[int, int]] = {}
-    for path in sorted(directory.glob("*")):
+    for path in _files(directory):
         for change in _read(path, now):
             pages.setdefault(change.layer, {}).update(change.pages)
             chunks.setdefault(change.layer, {}).update(change.chunks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from pathlib import Path
 
@@ -192,10 +193,34 @@ def test_changes_during_a_flush_are_still_noted(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_no_reason_not_to_write(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (bench.simulation.index / PENDING).write_bytes(b"")
+    folder = bench.simulation.index / PENDING
+    folder.write_bytes(b"")
     with caplog.at_level(logging.ERROR):
         bench.write(0, b"a")
         bench.write(5 * CHUNK_BYTES, b"b")
     assert caplog.text.count("cannot be written") == 1
     bench.disk.flush()
     assert bench.content() == bench.model
+    folder.unlink()
+    bench.write(7 * CHUNK_BYTES, b"noted again")
+    bench.kill()
+    assert bench.content() == bench.model
+
+
+def test_what_was_noted_before_a_failure_does_not_count(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of an older note may be others' by then."""
+    bench.write(0, b"first")
+    write = os.write
+
+    def tear(fd: int, data: bytes) -> int:
+        return write(fd, data[:7])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rustord.pending.os.write", tear)
+        bench.trim(0)
+    bench.write(CHUNK_BYTES, b"second")
+    assert bench.files == []
+    bench.kill()
+    assert bench.content() == bytes(SIZE)
+    run(bench.store)
+    check_sound(bench.store)
