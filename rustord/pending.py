@@ -20,6 +20,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 
 from rustord.blockdevice import RawDevice
@@ -34,7 +35,6 @@ from rustord.page import (
     PAGE_CHUNKS,
     ZEROS,
     MapEntry,
-    Page,
     decode_addresses,
     decode_head,
     decode_map_entry,
@@ -154,15 +154,17 @@ def take_up(directory: Path, pool_uuid: bytes, blocks: BlockStore, keystore: Key
     if left and not failed:
         changes, graves = [], []
         for change in left:
-            known = {page.number: page for page in keystore.pages() if page.layer == change.layer}
-            home = keystore.home_of(change.layer)
-            if home is None or blocks.slots[home].device is None or not decode_head(known[0].content).name:
+            head = keystore.page(change.layer, 0)
+            name = decode_head(head.content).name if head else ""
+            if not name or not _is_there(keystore.home_of(change.layer), blocks):
                 continue  # nobody can write it, or does any more
-            pages = [(number, place) for number, place in change.pages if number not in known]
+            known = {number: keystore.page(change.layer, number) for number, _ in change.pages}
+            pages = [(number, place) for number, place in change.pages if known[number] is None]
             changes.append(Entry(Kind.MAP, sequence + 1, change._replace(pages=pages).encode()))
-            graves.append(grave_entry(Grave(RecordId(change.layer, sequence + 2), [*_leaving(change, known, blocks)])))
+            leaves = [*_leaving(change, blocks, keystore)]
+            graves.append(grave_entry(Grave(RecordId(change.layer, sequence + 2), leaves)))
             sequence += 2
-            log.info("took up %d changes of volume %s", len(change.chunks), decode_head(known[0].content).name)
+            log.info("took up %d changes of volume %s", len(change.chunks), name)
         keystore.replay(changes, (), graves)
     for path in _files(directory):
         path.unlink(missing_ok=True)
@@ -173,11 +175,18 @@ def _files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("*") if path.is_file())
 
 
-def _leaving(change: MapEntry, known: Mapping[int, Page], blocks: BlockStore) -> Iterator[Extent]:
+def _is_there(home: int | None, blocks: BlockStore) -> bool:
+    slot = blocks.slots.get(home) if home is not None else None  # none if it was removed from the pool
+    return slot is not None and slot.device is not None
+
+
+def _leaving(change: MapEntry, blocks: BlockStore, keystore: KeyStore) -> Iterator[Extent]:
     """The blocks that chunks had until then."""
-    for chunk, address in change.chunks:
-        if page := known.get(page_of(chunk)):
-            old = decode_addresses(page.content)[chunk % PAGE_CHUNKS]
+    for number, chunks in groupby(change.chunks, lambda item: page_of(item[0])):
+        page = keystore.page(change.layer, number)
+        addresses = decode_addresses(page.content) if page else ()
+        for chunk, address in chunks if addresses else ():
+            old = addresses[chunk % PAGE_CHUNKS]
             if old > ZEROS and old != address:
                 yield extent_at(old, CHUNK_BYTES // blocks.block_size)
 

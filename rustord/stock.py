@@ -96,9 +96,9 @@ def _add_graves(graves: Iterable[Grave], used: Mapping[int, list[int]]) -> tuple
         for extent in grave.extents if grave.devices <= used.keys() else ():
             taken = buried[extent.device]
             for part in _not_in(used[extent.device], extent):
-                for block, count in [(one.block, one.count) for one in _not_in(taken, part)]:
-                    insort(taken, block << 32 | count)
-                    left.append(Extent(extent.device, block, count))
+                for one in [*_not_in(taken, part)]:
+                    insort(taken, one.block << 32 | one.count)
+                    left.append(one)
         if left:
             kept.append(Grave(grave.id, left))
         else:

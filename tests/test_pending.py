@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from rustord.blockstore import BlockStore
 from rustord.page import CHUNK_BYTES, MapEntry
-from rustord.pending import PENDING, Pending
+from rustord.pending import PENDING, Pending, circumstances, take_up
 from rustord.volume import Volume
 from rustord.volumes import Volumes
 from tests.crash.disks import Disks
@@ -160,6 +161,16 @@ def test_a_change_that_was_noted_in_part_was_not_answered(bench: Bench) -> None:
     file.write_bytes(noted[:-3])
     bench._open()
     assert bench.content() == first
+
+
+def test_a_volume_whose_home_the_pool_has_no_more_is_passed_over(bench: Bench) -> None:
+    layer, pool_uuid = bench.store.layers.volumes["disk"], bench.store.label.pool_uuid
+    others = [slot for index, slot in bench.store.blocks.slots.items() if index != layer.home]
+    blocks = BlockStore(4096, others, "zero")
+    folder = bench.simulation.index / PENDING
+    Pending(folder / "disk", lambda: circumstances(pool_uuid, blocks)).add(MapEntry(layer.uuid, [], [(0, 0)]))
+    assert take_up(folder, pool_uuid, blocks, bench.store.keystore, 100) == 100
+    assert bench.files == []
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\n", b"{}", b'{"boot": 1}\n', b"\xff" * 100, b"[]\n" + bytes(50)])
