@@ -112,9 +112,9 @@ def _empty_queue(listener: socket.socket, error: RustordError, *, is_http: bool)
         listener.setblocking(False)
         for _ in range(_QUEUE_LENGTH_MAX):
             sock, _ = listener.accept()
-            with sock:
-                if is_http:
-                    turn_away(sock, refusal)
+            if is_http:
+                turn_away(sock, refusal)
+            sock.close()
 
 
 def set_up_logging(config: Config) -> None:

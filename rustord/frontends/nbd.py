@@ -1,13 +1,14 @@
 """NBD: Objects and volumes as block devices, on a socket of their own.
 
 Every connection has a thread of its own, which blocks. That takes 16 µs of CPU for a 4 KiB read at depth 1 and 6.7 µs
-at depth 16, nbdkit 16.2 and 8.2 (side by side, system calls included), so there is little that a cleverer model
-could save. Processes would keep more CPUs busy when several clients are: here they share the interpreter's lock, and
-only what the kernel does for them runs side by side. Two clients of two exports together get no more 4 KiB reads than
-one does (1.03 times as many; nbdkit 1.6 times; depth 16, two CPUs). But with processes every move of an Object, every
-change of a volume's map and every device that comes or goes would have to be told to all of them before the next
-request. The event loop accepts connections; what they do then is up to their threads. One that is alone, and whose
-client asks for one thing after the other, does not go to sleep at once in between: 1.6 times as many reads at depth 1.
+at depth 16, nbdkit 16.2 and 8.2 (side by side, system calls included), so there is little that a cleverer model could
+save. Processes would keep more CPUs busy when several clients are: here they share the interpreter's lock, and only
+what the kernel does for them runs side by side. Two clients of two exports together get no more 4 KiB reads than one
+does (0.9 times as many; nbdkit 0.8 to 1.06 times; depth 16, two CPUs for all). But with processes every move of an
+Object, every change of a volume's map and every device that comes or goes would have to be told to all of them before
+the next request. The event loop accepts connections; what they do then is up to their threads. One that is alone, and
+whose client asks for one thing after the other, does not go to sleep at once in between: 1.6 times as many reads at
+depth 1.
 
 What one client can take is bounded: how long it may negotiate, how many connections it and all together may have, and
 two buffers for each (see `rustord.wire.transmission`). One that reads no replies holds up nobody but itself.
@@ -44,6 +45,7 @@ from rustord.frontends.poller import LOOK_S
 from rustord.frontends.traffic import ExportTraffic
 from rustord.wire.api import Role, created_text
 from rustord.wire.limits import NbdLimits
+from rustord.wire.nbd import EXTENDED_REQUEST
 from rustord.wire.negotiation import Agreement, Negotiation, State
 from rustord.wire.transmission import Transmission
 
@@ -55,7 +57,6 @@ _SEND_BUFFER_BYTES = 4 << 20
 _READ_BYTES = 4096
 _LOOK_UP = struct.pack("@ll", 0, 250_000)
 """A timeval: how often a thread that waits for a request looks whether its connection is to be left."""
-_REQUEST_BYTES_MAX = 32
 _CUT_S = 5.0
 """How long the threads of connections that were cut off may take to notice."""
 
@@ -234,7 +235,7 @@ class _Connection:
         count = self._look(sock, space, since + LOOK_S) if self._is_brisk and self._is_alone() else 0
         if not count:
             count = sock.recv_into(space)
-        self._is_brisk = count <= _REQUEST_BYTES_MAX and time.monotonic() - since < LOOK_S
+        self._is_brisk = count <= EXTENDED_REQUEST.size and time.monotonic() - since < LOOK_S
         return count
 
     def _look(self, sock: socket.socket, space: memoryview, until: float) -> int:
