@@ -7,6 +7,7 @@ the tables. The first sector of a label holds nothing that could be taken for a 
 from __future__ import annotations
 
 import struct
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -170,6 +171,11 @@ class Label:
     @property
     def geometry(self) -> Geometry:
         return Geometry(self.block_count, self.block_size)
+
+    def is_void(self, sequence: int) -> bool:
+        """Whether a sequence lies in one of the ``voids``."""
+        at = bisect_right(self.voids, (sequence, 1 << 64)) - 1
+        return at >= 0 and sequence < self.voids[at][1]
 
     def for_member(self, member: Member) -> Label:
         """The same label as it stands on another member of the pool."""

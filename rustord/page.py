@@ -73,6 +73,11 @@ class Page(NamedTuple):
     number: int
     content: bytes
 
+    @property
+    def device(self) -> int:
+        """Where its slots are."""
+        return extent_at(self.address, 1).device
+
     def encode(self) -> bytes:
         head = PAGE.pack(b"", self.layer, self.generation, self.sequence, self.address, self.number, len(self.content))
         rest = head[_CHECKSUM_BYTES:] + self.content

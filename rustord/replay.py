@@ -162,7 +162,7 @@ class Notes:
                     found.add(sequence)
             elif sequence not in found:
                 needed = {home(self.changes[other]) for other in self._together[sequence]} & {*there}
-                is_late = _in_void(sequence, label)
+                is_late = label.is_void(sequence)
                 if needed - devices if is_late else sequence <= indexed_sequence:
                     found.update(self._together[sequence])
                 else:
@@ -212,18 +212,13 @@ def _is_believed(
     not there any more, has come too late: who deleted the Object did so where it was before.
     """
     is_move = entry.payload[:16] == record.uuid
-    is_late = is_move and _in_void(entry.sequence, label) and keystore.get(record.uuid) is None
+    is_late = is_move and label.is_void(entry.sequence) and keystore.get(record.uuid) is None
     if is_late and not _before(entry, ordered, keystore):
         return False
     is_whole = _is_whole(record, blocks, label)
     if not is_whole and is_move and (earlier := _before(entry, ordered, keystore)):
         return not any(_has_footer(old, blocks, label) for old in earlier)
     return is_whole is not False
-
-
-def _in_void(sequence: int, label: Label) -> bool:
-    at = bisect_right(label.voids, (sequence, _NO_END)) - 1
-    return at >= 0 and sequence < label.voids[at][1]
 
 
 def _before(move: Entry, ordered: Sequence[Entry], keystore: KeyStore) -> list[Record]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 from array import array
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -36,7 +35,6 @@ from rustord.page import (
     Page,
     decode_head,
     decode_slot,
-    extent_at,
     slots_at,
 )
 from rustord.record import Grave, Record, RecordId
@@ -246,7 +244,7 @@ class _Journals:
         pages: dict[tuple[bytes, int], Page] = {}
         for page in sorted(found, key=lambda page: page.generation):
             pages[page.layer, page.number] = page
-        homes = {page.layer: extent_at(page.address, 1).device for page in pages.values() if not page.number}
+        homes = {page.layer: page.device for page in pages.values() if not page.number}
         uncounted = self._notes.uncounted(homes.get, self._there, self._label, reaches=self._reaches)
         for sequence, note in sorted(self._notes.changes.items()):
             for change in note.changes() if sequence not in uncounted else ():
@@ -531,9 +529,8 @@ class _Verdict:
         """Whether the Record was certainly never committed, or was on a device that has been removed."""
         if not self._is_on(record):
             return True
-        sequence, voids = record.sequence, self._label.voids
-        at = bisect_right(voids, (sequence, 1 << 64)) - 1
-        if at >= 0 and sequence < voids[at][1]:
+        sequence = record.sequence
+        if self._label.is_void(sequence):
             return True
         reaches = [self._journals.reach.get(device) for device in record.devices]
         if not all(reach is not None and reach[0] <= sequence for reach in reaches):

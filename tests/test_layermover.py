@@ -395,7 +395,7 @@ def cut_everywhere(
     *,
     rebuilding: bool,
 ) -> list[int]:
-    """Cut the power at each moment of ``act``; then delete the volume "disk", and the Object of that name if it is there.
+    """Cut the power at each moment of ``act``; then delete the volume "disk" and, if there is one, the Object ``name``.
 
     Nothing of ``data`` may be left anywhere. Returns in how many blocks it was after each cut.
     """

@@ -62,7 +62,6 @@ from rustord.page import (
     decode_head,
     decode_note,
     decode_page,
-    extent_at,
     slots_at,
 )
 from rustord.record import RECORD_ID, Grave, Record, RecordId, encode_extents
@@ -463,7 +462,7 @@ class KeyStore:
     def home_of(self, layer: bytes) -> int | None:
         """The device of the head of a Layer; None if there is no such Layer."""
         head = self.page(layer, 0)
-        return extent_at(head.address, 1).device if head else None
+        return head.device if head else None
 
     def _page(self, key: bytes) -> bytes | None:
         for overlay in (self._fresh, self._draining):
