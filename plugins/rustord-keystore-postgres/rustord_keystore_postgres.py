@@ -38,6 +38,9 @@ _IDLE_MAX: Final = 8
 _STATEMENT_BYTES: Final = 16 << 20
 """About how much of a batch goes into one statement: the server holds it in memory, and takes no more than 1 GiB."""
 
+_LOCK_WAIT: Final = b"SET LOCAL lock_timeout = '5s'"
+"""The server may notice only after a moment that who held the lock has closed its connection, or was killed."""
+
 _DAMAGED = (psycopg.errors.DataCorrupted, psycopg.errors.IndexCorrupted)
 _CREATE: Final = sql.SQL("CREATE TABLE {table} (key bytea PRIMARY KEY, value bytea NOT NULL)")
 _COMMENT: Final = sql.SQL("COMMENT ON TABLE {table} IS {comment}")
@@ -135,11 +138,14 @@ class PostgresBackend:
 
     def _lock(self, connection: psycopg.Connection[Any]) -> None:
         key = int.from_bytes(hashlib.sha256(b"rustord " + self._table_name.encode()).digest()[:8], signed=True)
-        function = "pg_try_advisory_lock_shared" if self._read_only else "pg_try_advisory_lock"
-        if not _value(connection, f"SELECT {function}(%s)", key):
-            raise DeviceBusy(
-                f"the index in table {self._table_name} is in use", hint="one process at a time opens a pool"
-            )
+        function = "pg_advisory_lock_shared" if self._read_only else "pg_advisory_lock"
+        try:
+            with connection.transaction():
+                connection.execute(_LOCK_WAIT)
+                connection.execute(f"SELECT {function}(%s)".encode(), (key,))
+        except psycopg.errors.LockNotAvailable:
+            hint = "one process at a time opens a pool"
+            raise DeviceBusy(f"the index in table {self._table_name} is in use", hint=hint) from None
 
     def _create(self, connection: psycopg.Connection[Any]) -> None:
         if self._read_only:

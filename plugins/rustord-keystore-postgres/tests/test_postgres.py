@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,10 @@ class Server:
     def stop(self) -> None:
         self._run("pg_ctl", "stop", "--wait", "--mode=immediate", "-D", self._data)
 
-    def execute(self, query: str) -> None:
+    def execute(self, query: str) -> int:
+        """How many rows the query has changed or found."""
         with psycopg.connect(self.conninfo, autocommit=True) as connection:
-            connection.execute(query.encode())
+            return connection.execute(query.encode()).rowcount
 
     def _run(self, program: str, *arguments: str | Path) -> None:
         command = [self._programs / program, *arguments]
@@ -161,6 +163,18 @@ def test_lock_is_held_again_after_the_server_was_away(
     backend.commit({b"key": b"value"}, ())
     with pytest.raises(DeviceBusy):
         make().open(tmp_path)
+
+
+def test_opening_waits_for_the_server_to_notice_that_the_last_user_is_gone(
+    server: Server, backend: PostgresBackend, make: Any, tmp_path: Path
+) -> None:
+    with closing(make()) as next_backend, ThreadPoolExecutor() as pool:
+        opening = pool.submit(next_backend.open, tmp_path)
+        while not server.execute("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"):
+            assert not opening.done()
+        backend.close()
+        opening.result(timeout=10)
+        next_backend.commit({b"key": b"value"}, ())
 
 
 def test_commit_does_not_go_on_when_another_has_taken_over(
