@@ -2,44 +2,45 @@
 
 What a client has sent is taken as a batch: every request in the buffer is worked on, and the replies are gathered in
 one buffer, so that many small requests cost one receive and one send. The flushes that a batch asks for (FLUSH, and
-FUA of writes) are done as one at its end; replies may be in any order. Two buffers of a fixed size are all the memory
-that a connection takes: a long payload is written, and a long reply read, piece by piece.
+FUA of writes) are done as one at its end; replies may be in any order.
+
+Two buffers each way, of a fixed size, are all the memory that a connection takes: a long payload is written, and a long
+reply read, piece by piece. There are two so that one can be sent, or written to the export, by somebody beside (see
+`Beside`) while the other is filled; of which only what is used takes memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from mmap import mmap
 from struct import Struct
+from typing import Protocol
 
 from rustord.errors import InvalidRequest, NoSpace, ReadOnly, RustordError, TooLarge
 from rustord.export import Export, Run, merged
 from rustord.wire.nbd import (
-    EXTENDED_CHUNK,
-    EXTENDED_REPLY_MAGIC,
     EXTENDED_REQUEST,
     EXTENDED_REQUEST_MAGIC,
     PAYLOAD_BYTES_MAX,
-    REPLY_FLAG_DONE,
     REQUEST,
     REQUEST_MAGIC,
     SIMPLE_REPLY,
     SIMPLE_REPLY_MAGIC,
-    STRUCTURED_CHUNK,
-    STRUCTURED_REPLY_MAGIC,
     Cmd,
     CmdFlag,
     Reply,
-    error_number,
-    error_text,
 )
 from rustord.wire.negotiation import ALLOCATION_ID, Agreement
+from rustord.wire.replies import SHORT_REPLY_BYTES, Replies
 
 PIECE_BYTES = 1 << 20
 """What is read from or written to an export at once. Clients rarely ask for more in one request."""
 BUFFER_BYTES = PIECE_BYTES + (64 << 10)
 """Either buffer: a piece with what is around it, or a great many small requests."""
+LONG_BYTES = 512 << 10
+"""From here on it takes longer to copy something than to have another thread do it."""
 RUN_COUNT_MAX = 4096
 """Runs in one reply to BLOCK_STATUS; the client asks again from there."""
 
@@ -54,18 +55,13 @@ _FLAGS = {
 }
 """The flags that each command takes, beside FUA."""
 _CHANGES = frozenset((Cmd.WRITE, Cmd.TRIM, Cmd.WRITE_ZEROES))
-_SHORT_REPLY_BYTES = 2048
-"""More than a reply without data takes, with the text of an error."""
-_DATA_HEAD, _EXTENDED_DATA_HEAD = Struct(">IHHQIQ"), Struct(">IHHQQQQ")
-"""A chunk's head with the offset that data begins with."""
-_ERROR = Struct(">IH")
 _RUN, _EXTENDED_RUN = Struct(">II"), Struct(">QQ")
 
 
 class _Payload:
     """Data on its way in: ``left`` bytes, to be written at ``offset``, or dropped if there is an ``error``."""
 
-    __slots__ = ("begin", "cookie", "error", "flags", "left", "offset")
+    __slots__ = ("begin", "cookie", "error", "flags", "is_plain", "left", "offset")
 
     def __init__(self, flags: int, cookie: int, offset: int, length: int, error: RustordError | None) -> None:
         self.flags = flags
@@ -73,6 +69,18 @@ class _Payload:
         self.begin = self.offset = offset
         self.left = length
         self.error = error
+        self.is_plain = LONG_BYTES <= length <= PIECE_BYTES and not flags & CmdFlag.FUA
+        """It may be written while others are."""
+
+
+class Beside(Protocol):
+    """Another thread, which does one thing at a time."""
+
+    def take(self, job: Callable[[], memoryview]) -> bool:
+        """Have it do ``job``, once it has done the last one, and send the reply that this returns; or False."""
+
+    def wait(self) -> None:
+        """Return when it has nothing to do."""
 
 
 class Transmission:
@@ -81,33 +89,39 @@ class Transmission:
     After ``ended`` nothing more is to be received.
     """
 
-    def __init__(self, agreement: Agreement) -> None:
+    def __init__(self, agreement: Agreement, beside: Beside | None = None) -> None:
+        """``beside`` may send long replies, and write long payloads, while this goes on."""
         self.ended = False
         self.requests = 0
-        self.errors = 0
-        """Requests that were answered with an error."""
         self.read_bytes = 0
-        self.written_bytes = 0
+        self._beside = beside
+        self._written_bytes = self._written_beside_bytes = 0
         self._export: Export = agreement.export
         self._structured = agreement.structured
         self._extended = agreement.extended
         self._allocation = agreement.allocation
         self._flags_known = ~0 if agreement.extended else ~CmdFlag.PAYLOAD_LEN
         self._flags_always = 0 if agreement.export.read_only else CmdFlag.FUA
-        heads = SIMPLE_REPLY.size, _DATA_HEAD.size, _EXTENDED_DATA_HEAD.size
-        self._data_head_bytes = heads[agreement.structured + agreement.extended]
         self._request = EXTENDED_REQUEST if agreement.extended else REQUEST
         self._magic = EXTENDED_REQUEST_MAGIC if agreement.extended else REQUEST_MAGIC
         # Memory that goes back to the system at the end, and of which only what is used counts.
-        self._in = memoryview(mmap(-1, BUFFER_BYTES))
-        self._out = memoryview(mmap(-1, BUFFER_BYTES))
+        self._in, self._other_in, out, other_out = [memoryview(mmap(-1, BUFFER_BYTES)) for _ in range(4)]
+        self._replies, self._other_replies = Replies(agreement, out), Replies(agreement, other_out)
+        self._beside_replies = Replies(agreement, memoryview(bytearray(SHORT_REPLY_BYTES)))
         self._at = self._end = 0
         """What has been received and not been looked at lies between them."""
-        self._filled = 0
-        """End of the replies that have been gathered."""
         self._payload: _Payload | None = None
         self._unflushed: list[tuple[int, int]] = []
         """Cookie and offset of requests that are done but for the flush."""
+
+    @property
+    def errors(self) -> int:
+        """Requests that were answered with an error."""
+        return self._replies.errors + self._other_replies.errors + self._beside_replies.errors
+
+    @property
+    def written_bytes(self) -> int:
+        return self._written_bytes + self._written_beside_bytes
 
     # Receiving
 
@@ -120,6 +134,11 @@ class Transmission:
     def rest(self) -> bytes:
         """What has come of the next request. Between two requests only."""
         return bytes(self._in[self._at : self._end])
+
+    @property
+    def has_more(self) -> bool:
+        """Something has come that was not worked on."""
+        return self._end > self._at
 
     def space(self) -> memoryview:
         """Where to put what comes next; never empty."""
@@ -135,10 +154,13 @@ class Transmission:
         return self._in[self._end : stop]
 
     def received(self, count: int) -> Iterator[memoryview]:
-        """``count`` bytes more have come: work on all requests that are complete, and yield the replies."""
+        """``count`` bytes more have come: work on all requests that are complete, and yield the replies.
+
+        Each has to be sent before the next is asked for.
+        """
         self._end += count
         while not self.ended:
-            if self._filled > BUFFER_BYTES - _SHORT_REPLY_BYTES:
+            if self._replies.is_full:
                 yield from self._send()
             if self._payload is not None and not self._take_payload(self._payload):
                 break
@@ -155,31 +177,33 @@ class Transmission:
 
         Everything that `_next` does, at half the time: this is where the speed of random reads is decided.
         """
-        request, magic, view, out = self._request, self._magic, self._in, self._out
+        request, magic, view, replies = self._request, self._magic, self._in, self._replies
         size, read, structured = self._export.size, self._export.read, self._structured
-        at, last, filled, head_bytes = self._at, self._end - request.size, self._filled, self._data_head_bytes
+        at, last, filled, head_bytes = self._at, self._end - request.size, replies.filled, replies.data_head_bytes
         while at <= last:
             told, flags, command, cookie, offset, length = request.unpack_from(view, at)
             if command or flags or told != magic or not 0 < length <= PIECE_BYTES or offset + length > size:
                 break
             start = filled + head_bytes
             if start + length > BUFFER_BYTES:
-                yield out[:filled]
+                replies.filled = filled
+                yield from self._send()
+                replies = self._replies
                 start = head_bytes
                 filled = 0
             try:
-                read(offset, out[start : start + length])
+                read(offset, replies.buffer[start : start + length])
             except RustordError:
                 break  # and tried again, to be answered as an error is
             if structured:
-                self._put_data_head(filled, cookie, offset, offset, length, done=True)
+                replies.put_data_head(filled, cookie, offset, offset, length, done=True)
             else:
-                SIMPLE_REPLY.pack_into(out, filled, SIMPLE_REPLY_MAGIC, 0, cookie)
+                SIMPLE_REPLY.pack_into(replies.buffer, filled, SIMPLE_REPLY_MAGIC, 0, cookie)
             filled = start + length
             at += request.size
             self.requests += 1
             self.read_bytes += length
-        self._at, self._filled = at, filled
+        self._at, replies.filled = at, filled
 
     def _next(self) -> Iterator[memoryview]:
         """Work on one request, whatever it is."""
@@ -194,12 +218,12 @@ class Transmission:
         elif command == Cmd.WRITE or (self._extended and flags & CmdFlag.PAYLOAD_LEN):
             self._payload = _Payload(flags, cookie, offset, length, self._refusal(command, flags, offset, length))
         elif refusal := self._refusal(command, flags, offset, length):
-            self._reply(cookie, offset, refusal, command)
+            self._replies.put(cookie, offset, refusal, command)
         else:
             try:
                 yield from self._do(command, flags, cookie, offset, length)
             except RustordError as error:
-                self._reply(cookie, offset, error, command)
+                self._replies.put(cookie, offset, error, command)
 
     def _refusal(self, command: int, flags: int, offset: int, length: int) -> RustordError | None:
         """Why the request is not even tried; None if it is."""
@@ -233,7 +257,7 @@ class Transmission:
             if command == Cmd.CACHE:
                 yield from self._send()
                 for at in range(offset, offset + min(length, PAYLOAD_BYTES_MAX), PIECE_BYTES):
-                    export.read(at, self._out[: min(PIECE_BYTES, offset + length - at)])
+                    export.read(at, self._replies.buffer[: min(PIECE_BYTES, offset + length - at)])
             elif command == Cmd.TRIM and length:
                 export.trim(offset, length)
             elif command == Cmd.WRITE_ZEROES and length:
@@ -251,10 +275,18 @@ class Transmission:
         data = self._in[self._at : self._at + count]
         self._at += count
         payload.left -= count
+        is_last_and_plain = payload.is_plain and not payload.left and not payload.error
+        if is_last_and_plain and self._lend(partial(self._write_beside, payload, data)):
+            length = self._end - self._at
+            self._other_in[:length] = self._in[self._at : self._end]
+            self._in, self._other_in = self._other_in, self._in
+            self._at, self._end = 0, length
+            self._payload = None
+            return True
         if not payload.error and count:
             try:
                 self._export.write(payload.offset, data)
-                self.written_bytes += count
+                self._written_bytes += count
             except RustordError as error:
                 payload.error = error
             payload.offset += count
@@ -262,31 +294,50 @@ class Transmission:
             return False
         self._payload = None
         if payload.error:
-            self._reply(payload.cookie, payload.begin, payload.error)
+            self._replies.put(payload.cookie, payload.begin, payload.error)
         else:
             self._changed(payload.flags, payload.cookie, payload.begin)
         return True
+
+    def _lend(self, job: Callable[[], memoryview]) -> bool:
+        """Whether the job, with the buffer that has its data, is somebody else's until he has done it."""
+        return self._beside is not None and self._beside.take(job)
+
+    def _write_beside(self, payload: _Payload, data: memoryview) -> memoryview:
+        """Write the rest of a payload, in another thread; the reply."""
+        replies = self._beside_replies
+        replies.filled = 0
+        try:
+            self._export.write(payload.offset, data)
+        except RustordError as error:
+            replies.put(payload.cookie, payload.begin, error)
+        else:
+            replies.put(payload.cookie, payload.begin)
+            self._written_beside_bytes += len(data)
+        return replies.buffer[: replies.filled]
 
     def _changed(self, flags: int, cookie: int, offset: int) -> None:
         if flags & CmdFlag.FUA:
             self._unflushed.append((cookie, offset))
         else:
-            self._reply(cookie, offset)
+            self._replies.put(cookie, offset)
 
     def _flush(self) -> Iterator[memoryview]:
         """Do the flush that this batch asked for, and answer all who did."""
         if not self._unflushed:
             return
         waiting, self._unflushed = self._unflushed, []
+        if self._beside is not None:
+            self._beside.wait()
         failure: RustordError | None = None
         try:
             self._export.flush()
         except RustordError as error:
             failure = error
         for cookie, offset in waiting:
-            if self._filled > BUFFER_BYTES - _SHORT_REPLY_BYTES:
+            if self._replies.is_full:
                 yield from self._send()
-            self._reply(cookie, offset, failure)
+            self._replies.put(cookie, offset, failure)
 
     # Reading
 
@@ -299,9 +350,9 @@ class Transmission:
             if not self._structured:
                 # A simple reply has no way to tell of an error once it has begun, so that is looked for first.
                 for at in range(offset, offset + length, PIECE_BYTES):
-                    self._export.read(at, self._out[: min(PIECE_BYTES, offset + length - at)])
+                    self._export.read(at, self._replies.buffer[: min(PIECE_BYTES, offset + length - at)])
         if not length:
-            self._reply(cookie, offset, None, Cmd.READ)
+            self._replies.put(cookie, offset, None, Cmd.READ)
         for at in range(offset, offset + length, PIECE_BYTES):
             yield from self._read_piece(cookie, offset, at, offset + length)
             if self.ended:
@@ -310,32 +361,24 @@ class Transmission:
     def _read_piece(self, cookie: int, offset: int, at: int, end: int) -> Iterator[memoryview]:
         """The bytes from ``at`` on, of a READ from ``offset`` to before ``end``."""
         length = min(PIECE_BYTES, end - at)
-        head_bytes = self._data_head_bytes if self._structured or at == offset else 0
-        if self._filled + head_bytes + length > BUFFER_BYTES:
+        head_bytes = self._replies.data_head_bytes if self._structured or at == offset else 0
+        if self._replies.filled + head_bytes + length > BUFFER_BYTES:
             yield from self._send()
-        start = self._filled + head_bytes
+        replies = self._replies
+        start = replies.filled + head_bytes
         try:
-            self._export.read(at, self._out[start : start + length])
+            self._export.read(at, replies.buffer[start : start + length])
         except RustordError:
             if not self._structured and at > offset:
                 self.ended = True  # all that is left to say that this is not what was asked for
                 return
             raise
         if self._structured:
-            self._put_data_head(self._filled, cookie, offset, at, length, done=at + length == end)
+            replies.put_data_head(replies.filled, cookie, offset, at, length, done=at + length == end)
         elif head_bytes:
-            SIMPLE_REPLY.pack_into(self._out, self._filled, SIMPLE_REPLY_MAGIC, 0, cookie)
-        self._filled = start + length
+            SIMPLE_REPLY.pack_into(replies.buffer, replies.filled, SIMPLE_REPLY_MAGIC, 0, cookie)
+        replies.filled = start + length
         self.read_bytes += length
-
-    def _put_data_head(self, filled: int, cookie: int, offset: int, at: int, length: int, *, done: bool) -> None:
-        kind, length = Reply.OFFSET_DATA, length + 8
-        if self._extended:
-            _EXTENDED_DATA_HEAD.pack_into(
-                self._out, filled, EXTENDED_REPLY_MAGIC, done, kind, cookie, offset, length, at
-            )
-        else:
-            _DATA_HEAD.pack_into(self._out, filled, STRUCTURED_REPLY_MAGIC, done, kind, cookie, length, at)
 
     def _block_status(self, flags: int, cookie: int, offset: int, length: int) -> Iterator[memoryview]:
         runs = merged(self._known_runs(offset, length))
@@ -346,9 +389,9 @@ class Transmission:
         else:
             kind, head = Reply.BLOCK_STATUS, ALLOCATION_ID.to_bytes(4, "big")
             table = b"".join([_RUN.pack(*run) for run in chosen])
-        if self._filled + len(table) > BUFFER_BYTES - _SHORT_REPLY_BYTES:
+        if self._replies.filled + len(table) > BUFFER_BYTES - SHORT_REPLY_BYTES:
             yield from self._send()
-        self._put_chunk(kind, cookie, offset, head + table)
+        self._replies.put_chunk(kind, cookie, offset, head + table)
 
     def _known_runs(self, offset: int, length: int) -> Iterator[Run]:
         """The export's, cut off where the request ends."""
@@ -358,33 +401,10 @@ class Transmission:
             if length <= 0:
                 return
 
-    # Replies
-
-    def _reply(self, cookie: int, offset: int, error: RustordError | None = None, command: int = Cmd.FLUSH) -> None:
-        """A reply without data."""
-        self.errors += error is not None
-        if self._extended or (self._structured and command in (Cmd.READ, Cmd.BLOCK_STATUS)):
-            if error is None:
-                self._put_chunk(Reply.NONE, cookie, offset, b"")
-            else:
-                text = error_text(error)
-                self._put_chunk(Reply.ERROR, cookie, offset, _ERROR.pack(error_number(error), len(text)) + text)
-            return
-        number = error_number(error) if error else 0
-        SIMPLE_REPLY.pack_into(self._out, self._filled, SIMPLE_REPLY_MAGIC, number, cookie)
-        self._filled += SIMPLE_REPLY.size
-
-    def _put_chunk(self, kind: int, cookie: int, offset: int, payload: bytes) -> None:
-        """The only, or last, chunk of a reply."""
-        if self._extended:
-            head = EXTENDED_CHUNK.pack(EXTENDED_REPLY_MAGIC, REPLY_FLAG_DONE, kind, cookie, offset, len(payload))
-        else:
-            head = STRUCTURED_CHUNK.pack(STRUCTURED_REPLY_MAGIC, REPLY_FLAG_DONE, kind, cookie, len(payload))
-        end = self._filled + len(head) + len(payload)
-        self._out[self._filled : end] = head + payload
-        self._filled = end
-
     def _send(self) -> Iterator[memoryview]:
-        if self._filled:
-            filled, self._filled = self._filled, 0
-            yield self._out[:filled]
+        replies = self._replies
+        filled, replies.filled = replies.filled, 0
+        if filled >= LONG_BYTES and self._lend(lambda: replies.buffer[:filled]):
+            self._replies, self._other_replies = self._other_replies, replies
+        elif filled:
+            yield replies.buffer[:filled]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import struct
 import threading
@@ -19,7 +20,7 @@ from rustord.wire.api import Role
 from rustord.wire.limits import NbdLimits
 from tests.frontends.nbdserved import GO, NbdPeer, NbdServed
 from tests.frontends.served import until
-from tests.wire.peer import MIB, info_request, option, request, string
+from tests.wire.peer import MIB, info_request, option, replies, request, string
 
 READ, WRITE, DISC, FLUSH = 0, 1, 2, 3
 LIST, INFO = 3, 6
@@ -204,16 +205,51 @@ def test_a_handshake_that_breaks_off_anywhere(served: NbdServed, length: int) ->
     assert served.works()
 
 
+def test_long_writes_and_reads_of_a_client_that_waits_for_no_reply(served: NbdServed) -> None:
+    served.volumes.create("volume", 32 * MIB)
+    pieces = [bytes((number,)) * MIB for number in range(32)]
+    with served.connect().go("volume") as peer:
+        writes = [request(WRITE, number * MIB, MIB, cookie=number) + piece for number, piece in enumerate(pieces)]
+        peer.send(b"".join(writes) + request(FLUSH, cookie=99))
+        answered = replies(peer.receive(16 * 33))
+        assert sorted(reply.cookie for reply in answered) == [*range(32), 99]
+        assert not any(reply.error for reply in answered)
+        peer.send(b"".join(request(READ, number * MIB, MIB, cookie=number) for number in range(32)))
+        got = replies(peer.receive(32 * (16 + MIB)), dict.fromkeys(range(32), MIB))
+        assert {reply.cookie: reply.data for reply in got} == dict(enumerate(pieces))
+
+
+def test_nothing_is_sent_while_a_long_reply_is_being_sent(served: NbdServed, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served.connect().go() as peer:
+        (connection,) = served.server._connections
+        do, is_free = connection._do, threading.Event()
+
+        def do_later(job: Callable[[], memoryview]) -> None:
+            assert is_free.wait(10)
+            do(job)
+
+        monkeypatch.setattr(connection, "_do", do_later)
+        peer.send(request(READ, 0, MIB, cookie=1) + request(READ, MIB, MIB, cookie=2))
+        until(lambda: next(iter(served.server.exports()))["requests"] == 2, "the second reply is there")
+        assert not select.select((peer.sock,), (), (), 0.5)[0]
+        is_free.set()
+        got = replies(peer.receive(2 * (16 + MIB)), {1: MIB, 2: MIB})
+    assert {reply.cookie: reply.data for reply in got} == {1: served.data[:MIB], 2: served.data[MIB : 2 * MIB]}
+
+
 def test_clients_that_vanish_in_the_middle_of_anything(served: NbdServed) -> None:
+    served.volumes.create("volume", 8 * MIB)
     for said in (
         request(READ, 0, MIB)[:20],
         request(WRITE, 0, MIB) + bytes(1000),
         request(READ, 0, MIB) * 8,
+        (request(WRITE, 0, MIB) + bytes(MIB)) * 3,
         b"\0" * 28,
         request(DISC) + request(READ, 0, MIB),
     ):
-        with served.connect().go() as peer:
-            peer.send(said)
+        for name in ("disk", "volume"):
+            with served.connect().go(name) as peer:
+                peer.send(said)
     until(lambda: not served.server._connections, "they are gone")
     assert not served.store._erasures._pins
     assert served.works()
@@ -253,4 +289,4 @@ def test_stopping_answers_what_has_come_and_waits_for_nobody(serve_nbd: Serve) -
     for peer in (idle, stuck, silent):
         assert peer.is_ended()
         peer.sock.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "nbd"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("nbd")]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import random
 import struct
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from rustord.errors import DeviceError
 from rustord.export import Run, State
 from rustord.wire.negotiation import Agreement
-from rustord.wire.transmission import BUFFER_BYTES, PIECE_BYTES, Transmission
+from rustord.wire.transmission import BUFFER_BYTES, LONG_BYTES, PIECE_BYTES, Transmission
 from tests.wire.peer import MIB, Chunk, MemoryExport, replies, request, write
 
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS = range(8)
@@ -23,17 +24,31 @@ Mode = tuple[bool, bool]
 
 
 class Talk:
-    """A transmission, and what it has answered."""
+    """A transmission, and what it has answered. Whatever may be done late is, at the last moment that is allowed."""
 
     def __init__(self, mode: Mode = SIMPLE, size: int = 1 << 16, *, read_only: bool = False, split: int = 0) -> None:
         self.export = MemoryExport(size, read_only=read_only)
         self.extended = mode[1]
-        self.transmission = Transmission(Agreement("disk", self.export, *mode, allocation=mode[0]))
+        self.transmission = Transmission(Agreement("disk", self.export, *mode, allocation=mode[0]), self)
+        self.taken = 0
         self._split = split or 1 << 30
+        self._said = b""
+        self._begun: Callable[[], memoryview] | None = None
+
+    def take(self, job: Callable[[], memoryview]) -> bool:
+        self.wait()
+        self.taken += 1
+        self._begun = job
+        return True
+
+    def wait(self) -> None:
+        begun, self._begun = self._begun, None
+        if begun:
+            self._said += bytes(begun())
 
     def say(self, data: bytes) -> bytes:
-        """Hand it over in pieces; every piece of an answer is taken at once, as a socket does."""
-        said, left = b"", memoryview(data)
+        """Hand it over in pieces; what it answers."""
+        left = memoryview(data)
         while left and not self.transmission.ended:
             space = self.transmission.space()
             assert len(space) > 0
@@ -42,7 +57,10 @@ class Talk:
             left = left[count:]
             for part in self.transmission.received(count):
                 assert 0 < len(part) <= BUFFER_BYTES
-                said += bytes(part)
+                self.wait()
+                self._said += bytes(part)
+        self.wait()
+        said, self._said = self._said, b""
         return said
 
     def ask(self, data: bytes, reads: dict[int, int] | None = None) -> list[Chunk]:
@@ -277,6 +295,46 @@ def test_a_write_of_a_piece_is_one_call() -> None:
     talk = Talk(size=8 * MIB, split=60_000)
     talk.say(b"".join(talk.write(number * MIB, bytes(MIB)) for number in range(8)))
     assert talk.export.log == [("write", number * MIB, MIB) for number in range(8)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("split", [0, 300_000, LONG_BYTES + 28])
+def test_long_writes_beside_reads(mode: Mode, split: int, seed: int) -> None:
+    random_ = random.Random(seed)
+    talk = Talk(mode, size=32 * MIB, split=split)
+    talk.export.data[:] = random_.randbytes(32 * MIB)
+    said, model, expected = b"", talk.export.data[:], {}
+    for cookie, start in enumerate(range(0, 32 * MIB, MIB)):
+        length = random_.choice((1, 4096, LONG_BYTES, MIB - LONG_BYTES, MIB))
+        if random_.random() < 0.5:
+            model[start : start + length] = data = random_.randbytes(length)
+            said += talk.write(start, data, cookie=cookie)
+        else:
+            expected[cookie] = bytes(model[start : start + length])
+            said += talk.request(READ, start, length, cookie=cookie)
+    answered = talk.ask(said, {cookie: len(data) for cookie, data in expected.items()})
+    assert sorted(reply.cookie for reply in answered) == list(range(32))
+    assert {reply.cookie: reply.data for reply in answered if reply.cookie in expected} == expected
+    assert talk.export.data == model
+    assert talk.transmission.written_bytes == sum(length for name, _, length in talk.export.log if name == "write")
+
+
+def test_a_flush_comes_after_the_writes_before_it(talk: Talk) -> None:
+    other = Talk((talk.transmission._structured, talk.extended), size=MIB)
+    other.say(other.write(0, bytes(LONG_BYTES)) + other.request(FLUSH))
+    assert other.taken == 1
+    assert other.export.log == [("write", 0, LONG_BYTES), ("flush",)]
+    other.say(other.write(0, bytes(LONG_BYTES), flags=FUA))
+    assert other.export.log[2:] == [("write", 0, LONG_BYTES), ("flush",)]
+    assert other.taken == 1
+
+
+def test_a_long_write_beside_that_fails_is_told(talk: Talk) -> None:
+    other = Talk((talk.transmission._structured, talk.extended), size=4 * MIB)
+    other.export.bad = MIB
+    batch = [other.write(number * MIB, bytes(MIB), cookie=number) for number in range(4)]
+    assert {reply.cookie: reply.error for reply in other.ask(b"".join(batch))} == {0: 0, 1: errno.EIO, 2: 0, 3: 0}
+    assert (other.taken, other.transmission.errors, other.transmission.written_bytes) == (4, 1, 3 * MIB)
 
 
 def test_a_long_write_that_fails_is_taken_in_to_its_end(talk: Talk) -> None:
