@@ -13,6 +13,7 @@ EXPECT_BYTES = 1 << 20
 """A longer body is announced first: the daemon may refuse it before it is sent."""
 HEAD_BYTES_MAX = 64 << 10
 _STATUS = "'systemctl status rustord' says how the daemon is, and 'systemctl start rustord' starts it"
+_STATUS_BY_HAND = f"start the daemon whose socket that is ('rustord --socket'), or name another ({DEFAULT_SOCKET})"
 
 
 class Connection:
@@ -43,14 +44,15 @@ class Connection:
     def _unreachable(self, error: OSError) -> Unreachable:
         """What an error of the connection means."""
         path = self._path
+        status = _STATUS if path == DEFAULT_SOCKET else _STATUS_BY_HAND
         if isinstance(error, FileNotFoundError):
-            return Unreachable(f"there is no socket {path}", hint=f"{_STATUS}, or name its socket")
+            return Unreachable(f"there is no socket {path}", hint=status)
         if isinstance(error, ConnectionRefusedError):
-            return Unreachable(f"nobody listens on {path}", hint=_STATUS)
+            return Unreachable(f"nobody listens on {path}", hint=status)
         if isinstance(error, PermissionError):
             return Unreachable(f"{path} may not be used", hint="join the group that owns the socket, or use sudo")
         if isinstance(error, (TimeoutError, BlockingIOError)):
-            return Unreachable(f"the daemon on {path} was silent for {self._timeout_s:g} s", hint=_STATUS)
+            return Unreachable(f"the daemon on {path} was silent for {self._timeout_s:g} s", hint=status)
         if error.errno is None and not isinstance(error, ConnectionError):  # such as a path that is too long
             return Unreachable(f"{path} cannot be the daemon's socket: {error}", hint="name another one")
-        return Unreachable(f"the connection to {path} was lost: {error}", hint=_STATUS)
+        return Unreachable(f"the connection to {path} was lost: {error}", hint=status)

@@ -260,6 +260,13 @@ def test_who_is_not_there_is_unreachable(tmp_path: Path) -> None:
         Client("x" * 200).pool()
     with pytest.raises(Unreachable, match="nobody listens") as refused:
         Client(tmp_path / "s").pool()
+    assert "rustord --socket" in refused.value.hint
+
+
+def test_who_asks_the_service_is_told_of_the_service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("rustord.client.connection.DEFAULT_SOCKET", str(tmp_path / "none"))
+    with pytest.raises(Unreachable) as refused:
+        Client(tmp_path / "none").pool()
     assert "systemctl status rustord" in refused.value.hint
 
 
