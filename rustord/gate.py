@@ -13,17 +13,18 @@ class Gate:
     def __init__(self) -> None:
         self._inside = 0
         self._shut = False
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._shutting = threading.Lock()
 
     def __enter__(self) -> None:
-        with self._changed:
+        with self._lock:  # not by way of the condition, whose methods are in Python: every read comes through here
             while self._shut:
                 self._changed.wait()
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
-        with self._changed:
+        with self._lock:
             self._inside -= 1
             if self._shut and not self._inside:
                 self._changed.notify_all()

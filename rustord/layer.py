@@ -33,6 +33,7 @@ from rustord.page import (
     decode_head,
     extent_at,
     page_of,
+    place_at,
     slots_at,
 )
 from rustord.record import Record, RecordId
@@ -366,6 +367,10 @@ class Layers:
 
         Within a gate that is watched: blocks that a Layer leaves are erased once nobody is in there any more.
         """
+        chunk, skip = divmod(offset, CHUNK_BYTES)
+        if skip + len(buffer) <= CHUNK_BYTES:
+            self._fill_run(chain, self.find(chain, chunk), offset, buffer)
+            return
         at = 0
         for address, begin, length in self._runs(chain, offset, len(buffer)):
             self._fill_run(chain, address, begin, buffer[at : at + length])
@@ -386,7 +391,7 @@ class Layers:
 
     def _place(self, address: int, offset: int) -> tuple[int, int]:
         """The device of a chunk, and where on it the byte at ``offset`` of the volume is."""
-        device, block, _ = extent_at(address, 1)
+        device, block = place_at(address)
         return device, block * self._blocks.block_size + offset % CHUNK_BYTES
 
     def _fill_run(self, chain: Sequence[Layer], address: int, offset: int, buffer: memoryview) -> None:
@@ -451,5 +456,6 @@ class Layers:
     def _record(self, uuid: ObjectId) -> Record:
         record = self._record_of(uuid)
         if record is None:
-            raise NotFound(f"Object {uuid_text(uuid)}, on which a volume builds, is gone", hint="see 'rustord check'")
+            hint = "'rustorctl pool check' tells what else is missing"
+            raise NotFound(f"Object {uuid_text(uuid)}, on which a volume builds, is gone", hint=hint)
         return record

@@ -46,7 +46,6 @@ ZEROS = 1
 _CHECKSUM_BYTES = 8
 _SIGNATURE_BYTES = 16
 _DEVICE_SHIFT = 48
-_BLOCK_MASK = (1 << _DEVICE_SHIFT) - 1
 
 
 def address_of(extent: Extent) -> int:
@@ -54,9 +53,14 @@ def address_of(extent: Extent) -> int:
     return extent.device << _DEVICE_SHIFT | extent.block
 
 
+def place_at(address: int) -> tuple[int, int]:
+    """The device and the block of an address."""
+    return divmod(address, 1 << _DEVICE_SHIFT)
+
+
 def extent_at(address: int, count: int) -> Extent:
     """The ``count`` blocks from ``address`` on."""
-    return Extent(address >> _DEVICE_SHIFT, address & _BLOCK_MASK, count)
+    return Extent(*place_at(address), count)
 
 
 class Page(NamedTuple):

@@ -38,6 +38,7 @@ from rustord.page import (
     address_of,
     extent_at,
     page_of,
+    place_at,
 )
 from rustord.pending import Pending
 from rustord.record import RecordId
@@ -269,7 +270,7 @@ class Volume:
                 at = stop
 
     def _write_in_place(self, address: int, skip: int, data: memoryview) -> None:
-        index, block, _ = extent_at(address, 1)
+        index, block = place_at(address)
         device = self._blocks.writable(index)
         device.write(block * self._blocks.block_size + skip, (data,))
         with self._dirtying:
