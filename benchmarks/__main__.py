@@ -21,7 +21,7 @@ from benchmarks import fullness, growth, large, nbd, small
 from benchmarks.contestant import Contestant
 from benchmarks.disks import loop_device, xfs
 from benchmarks.effort import FULL, KIB, QUICK, Effort
-from benchmarks.load import LoadError, build_generator
+from benchmarks.load import GENERATOR, LoadError, build
 from benchmarks.peers.files import files
 from benchmarks.peers.postgresql import postgresql
 from benchmarks.peers.redis import redis
@@ -94,7 +94,7 @@ def main(
 
 def measure(place: Path, only: tuple[str, ...], against: tuple[str, ...], effort: Effort) -> Iterator[Row]:
     """All rows of the chosen works, as they come."""
-    program = build_generator(place)
+    program = build(GENERATOR, place)
 
     def subject(device: str, name: str) -> AbstractContextManager[Rustord]:
         return rustord(device, place / name, program, DATA)

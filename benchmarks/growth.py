@@ -34,6 +34,6 @@ def growth(subject: Rustord, effort: Effort) -> Iterator[Row]:
     for when, resident in (("stored", resident_before), ("after the start", memory(subject.pid)["VmRSS"])):
         work = f"memory with {count:,} Objects, {when}"
         yield Row(work, "MiB", {"rustord": [resident]}, goals, more_is_better=False)
-    seconds, size = subject.rebuild()
-    yield Row(f"rebuild of a lost index, {stored:,} Objects", "s", {"rustord": [seconds]}, more_is_better=False)
-    yield Row("the same, of the device that is read from end to end", "MB/s", {"rustord": [size / seconds / 1e6]})
+    taken, size = subject.rebuild()
+    yield Row(f"rebuild of a lost index, {stored:,} Objects", "s", {"rustord": [taken]}, more_is_better=False)
+    yield Row("the same, of the device that is read from end to end", "MB/s", {"rustord": [size / taken / 1e6]})

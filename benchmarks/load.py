@@ -15,7 +15,7 @@ Protocol = Literal["http", "resp"]
 ID = b"{id}"
 """Stands in a request template where the id goes."""
 
-SOURCE = Path(__file__).with_name("loadgen.c")
+GENERATOR = Path(__file__).with_name("loadgen.c")
 
 
 class LoadError(Exception):
@@ -39,13 +39,13 @@ class Load:
         return self.operations / self.seconds
 
 
-def build_generator(directory: Path) -> Path:
-    """Compiles the generator into `directory`. Raises LoadError if there is no C compiler."""
+def build(source: Path, directory: Path) -> Path:
+    """Compiles a program into `directory`. Raises LoadError if there is no C compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
-        raise LoadError("no C compiler for the load generator: apt install gcc libc6-dev")
-    program = directory / "loadgen"
-    subprocess.run([compiler, "-O2", "-o", program, SOURCE], check=True)
+        raise LoadError(f"no C compiler for {source.name}: apt install gcc libc6-dev")
+    program = directory / source.stem
+    subprocess.run([compiler, "-O2", "-o", program, source], check=True)
     return program
 
 

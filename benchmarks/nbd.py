@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 from benchmarks.effort import MIB, Effort
 from benchmarks.large import clone, expect_volume, put
-from benchmarks.load import LoadError
-from benchmarks.processes import forget_peak, memory
+from benchmarks.load import LoadError, build
+from benchmarks.processes import cpu_seconds, forget_peak, memory
 from benchmarks.report import Bound, Goal, Row, Times
 from benchmarks.subject import Rustord, connection
 
+CLIENT = Path(__file__).with_name("nbdclient.c")
 SIZE = 256 * MIB
 SECONDS_MAX = 3.0
 """Longer turns tell no more: everything is cached."""
@@ -45,6 +46,7 @@ def nbd(subject: Rustord, device: str, place: Path, effort: Effort) -> Iterator[
             for uri in set(target):
                 fio(uri, "read", seconds=0.0, block="1m", depth=4)
         yield from rows(targets, effort)
+        yield from receiving(subject, targets, place, effort)
     yield busy_memory(subject, targets["rustord"], effort)
 
 
@@ -104,6 +106,46 @@ def row(
                 ]
                 figures[name].append(sum(rate.result() for rate in rates))
     return Row(work, "MB/s" if block == "1m" else "op/s", figures, goals)
+
+
+def receiving(subject: Rustord, targets: dict[str, Target], place: Path, effort: Effort) -> Iterator[Row]:
+    """What clients get that do nothing with it: fio takes as long over a MiB as a server. Of one export, then of two,
+    for which the daemon's CPU time is counted."""
+    program = build(CLIENT, place)
+    for work, order, length, depth in (
+        ("1 MiB sequential", "sequential", MIB, 8),
+        ("4 KiB random", "random", 4096, 16),
+    ):
+        unit = "MB/s" if length == MIB else "op/s"
+        for count in (1, 2):
+            figures: dict[str, list[float]] = {name: [] for name in targets}
+            cpus = []
+            for turn in range(effort.rounds):
+                names = list(targets)
+                for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                    seconds = min(effort.seconds, SECONDS_MAX)
+                    uris = [targets[name].reading, targets[name].writing][:count]
+                    before = cpu_seconds(subject.pid)
+                    with ThreadPoolExecutor(count) as threads:
+                        rates = [threads.submit(receive, program, uri, depth, length, seconds, order) for uri in uris]
+                        rate = sum(rate.result() for rate in rates)
+                    figures[name].append(rate * MIB / 1e6 if length == MIB else rate)
+                    if name == "rustord":
+                        cpus.append((cpu_seconds(subject.pid) - before) / seconds)
+            exports = "one export" if count == 1 else "two exports at once"
+            yield Row(f"NBD {work} read of {exports}, only received, depth {depth}", unit, figures)
+        yield Row(f"CPUs for the {work} reads of two exports", "CPUs", {"rustord": cpus})
+
+
+def receive(program: Path, uri: str, depth: int, length: int, seconds: float, order: str) -> float:
+    """Reads a second. Raises LoadError."""
+    name, _, socket = uri.removeprefix("nbd+unix:///").partition("?socket=")
+    words = [program, socket, name, depth, length, seconds, SIZE, order]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=10 * seconds + 60)
+    if done.returncode != 0:
+        raise LoadError(f"reading {uri}: {done.stderr.strip()}")
+    count, elapsed = done.stdout.split()
+    return int(count) / float(elapsed)
 
 
 def busy_memory(subject: Rustord, target: Target, effort: Effort) -> Row:

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.__main__ import WORKS, measure
 from benchmarks.effort import MIB, Effort
-from benchmarks.load import Generator, LoadError, build_generator
+from benchmarks.load import GENERATOR, Generator, LoadError, build
 from benchmarks.report import Bound, Row, Times, cells, for_programs, for_readme, verdict
 
 SMALLEST = Effort(
@@ -79,7 +79,7 @@ def wrong_server(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no C compiler; `apt-get install gcc` brings it")
 def test_bad_replies_void_a_measurement(tmp_path: Path, wrong_server: Path) -> None:
-    generator = Generator(build_generator(tmp_path), "http", wrong_server, tmp_path)
+    generator = Generator(build(GENERATOR, tmp_path), "http", wrong_server, tmp_path)
     with pytest.raises(LoadError, match="were bad"):
         generator.run(b"GET / HTTP/1.1\r\n\r\n", connections=2, count=10)
 
@@ -90,7 +90,7 @@ def test_every_work_is_measured(tmp_path: Path) -> None:
     installed = ["redis"] if shutil.which("redis-server") else []
     works = [work for work in WORKS if work != "nbd" or shutil.which("qemu-nbd")]
     rows = list(measure(tmp_path, tuple(works), (*installed, "files"), SMALLEST))
-    assert len(rows) == (36 if "nbd" in works else 22)
+    assert len(rows) == (42 if "nbd" in works else 22)
     for each in rows:
         assert each.figures["rustord"], each
         assert each.unit == "MiB" or all(figure > 0 for of_one in each.figures.values() for figure in of_one), each
