@@ -29,6 +29,7 @@ from rustord.footer import MAGIC, Piece, decode_piece
 from rustord.journal import NOTHING, Batch, Kind, decode_grave, decode_record_ids
 from rustord.keystore.ring import POSITION, Ring, lost_batches, newest_run
 from rustord.label import Label, State
+from rustord.notes import Notes
 from rustord.objkey import ObjectId, uuid_text
 from rustord.page import MAGIC as PAGE_MAGIC
 from rustord.page import (
@@ -38,7 +39,7 @@ from rustord.page import (
     slots_at,
 )
 from rustord.record import Grave, Record, RecordId
-from rustord.replay import VOID_LENGTH, Notes, copy_is_whole, was_flushed
+from rustord.replay import VOID_LENGTH, copy_is_whole, was_flushed
 
 log = logging.getLogger(__name__)
 

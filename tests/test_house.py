@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 # Modules without a tests/**/test_NAME.py of their own, and where they are tested instead.
 TESTED_ELSEWHERE = {
     "rustord/layer.py": "tests/test_volumes.py",
+    "rustord/notes.py": "tests/test_layermover.py",
     "rustord/replay.py": "tests/test_pool.py",
     "rustord/stock.py": "tests/test_pool.py",
     "rustord/keystore/contents.py": "tests/test_audit.py",

@@ -25,8 +25,8 @@ import rustord.stock
 from rustord.blockstore import BlockStore
 from rustord.keystore.ring import Ring
 from rustord.keystore.store import KeyStore
+from rustord.notes import Notes
 from rustord.objectstore import ObjectStore
-from rustord.replay import Notes
 from rustord.survey import _Journals
 from rustord.volume import Volume
 from rustord.volumes import Volumes
