@@ -113,7 +113,7 @@ class LayerMerger:
         for number in {page_of(chunk) for chunk, _ in chunks} - upper.places.keys():
             pages[number] = address_of(self._store.allocator.run(SLOT_COUNT, upper.home))
             upper.places[number] = pages[number]
-        self._store.note([MapEntry(upper.uuid, sorted(pages.items()), chunks)])
+        self._store.journals.note([MapEntry(upper.uuid, sorted(pages.items()), chunks)])
         return True
 
     def _finish(self, upper: Layer, lower: Layer, chunks: dict[int, int]) -> bool:
@@ -121,7 +121,7 @@ class LayerMerger:
         if not self._layers.is_mergeable(upper, lower):
             return False
         head = upper.head._replace(base=lower.head.base)
-        self._store.note([LayerEntry(upper.uuid, upper.address, head.encode())])
+        self._store.journals.note([LayerEntry(upper.uuid, upper.address, head.encode())])
         for chunk, address in chunks.items():
             upper.set(chunk, address)
         lower.drop(chunks)

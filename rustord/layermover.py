@@ -95,7 +95,7 @@ class LayerMover:
         if self._leaves(layer.address, quota):
             self._store.keystore.checkpoint()  # the old home's journal need not tell of the map then
             slots = self._store.allocator.run(SLOT_COUNT, avoid=quota)
-            self._store.note([LayerEntry(layer.uuid, address_of(slots), layer.head.encode())])
+            self._store.journals.note([LayerEntry(layer.uuid, address_of(slots), layer.head.encode())])
             layer.address = address_of(slots)
             count = 1
         leaving = iter([number for number, place in layer.places.items() if self._leaves(place, quota)])
@@ -118,7 +118,7 @@ class LayerMover:
                 break
             places[number] = address_of(slots)
         if places:
-            self._store.note([MapEntry(layer.uuid, sorted(places.items()), ())])
+            self._store.journals.note([MapEntry(layer.uuid, sorted(places.items()), ())])
             layer.places |= places
         return len(places)
 
@@ -195,7 +195,7 @@ class LayerMover:
             return [*moved.values()], copied
         old = {chunk: extent_at(layer.get(chunk), extent.count) for chunk, extent in moved.items()}
         changes = [(chunk, address_of(extent)) for chunk, extent in sorted(moved.items())]
-        graves = self._store.note([MapEntry(layer.uuid, (), changes)], copied, [*old.values()])
+        graves = self._store.journals.note([MapEntry(layer.uuid, (), changes)], copied, [*old.values()])
         for chunk, address in changes:
             layer.set(chunk, address)
         return [*old.values()], graves

@@ -11,8 +11,8 @@ all; then they are free and it is answered. So a free block is never named by a 
 what was deleted.
 
 A Move is copied beside the cycles, to blocks of which the journals have said before, durably, that they are being
-filled (`announce_copies`): until the cycle that makes them the Object's own, the next opening erases them. So no crash
-leaves a copy that nobody knows of, and that would outlive its Object.
+filled (`Journals.announce`): until the cycle that makes them the Object's own, the next opening erases them. So no
+crash leaves a copy that nobody knows of, and that would outlive its Object.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ from rustord.change import Change, Delete, Erase, Move, Put, Undo, check_match
 from rustord.distribution import Distribution
 from rustord.erasures import Erasures
 from rustord.errors import DeviceError, InUse, NotFound, PreconditionFailed, ReadOnly, RustordError
-from rustord.extent import Extent, extend
-from rustord.journal import Entry, Kind, grave_entry
+from rustord.extent import Extent
+from rustord.journals import Journals
 from rustord.keygen import KeyGen
 from rustord.keystore.store import KeyStore
 from rustord.label import Label
 from rustord.layer import Frozen, Layers
 from rustord.manifest import Data, chunk_count
 from rustord.objkey import ObjectId, ObjKey, uuid_text
-from rustord.page import LayerEntry, MapEntry
 from rustord.placement import Placement, Placements, too_long, writes
 from rustord.record import Grave, Metadata, Record, RecordId
 from rustord.relocation import Relocation
@@ -107,11 +106,9 @@ class ObjectStore:
         self.last_phase_s = [0.0] * len(self.phase_s)
         """How long each phase of the last cycle took, in seconds."""
         self.read_only = read_only
-        self._sequence = self._durable = sequence
-        self._all_flushed = True
         self._placements = Placements(label.secret, blocks, allocator, keygen, layers)
         self._erasures = Erasures(keystore)
-        self._erased: dict[int, list[RecordId]] = {}  # erased on that device, and its journal does not say so yet
+        self.journals = Journals(keystore, blocks, self._erasures, sequence, self.check_changeable)
         self._relocations: dict[ObjectId, list[Relocation]] = {}
         """Those that have taken blocks which are not the Object's yet."""
         self._relocating = threading.Lock()
@@ -302,7 +299,7 @@ class ObjectStore:
                 there.append(relocation)
             else:
                 relocation.abort()
-        ids = self.announce_copies([(relocation.record.uuid, relocation.new) for relocation in there])
+        ids = self.journals.announce([(relocation.record.uuid, relocation.new) for relocation in there])
         for relocation, id in zip(there, ids, strict=True):
             relocation.id = id
 
@@ -337,86 +334,6 @@ class ObjectStore:
             relocations = self._relocations.pop(uuid, ())
         return [Erase(relocation.take_back(), [relocation.id] if relocation.id else ()) for relocation in relocations]
 
-    def announce_copies(self, copies: Sequence[tuple[bytes, Sequence[Extent]]]) -> list[RecordId]:
-        """Say in the journals, durably, which blocks are about to be filled with what an Object or Layer has.
-
-        From then on they are graves, which an opening erases: after a crash nobody else would know what is on them. In
-        this life they end when they become the Object's own, in one batch of the journal with the change that says so
-        (`note`, `Move`), or by an `Erase` with the id that is returned for each. Called between cycles.
-
-        Raises ReadOnly or DeviceError; nothing may be written to the blocks then. The journals may name them all the
-        same, which does no harm: an opening erases no block that somebody has by then.
-        """
-        self.check_changeable()
-        if not copies:
-            return []
-        graves = self._graves(copies)
-        devices = {device for grave in graves for device in grave.devices}
-        for device in devices:
-            self.blocks.writable(device)
-        self._note(list(map(grave_entry, graves)), devices, ())
-        return [grave.id for grave in graves]
-
-    def note(
-        self,
-        notes: Sequence[LayerEntry | MapEntry],
-        copied: Sequence[RecordId] = (),
-        left: Sequence[Extent] = (),
-    ) -> list[RecordId]:
-        """Make changes of Layers durable and known. Called between cycles.
-
-        A MAP is in the journals of the Layer's home and of all devices that it speaks of when this returns, so that a
-        replay can tell one that was cut short. A LAYER goes to all journals: who has a MAP has to know whose it is.
-        With it, the blocks of the graves ``copied`` become the Layer's, and those that are ``left`` a grave, to be
-        erased, whose id is returned. Raises ReadOnly, or DeviceError if a device that has to take it does not; the
-        journals may have it all the same then.
-        """
-        self.check_changeable()
-        writable = self.blocks.writable_indices()
-        if not writable:
-            raise DeviceError("no device of the pool takes writes", hint="'rustorctl device list' shows why")
-        entries = []
-        devices = {extent.device for extent in left}
-        for note in notes:
-            if isinstance(note, LayerEntry):
-                devices.update(writable)
-            else:
-                concerned = {self.keystore.home_of(note.layer), *(extent.device for extent in note.extents(1))}
-                devices |= {index for index in concerned if index is not None and self.blocks.writable(index)}
-            self._sequence += 1
-            kind = Kind.LAYER if isinstance(note, LayerEntry) else Kind.MAP
-            entries.append(Entry(kind, self._sequence, note.encode()))
-        runs: list[Extent] = []
-        extend(runs, sorted(left))  # a trim may leave many chunks, most of them in a row
-        graves = self._graves([(notes[0].layer, runs)] if left else [])
-        self._note([*entries, *map(grave_entry, graves)], devices, copied)
-        return [grave.id for grave in graves]
-
-    def _graves(self, places: Iterable[tuple[bytes, Sequence[Extent]]]) -> list[Grave]:
-        """Graves of blocks that an Object or Layer is going to have, or has left, with new ids."""
-        graves = []
-        for uuid, extents in places:
-            self._sequence += 1
-            graves.append(Grave(RecordId(uuid, self._sequence), extents))
-        return graves
-
-    def _note(self, entries: Sequence[Entry], devices: Iterable[int], copied: Sequence[RecordId]) -> None:
-        writable = self.blocks.writable_indices()
-        ended = {device: [*self._erased.get(device, ()), *copied] for device in set(devices) & set(writable)}
-        written, failed = self.keystore.journal_notes(
-            entries, ended.keys(), ended, self._durable, self._sequence, writable
-        )
-        failed |= self.blocks.flush(written)
-        for device in written - failed.keys():
-            self._erased.pop(device, None)
-        if failed:
-            self._all_flushed = False
-            raise next(iter(failed.values()))
-        for grave in self.keystore.learn_notes(entries, copied, self._sequence):  # the new slots are not written yet
-            self._erasures.add(Erase(grave.extents, (grave.id,), after=grave.id.sequence))
-        if self._all_flushed:
-            self._durable = self._sequence
-
     def free(
         self,
         extents: Sequence[Extent],
@@ -448,14 +365,9 @@ class ObjectStore:
         """The erasure, all in one, of the Layers that nobody needs."""
         collected = self.layers.collect()
         for layer in collected:
-            self.keystore.retire(layer.id, self._sequence)
+            self.keystore.retire(layer.id, self.journals.sequence)
         extents = [extent for layer in collected for extent in layer.extents(self.layers.chunk_blocks)]
         return [Erase(extents, layers=collected)] if collected else []
-
-    @property
-    def sequence(self) -> int:
-        """That of the newest change."""
-        return self._sequence
 
     def check_changeable(self) -> None:
         """Raise ReadOnly, which says why, if the pool takes no changes."""
@@ -532,8 +444,8 @@ class ObjectStore:
         elif isinstance(change, Move):
             self._stage_move(change, batch)
         elif isinstance(change, Undo):
-            self._sequence += 1
-            batch.undos.append((change, self._sequence))
+            self.journals.sequence += 1
+            batch.undos.append((change, self.journals.sequence))
             batch.length += 40
         elif not self._erasures.hold(change):
             batch.erases.append(change)
@@ -547,7 +459,7 @@ class ObjectStore:
             self._check_erasable(replaced)
         source = put.source
         if isinstance(source, Upload | Frozen):
-            placed = self._placements.put(put, source, self._sequence + 1, self.keystore.batch_bytes_max // 2)
+            placed = self._placements.put(put, source, self.journals.sequence + 1, self.keystore.batch_bytes_max // 2)
             placed.replaced = replaced
             self._add(placed, batch)
         else:
@@ -561,7 +473,7 @@ class ObjectStore:
     def _place_plain(self, batch: _Batch) -> None:
         length_max = self.keystore.batch_bytes_max // 2
         plain = [(put, data) for put, data, _ in batch.plain]
-        placements = self._placements.put_each(plain, self._sequence + 1, length_max)
+        placements = self._placements.put_each(plain, self.journals.sequence + 1, length_max)
         for put, _, replaced in batch.plain:
             placed = placements[put]
             if isinstance(placed, RustordError):
@@ -583,7 +495,7 @@ class ObjectStore:
             raise PreconditionFailed(
                 f"Object {uuid_text(old.uuid)} has been moved meanwhile", hint="move it from where it is now"
             )
-        placed = self._placements.move(move, old, self._sequence + 1, self.keystore.batch_bytes_max // 2)
+        placed = self._placements.move(move, old, self.journals.sequence + 1, self.keystore.batch_bytes_max // 2)
         self._forget(source)
         self._add(placed, batch)
         assert source.id is not None
@@ -591,7 +503,7 @@ class ObjectStore:
         batch.gone.add(old.uuid)
 
     def _add(self, placed: Placement, batch: _Batch) -> None:
-        self._sequence = placed.record.sequence
+        self.journals.sequence = placed.record.sequence
         batch.puts.append(placed)
         batch.length += len(placed.record.raw) + 64
 
@@ -607,9 +519,9 @@ class ObjectStore:
                 hint="'rustorctl exports' shows by whom; detach it first",
             )
         self._check_erasable(record)
-        self._sequence += 1
+        self.journals.sequence += 1
         delete.record = record
-        batch.deletes.append((delete, record, self._sequence))
+        batch.deletes.append((delete, record, self.journals.sequence))
         batch.gone.add(delete.uuid)
         batch.length += 32
 
@@ -685,21 +597,11 @@ class ObjectStore:
         puts = [(placed.record, placed.replaced_uuid) for placed in batch.puts if not placed.failure(failed)]
         deletes = [(record, sequence) for _, record, sequence in batch.deletes]
         undone = [(undo.record, sequence) for undo, sequence in batch.undos]
-        written, refused = self.keystore.journal(
-            puts, deletes, undone, self._ended(batch, failed), self._durable, self.blocks.writable_indices()
-        )
-        return written, refused
-
-    def _ended(self, batch: _Batch, failed: dict[int, RustordError]) -> dict[int, list[RecordId]]:
-        """What is said as ERASED: what has been erased, and the GRAVEs of moves, in one batch with their PUTs.
-
-        So wherever a journal has the one, it has the other: the blocks are the Object's, or the PUT's grave.
-        """
-        ended = {device: [*ids] for device, ids in self._erased.items()} if batch.moves else self._erased
+        copied: dict[int, list[RecordId]] = {}
         for placed, copy in batch.moves:
             for device in placed.record.devices if not placed.failure(failed) else ():
-                ended.setdefault(device, []).append(copy)
-        return ended
+                copied.setdefault(device, []).append(copy)
+        return self.journals.append(puts, deletes, undone, copied)
 
     def _settle(
         self, batch: _Batch, failed: dict[int, RustordError], refused: dict[int, RustordError], durable: set[int]
@@ -708,19 +610,14 @@ class ObjectStore:
 
         What has been erased needs no journal: a device whose journal is full has not failed.
         """
-        for device in durable:
-            self._erased.pop(device, None)
+        self.journals.flushed(durable)
         missing = refused | failed if refused else failed
         puts = self._settle_puts(batch, missing)
         deletes = self._settle_deletes(batch, missing, durable)
         undone = self._settle_undos(batch)
         gone = [id for erase in batch.erases for id in self._bury(erase, failed, batch)]
         gone += [copy for placed, copy in batch.moves if not placed.failure(missing)]
-        self.keystore.learn(puts, deletes, undone, gone, self._sequence)
-        if missing:
-            self._all_flushed = False  # what a device lost may be in its journal all the same: a replay has to look
-        elif self._all_flushed:
-            self._durable = self._sequence
+        self.journals.learn(puts, deletes, undone, gone, lost=bool(missing))
         return Cycle(batch.outcomes, batch.following)
 
     def _settle_puts(self, batch: _Batch, failed: dict[int, RustordError]) -> list[tuple[Record, ObjectId]]:
@@ -789,7 +686,7 @@ class ObjectStore:
         if error is None:
             self.allocator.release(erase.extents)
             gone = [*(layer.id for layer in erase.layers), *erase.ids]
-            self.remember_erased(erase.extents, gone)
+            self.journals.remember_erased(erase.extents, gone)
             if following := self._needed_no_more(erase):
                 following[-1].cause, following[-1].finished = erase.cause, erase.finished
                 batch.following += following
@@ -800,11 +697,6 @@ class ObjectStore:
         if erase.finished is not None:
             erase.finished(error)
         return gone
-
-    def remember_erased(self, extents: Iterable[Extent], gone: Iterable[RecordId]) -> None:
-        """Have the next batch of each journal say that the blocks of ``gone`` have been erased."""
-        for device in {extent.device for extent in extents}:
-            self._erased.setdefault(device, []).extend(gone)
 
     def _needed_no_more(self, erase: Erase) -> list[Erase]:
         """The erasure of what only that needed which has been erased: of Layers, or of deleted Objects below them."""

@@ -163,7 +163,7 @@ def open_pool(
     read_only = read_only or problem
     store = ObjectStore(label, blocks, allocator, keystore, keygen, layers, stock, sequence, _close, read_only)
     for grave in erased:
-        store.remember_erased(grave.extents, [grave.id])
+        store.journals.remember_erased(grave.extents, [grave.id])
     if not read_only:
         _finish_freezing(store)
     return store
@@ -298,7 +298,7 @@ def _finish_freezing(store: ObjectStore) -> None:
     for layer in list(store.layers.volumes.values()):
         if store.layers.is_frozen(layer):
             head = layer.head._replace(name="")
-            store.note([LayerEntry(layer.uuid, layer.address, head.encode())])
+            store.journals.note([LayerEntry(layer.uuid, layer.address, head.encode())])
             store.layers.rename(layer, head)
 
 

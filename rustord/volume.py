@@ -46,7 +46,7 @@ from rustord.record import RecordId
 T = TypeVar("T")
 
 Note = Callable[[Sequence[MapEntry], Sequence[RecordId], Sequence[Extent]], Sequence[RecordId]]
-"""Makes changes durable, and has the KeyStore learn them; see `ObjectStore.note`."""
+"""Makes changes durable, and has the KeyStore learn them; see `Journals.note`."""
 
 Free = Callable[[Sequence[Extent], Callable[[RustordError | None], None], Sequence[RecordId]], None]
 """Erases blocks, which are these graves, and gives them back, in the background; is told when it is done."""

@@ -210,15 +210,15 @@ class Volumes:
     def announce(self, layer: Layer, places: Iterable[Sequence[Extent]]) -> Sequence[RecordId]:
         """Make graves of blocks that are about to be filled with what a Layer has. Raises ReadOnly or DeviceError.
 
-        Returns the id of each; see `ObjectStore.announce_copies`.
+        Returns the id of each; see `Journals.announce`.
         """
         copies = [(layer.uuid, extents) for extents in places]
-        return self.call(lambda: self._store.announce_copies(copies))
+        return self.call(lambda: self._store.journals.announce(copies))
 
     def _note(
         self, notes: Sequence[MapEntry], copied: Sequence[RecordId], left: Sequence[Extent]
     ) -> Sequence[RecordId]:
-        ids = self.call(lambda: self._store.note(notes, copied, left))
+        ids = self.call(lambda: self._store.journals.note(notes, copied, left))
         warning = self.warning()
         if warning and not self._warned:
             log.warning("%s", warning)
@@ -298,14 +298,14 @@ class Volumes:
         if base in self._layers.by_uuid:
             self._check_depth(self._layers.by_uuid[base])
         enable_layers(self._store)
-        self._add(Head(size, time.time_ns(), base, self._layers.new_number(self._store.sequence + 1), name))
+        self._add(Head(size, time.time_ns(), base, self._layers.new_number(self._store.journals.sequence + 1), name))
 
     def _add(self, head: Head, home: int = -1, *others: LayerEntry) -> Layer:
         """Put a new Layer into the pool, together with ``others`` of a Layer on ``home``; there if that has room."""
         slots = self._store.allocator.run(SLOT_COUNT, home)
         layer = Layer(self._store.keygen.uuid(), address_of(slots), head)
         try:
-            self._store.note([_entry(layer, head), *others])
+            self._store.journals.note([_entry(layer, head), *others])
         except RustordError:
             self._store.free([slots])  # on a device that failed they stay taken until the next start
             raise
@@ -344,7 +344,7 @@ class Volumes:
 
     def _set_head(self, layer: Layer, head: Head) -> None:
         def change() -> None:
-            self._store.note([_entry(layer, head)])
+            self._store.journals.note([_entry(layer, head)])
             self._layers.rename(layer, head)
 
         self.call(change)
@@ -393,7 +393,7 @@ class Volumes:
 
     def _add_held(self, size: int) -> Layer:
         """A Layer that nothing builds on yet, and that stays until `_let_go`. Called between cycles."""
-        head = Head(size, time.time_ns(), NOTHING, self._layers.new_number(self._store.sequence + 1), "")
+        head = Head(size, time.time_ns(), NOTHING, self._layers.new_number(self._store.journals.sequence + 1), "")
         layer = self._add(head)
         self._layers.users[layer.uuid] += 1
         return layer
@@ -424,7 +424,7 @@ class Volumes:
             return
         heads = [upper.head._replace(base=layer.uuid) for upper in above]
         entries = [_entry(upper, head) for upper, head in zip(above, heads, strict=True)]
-        self._store.note(entries)
+        self._store.journals.note(entries)
         for upper, head in zip(above, heads, strict=True):
             self._layers.rebase(upper, head)
         self._store.sweep_base(base)
@@ -466,7 +466,7 @@ class Volumes:
     def _cover(self, left: Layer) -> Layer:
         """Put a new Layer on top of that of a volume. Called between cycles."""
         nameless = left.head._replace(name="")
-        number = self._layers.new_number(self._store.sequence + 1)
+        number = self._layers.new_number(self._store.journals.sequence + 1)
         head = Head(left.head.size, time.time_ns(), left.uuid, number, left.head.name)
         top = self._add(head, left.home, _entry(left, nameless))
         left.head = nameless

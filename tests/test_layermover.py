@@ -492,26 +492,6 @@ def test_nothing_is_left_of_what_a_clone_was_made_of_when_both_are_deleted_after
     assert any(count > len(data) // 4096 for count in found), "no power cut has left anything in two places"
 
 
-def test_a_grave_of_blocks_that_were_given_back_is_nobodys(disk_path: Path, seed: int) -> None:
-    """Who announced them may have waited no longer while the writer was at it: others may have them by then."""
-    data = random.Random(seed).randbytes(3 * CHUNK_BYTES)
-    simulation = Simulation(disk_path, (16 * MIB,))
-    store = simulation.open()
-    uuid = store.put(data).uuid
-    part = store.stat(uuid).extents[0]._replace(count=3)
-    store.announce_copies([(b"somebody's uuid.", [part])])
-    simulation.cut_power()
-    store = simulation.open()
-    assert store.get(uuid) == data
-    store.announce_copies([(b"somebody's uuid.", [part])])
-    store.cycle([Delete(uuid)])
-    simulation.cut_power()
-    store = simulation.open()
-    assert not remains(simulation, data)
-    check_sound(store)
-    simulation.close()
-
-
 def survival(chance: random.Random) -> Callable[[int], bool]:
     """Lets none, some or all of the sectors survive that were not flushed."""
     share = chance.choice((0.0, 0.5, 1.0))

@@ -905,24 +905,3 @@ class Life(RuleBasedStateMachine):
 
 TestLife = Life.TestCase
 TestLife.settings = settings(max_examples=25, stateful_step_count=30)
-
-
-def test_what_waits_to_be_erased_is_not_said_again_with_each_change(
-    simulate: Callable[..., Simulation], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    simulation = simulate(16 * MIB, 1024 * MIB)
-    store = simulation.open()
-    for first in range(100_000, 260_000, 40_000):
-        store.announce_copies([(bytes(16), [Extent(1, block, 1) for block in range(first, first + 40_000, 2)])])
-    lengths = []
-    append = store.keystore._append
-
-    def spy(ring: Any, entries: Sequence[bytes], *rest: int) -> None:
-        lengths.append(sum(map(len, entries)))
-        append(ring, entries, *rest)
-
-    monkeypatch.setattr(store.keystore, "_append", spy)
-    for _ in range(60):
-        store.put(b"x")
-        store.keystore.checkpoint()
-    assert sum(length > MIB for length in lengths) <= 4

@@ -23,6 +23,7 @@ import rustord.pool
 import rustord.replay
 import rustord.stock
 from rustord.blockstore import BlockStore
+from rustord.journals import Journals
 from rustord.keystore.ring import Ring
 from rustord.keystore.store import KeyStore
 from rustord.notes import Notes
@@ -164,16 +165,17 @@ def _mutants() -> Iterator[Mutant]:
     yield mutant(
         "the index knows of a PUT before the journal is durable",
         (
-            ObjectStore._journal,
-            "return written, refused",
-            "self.keystore.learn(puts, (), (), (), self._sequence); self.keystore.checkpoint()\n"
-            "    return written, refused",
+            cycle,
+            "committed, refused = self._journal(batch, failed)",
+            "committed, refused = self._journal(batch, failed)\n"
+            "    puts = [(put.record, put.replaced_uuid) for put in batch.puts if not put.failure(failed)]\n"
+            "    self.keystore.learn(puts, (), (), (), self.journals.sequence); self.keystore.checkpoint()",
         ),
         by=(s.putting,),
     )
     yield mutant(
         "durable is the sequence of the batch itself",
-        (ObjectStore._journal, "self._durable", "self._sequence"),
+        (Journals.append, "self._durable", "self.sequence"),
         by=(s.putting,),
     )
     yield mutant(
@@ -210,14 +212,14 @@ def _mutants() -> Iterator[Mutant]:
     yield mutant(
         "the journal does not say which blocks are being filled with a copy",
         (
-            ObjectStore.announce_copies,
+            Journals.announce,
             "self._note(list(map(grave_entry, graves)), devices, ())",
         ),
         by=(s.moving,),
     )
     yield mutant(
         "that blocks are being filled with a copy is not flushed before they are",
-        (ObjectStore._note, "self.blocks.flush(written)", "(self.blocks.flush(written) if copied else {})"),
+        (Journals._note, "self._blocks.flush(written)", "(self._blocks.flush(written) if copied else {})"),
         by=(s.moving,),
     )
     yield mutant(
@@ -225,7 +227,7 @@ def _mutants() -> Iterator[Mutant]:
         (
             ObjectStore.copy,
             "relocation.copy(pace)",
-            "relocation.copy(pace); self.keystore.learn((), (), (), [relocation.id], self._sequence)",
+            "relocation.copy(pace); self.keystore.learn((), (), (), [relocation.id], self.journals.sequence)",
         ),
         by=(s.moving_slowly,),
     )
@@ -234,7 +236,7 @@ def _mutants() -> Iterator[Mutant]:
         (
             ObjectStore.copy,
             "relocation.copy(pace)",
-            "relocation.copy(pace); self.remember_erased(relocation.new, [relocation.id])",
+            "relocation.copy(pace); self.journals.remember_erased(relocation.new, [relocation.id])",
         ),
         by=(s.moving_slowly,),
     )
@@ -285,7 +287,7 @@ def _mutants() -> Iterator[Mutant]:
             ObjectStore._erase,
             "    for erase in waiting:\n            erase.erased = True",
             "    for erase in waiting:\n            erase.erased = True\n"
-            "            self._erased.setdefault(0, []).extend(erase.ids)",
+            "            self.journals._erased.setdefault(0, []).extend(erase.ids)",
         ),
         by=(s.deleting_and_putting_at_once,),
     )
@@ -402,7 +404,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "a change of a map is not flushed",
-        (ObjectStore._note, "failed |= self.blocks.flush(written)"),
+        (Journals._note, "failed |= self._blocks.flush(written)"),
         by=(s.writing_a_volume,),
     )
     yield mutant(
@@ -466,7 +468,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "what the chunks of a volume have left is no grave",
-        (ObjectStore.note, "if left else []", "if False else []"),
+        (Journals.note, "if left else []", "if False else []"),
         by=(s.moving_a_volume,),
     )
     # Devices that are away for a while
@@ -488,7 +490,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "a LAYER is in the journal of its home alone",
-        (ObjectStore.note, "devices.update(writable)", "devices.add(note.home)"),
+        (Journals.note, "devices.update(writable)", "devices.add(note.home)"),
         by=between,
     )
     yield mutant(
