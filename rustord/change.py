@@ -101,8 +101,9 @@ class Erase:
     ``ids`` are those of the Records that named them, or of a GRAVE; none for blocks that no journal names, and
     several where an Object was moved shortly before it was deleted. ``cause`` is the Delete that waits for it.
     ``layers`` are forgotten with it, and ``layer`` is the number of one that it had needed. ``after`` is the sequence
-    up to which the index has to hold everything before. ``erased`` is set once the blocks have been written over, so
-    that only the flush is left to do; ``error`` says why they could not be.
+    up to which the index has to hold everything before. ``finished`` is told that it is done, or why it could not be.
+    ``erased`` is set once the blocks have been written over, so that only the flush is left to do; ``error`` says why
+    they could not be.
     """
 
     __slots__ = ("after", "cause", "erased", "error", "extents", "finished", "ids", "layer", "layers")
@@ -116,13 +117,13 @@ class Erase:
         after: int = 0,
         layer: int = 0,
         layers: Sequence[Layer] = (),
+        finished: Callable[[RustordError | None], None] | None = None,
     ) -> None:
         self.extents = extents
         self.ids = ids
         self.layer = layer
         self.layers = layers
-        self.finished: Callable[[RustordError | None], None] | None = None
-        """Is told that it is done, or why it could not be."""
+        self.finished = finished
         self.cause = cause
         self.after = after
         self.erased = False

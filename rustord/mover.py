@@ -291,12 +291,12 @@ class Mover:
 
     def _place(self, record: Record, leave: Sequence[Extent], job: _Job) -> Relocation:
         try:
-            return self._store.place(record, leave, job.avoid(), salvage=job.salvage)
+            return self._store.relocations.place(record, leave, job.avoid(), salvage=job.salvage)
         except NoSpace:  # what was moved before may not have been erased yet
             self._commit()
             self._store.keystore.checkpoint()
             self._wait(lambda: False, _POLL_S)
-            return self._store.place(record, leave, job.avoid(), salvage=job.salvage)
+            return self._store.relocations.place(record, leave, job.avoid(), salvage=job.salvage)
 
     def _commit(self) -> None:
         """Announce what has places to go, copy it, and have it made the Objects' own."""
@@ -320,7 +320,7 @@ class Mover:
     def _announce(self, batch: Sequence[Relocation]) -> None:
         """If some cannot be announced, the others."""
         try:
-            self._writer.call(lambda: self._store.announce(batch), _COMMIT_S)
+            self._writer.call(lambda: self._store.relocations.announce(batch), _COMMIT_S)
         except TimeoutError as error:
             raise _late() from error
         except DeviceError as error:
@@ -335,7 +335,7 @@ class Mover:
     def _copy(self, relocation: Relocation, length: int) -> Move | None:
         uuid = relocation.record.uuid
         try:
-            move = self._store.copy(relocation, self.task.pace)
+            move = self._store.relocations.copy(relocation, self.task.pace)
         except NotFound:
             return None
         except DeviceError as error:

@@ -10,16 +10,14 @@ is made durable (the commit point: readers no longer find the Object), in the se
 all; then they are free and it is answered. So a free block is never named by a live Record, and never holds
 what was deleted.
 
-A Move is copied beside the cycles, to blocks of which the journals have said before, durably, that they are being
-filled (`Journals.announce`): until the cycle that makes them the Object's own, the next opening erases them. So no
-crash leaves a copy that nobody knows of, and that would outlive its Object.
+A Move is copied beside the cycles; see `rustord.relocations`.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from time import perf_counter
@@ -30,7 +28,7 @@ from rustord.blockstore import BlockStore
 from rustord.change import Change, Delete, Erase, Move, Put, Undo, check_match
 from rustord.distribution import Distribution
 from rustord.erasures import Erasures
-from rustord.errors import DeviceError, InUse, NotFound, PreconditionFailed, ReadOnly, RustordError
+from rustord.errors import DeviceError, InUse, PreconditionFailed, ReadOnly, RustordError
 from rustord.extent import Extent
 from rustord.journals import Journals
 from rustord.keygen import KeyGen
@@ -39,9 +37,10 @@ from rustord.label import Label
 from rustord.layer import Frozen, Layers
 from rustord.manifest import Data, chunk_count
 from rustord.objkey import ObjectId, ObjKey, uuid_text
-from rustord.placement import Placement, Placements, too_long, writes
+from rustord.placement import Placement, Placements, writes
 from rustord.record import Grave, Metadata, Record, RecordId
 from rustord.relocation import Relocation
+from rustord.relocations import Relocations
 from rustord.stock import Stock
 from rustord.upload import Upload
 
@@ -107,11 +106,9 @@ class ObjectStore:
         """How long each phase of the last cycle took, in seconds."""
         self.read_only = read_only
         self._placements = Placements(label.secret, blocks, allocator, keygen, layers)
-        self._erasures = Erasures(keystore)
-        self.journals = Journals(keystore, blocks, self._erasures, sequence, self.check_changeable)
-        self._relocations: dict[ObjectId, list[Relocation]] = {}
-        """Those that have taken blocks which are not the Object's yet."""
-        self._relocating = threading.Lock()
+        self.erasures = Erasures(keystore)
+        self.journals = Journals(keystore, blocks, self.erasures, sequence, self.check_changeable)
+        self.relocations = Relocations(allocator, blocks, keystore, self.journals, self.erasures)
         self._exports: Counter[ObjectId] = Counter()
         self._exporting = threading.Lock()
         self._on_close = on_close
@@ -154,10 +151,7 @@ class ObjectStore:
 
     def stat(self, uuid: ObjectId) -> Record:
         """What is known of an Object. Raises NotFound."""
-        record = self.keystore.get(uuid)
-        if record is None:
-            raise NotFound(f"there is no Object {uuid_text(uuid)}", hint="'rustorctl ls' lists what there is")
-        return record
+        return self.keystore.stat(uuid)
 
     def resolve(self, name: str) -> ObjectId | None:
         """The uuid of the Object of that name, or None."""
@@ -197,11 +191,11 @@ class ObjectStore:
 
         A reader of a long Object is not cut off by a writer of the same name. An explicit DELETE does not wait.
         """
-        self._erasures.pin(record.id)
+        self.erasures.pin(record.id)
 
     def unpin(self, record: Record) -> None:
         """Undo one `pin`."""
-        self._erasures.unpin(record.id)
+        self.erasures.unpin(record.id)
 
     def begin_export(self, uuid: ObjectId) -> Record:
         """Keep an Object from being deleted, and its blocks from being erased, until `end_export`.
@@ -242,124 +236,18 @@ class ObjectStore:
         put.source = upload = self._placements.upload(put, size, self._abandon)
         return upload
 
-    def relocate(
-        self,
-        record: Record,
-        leave: Sequence[Extent],
-        avoid: Collection[int] = (),
-        *,
-        salvage: bool = False,
-        pace: Callable[[int], None] = lambda length: None,
-        call: Callable[[Callable[[], None]], None] = lambda function: function(),
-    ) -> Move:
-        """Copy what an Object has on the blocks ``leave`` to others; a cycle has to make the Move that is returned.
-
-        Any thread may call this, with a ``call`` that runs a function between cycles; it takes as long as copying does.
-        See `Relocation` for the rest. Raises ReadOnly, NoSpace, DeviceError or NotFound; nothing is left then.
-        """
-        relocation = self.place(record, leave, avoid, salvage=salvage)
-        try:
-            call(lambda: self.announce([relocation]))
-        except BaseException:
-            relocation.abort()
-            raise
-        return self.copy(relocation, pace)
-
-    # The three steps of it, for who moves many Objects at once: they share the flush of the second one
-
-    def place(
-        self, record: Record, leave: Sequence[Extent], avoid: Collection[int] = (), *, salvage: bool = False
-    ) -> Relocation:
-        """Take new blocks for what an Object has on the blocks ``leave``. Raises ReadOnly, NoSpace or NotFound."""
-        self.check_changeable()
-        relocation = Relocation(record, self.allocator, self.blocks, self._give_up, salvage=salvage)
-        with self._relocating:
-            self._relocations.setdefault(record.uuid, []).append(relocation)
-        try:
-            relocation.place(leave, avoid)
-            extent_count = sum(map(len, relocation.copies))
-            if record.moved_length(extent_count) > self.keystore.batch_bytes_max // 2:
-                raise too_long(record.size, extent_count)
-        except BaseException:
-            relocation.abort()
-            self.stat(record.uuid)  # if it was deleted meanwhile, that is why
-            raise
-        return relocation
-
-    def announce(self, relocations: Sequence[Relocation]) -> None:
-        """Say in the journals, durably, which blocks are about to be filled. Called between cycles.
-
-        Those whose Objects are gone, or elsewhere, get no ``id``, and are aborted. Raises ReadOnly or DeviceError; the
-        caller has to abort all of them then.
-        """
-        there = []
-        for relocation in relocations:
-            record = self.keystore.get(relocation.record.uuid)
-            if record is not None and record.id == relocation.record.id:
-                there.append(relocation)
-            else:
-                relocation.abort()
-        ids = self.journals.announce([(relocation.record.uuid, relocation.new) for relocation in there])
-        for relocation, id in zip(there, ids, strict=True):
-            relocation.id = id
-
-    def copy(self, relocation: Relocation, pace: Callable[[int], None] = lambda length: None) -> Move:
-        """Copy what has been announced. Raises DeviceError, NotFound or what ``pace`` raises; nothing is left then."""
-        try:
-            relocation.copy(pace)
-        except BaseException:
-            relocation.abort()
-            self.stat(relocation.record.uuid)
-            raise
-        return Move(relocation)
-
-    def _give_up(self, relocation: Relocation, new: list[Extent]) -> None:
-        self._forget(relocation)
-        if relocation.id is None:
-            self.allocator.release(new)  # nothing has been written to them
-        else:
-            self.free(new, ids=[relocation.id])
-
-    def _forget(self, relocation: Relocation) -> None:
-        uuid = relocation.record.uuid
-        with self._relocating:
-            left = [other for other in self._relocations.get(uuid, ()) if other is not relocation]
-            self._relocations.pop(uuid, None)
-            if left:
-                self._relocations[uuid] = left
-
-    def _take_copies(self, uuid: ObjectId) -> list[Erase]:
-        """What is being copied, or was, of an Object that has been deleted; nothing more is."""
-        with self._relocating:
-            relocations = self._relocations.pop(uuid, ())
-        return [Erase(relocation.take_back(), [relocation.id] if relocation.id else ()) for relocation in relocations]
-
-    def free(
-        self,
-        extents: Sequence[Extent],
-        finished: Callable[[RustordError | None], None] | None = None,
-        ids: Sequence[RecordId] = (),
-    ) -> None:
-        """Erase blocks that nobody names any more, and give them back, in later cycles; ``finished`` is told then.
-
-        ``ids`` are those of the graves that they are. Any thread may call it.
-        """
-        erase = Erase(extents, ids)
-        erase.finished = finished
-        self._erasures.add(erase)
-
     def sweep(self, finished: Callable[[RustordError | None], None] | None = None) -> None:
         """Erase the Layers that nobody needs, in later cycles; ``finished`` is told then. Called between cycles."""
         erases = self._sweep()
         for erase in erases:
             erase.finished = finished
-            self._erasures.add(erase)
+            self.erasures.add(erase)
         if finished is not None and not erases:
             finished(None)
 
     def sweep_base(self, record: Record) -> None:
         """Erase a deleted Object on which nothing builds any more, in later cycles. Called between cycles."""
-        self._erasures.add(Erase(record.extents, (record.id,), layer=record.layer))
+        self.erasures.add(Erase(record.extents, (record.id,), layer=record.layer))
 
     def _sweep(self) -> list[Erase]:
         """The erasure, all in one, of the Layers that nobody needs."""
@@ -386,11 +274,11 @@ class ObjectStore:
     def _abandon(self, used: list[Extent], unused: list[Extent]) -> None:
         self.allocator.release(unused)
         if used:
-            self._erasures.add(Erase(used))
+            self.erasures.add(Erase(used))
 
     def idle_work(self) -> bool:
         """Whether an empty cycle would have something to do."""
-        return self._erasures.are_due()
+        return self.erasures.are_due()
 
     def cycle(self, changes: Iterable[Change]) -> Cycle:
         """Make a batch of changes and all that they need durable with one flush per device; see the module.
@@ -415,7 +303,7 @@ class ObjectStore:
         return cycle
 
     def _place_all(self, changes: Iterable[Change]) -> _Batch:
-        batch = _Batch(following=self._erasures.take())
+        batch = _Batch(following=self.erasures.take())
         refusal = self._refusal()
         for change in changes:
             try:
@@ -447,7 +335,7 @@ class ObjectStore:
             self.journals.sequence += 1
             batch.undos.append((change, self.journals.sequence))
             batch.length += 40
-        elif not self._erasures.hold(change):
+        elif not self.erasures.hold(change):
             batch.erases.append(change)
 
     def _stage_put(self, put: Put, batch: _Batch) -> None:
@@ -496,7 +384,7 @@ class ObjectStore:
                 f"Object {uuid_text(old.uuid)} has been moved meanwhile", hint="move it from where it is now"
             )
         placed = self._placements.move(move, old, self.journals.sequence + 1, self.keystore.batch_bytes_max // 2)
-        self._forget(source)
+        self.relocations.forget(source)
         self._add(placed, batch)
         assert source.id is not None
         batch.moves.append((placed, source.id))
@@ -640,13 +528,13 @@ class ObjectStore:
                 after = record.sequence
                 if isinstance(placed.put, Put):
                     placed.put.replaced, after = True, 0
-                    for copy in self._take_copies(replaced.uuid):
-                        self._erasures.add(copy)
+                    for copy in self.relocations.take_back(replaced.uuid):
+                        self.erasures.add(copy)
                     if replaced.uuid in self.layers.users:  # a Layer builds on it: it is erased with the last one
                         continue
                 layer = 0 if is_move else replaced.layer  # a moved Object needs its Layer as before
                 erase = Erase(placed.remains(replaced, record), (replaced.id,), after=after, layer=layer)
-                if not self._erasures.hold(erase):
+                if not self.erasures.hold(erase):
                     batch.following.append(erase)
         return puts
 
@@ -664,8 +552,8 @@ class ObjectStore:
             if record.uuid in self.layers.users:  # a Layer builds on it: it is erased with the last one
                 batch.outcomes.append((change, record))
             else:
-                copies = self._take_copies(record.uuid)
-                left = copies + self._erasures.take_left_behind(record.uuid)
+                copies = self.relocations.take_back(record.uuid)
+                left = copies + self.erasures.take_left_behind(record.uuid)
                 extents = [*record.extents, *(extent for erase in left for extent in erase.extents)]
                 ids = (record.id, *(id for erase in left for id in erase.ids))
                 batch.following.append(Erase(extents, ids, change, layer=record.layer))

@@ -28,7 +28,7 @@ PIECE_BYTES = 1 << 20
 class Relocation:
     """Copies what lies on the blocks to leave to new ones; used by one thread at a time.
 
-    First `place` takes the new blocks; then the journals have to say so (`ObjectStore.announce`), since what is copied
+    First `place` takes the new blocks; then the journals have to say so (`Relocations.announce`), since what is copied
     outlives a crash, and the Object may be deleted after that; then `copy` copies. `take_back` and `abort` are for any
     thread: who deletes the Object meanwhile erases the copy with it.
 

@@ -313,7 +313,7 @@ class Repairer:
             )
 
     def _move(self, record: Record, leave: Sequence[Extent], pace: Pace) -> None:
-        move = self._store.relocate(record, leave, pace=pace, call=self._writer.call)
+        move = self._store.relocations.prepare(record, leave, pace=pace, call=self._writer.call)
         ((_, outcome),) = self._writer.make([move], MOVE_S)
         if isinstance(outcome, RustordError):
             raise outcome

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 from rustord.blockstore import chunk_sums
-from rustord.change import Change, Put
+from rustord.change import Change, Erase, Put
 from rustord.errors import InUse, InvalidRequest, NotFound, PreconditionFailed, RustordError, Unavailable
 from rustord.extent import Extent
 from rustord.journal import NOTHING
@@ -231,8 +231,8 @@ class Volumes:
         finished: Callable[[RustordError | None], None] = lambda error: None,
         ids: Sequence[RecordId] = (),
     ) -> None:
-        """Erase blocks that nobody names or reads any more, in the background; see `ObjectStore.free`."""
-        self._store.free(extents, finished, ids)
+        """Erase blocks that nobody names or reads any more, in the background; see `Erase`."""
+        self._store.erasures.add(Erase(extents, ids, finished=finished))
         self.call(lambda: None)  # the writer looks for something to do then
 
     def _close(self, name: str) -> None:
@@ -307,7 +307,7 @@ class Volumes:
         try:
             self._store.journals.note([_entry(layer, head), *others])
         except RustordError:
-            self._store.free([slots])  # on a device that failed they stay taken until the next start
+            self._store.erasures.add(Erase([slots]))  # on a device that failed they stay taken until the next start
             raise
         self._layers.add(layer)
         return layer

@@ -249,7 +249,7 @@ def test_what_a_move_that_was_cut_short_has_copied_is_to_be_erased_anyway(disk_p
     store = pool.open()
     record = store.stat(store.put(random.Random(1).randbytes(20_000)).uuid)
     store.keystore.checkpoint()
-    store.relocate(record, record.extents)
+    store.relocations.prepare(record, record.extents)
     if indexed:
         store.keystore.checkpoint()
     pool.cut_power(lambda offset: True)

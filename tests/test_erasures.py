@@ -51,7 +51,7 @@ def test_who_deletes_does_not_wait(store: ObjectStore) -> None:
 @pytest.mark.parametrize("how", ["copied", "given up"])
 def test_who_deletes_waits_for_the_copy_of_a_move(simulation: Simulation, store: ObjectStore, how: str) -> None:
     record = store.stat(store.put(DATA[: 5 * BLOCK]).uuid)
-    move = store.relocate(record, record.extents)
+    move = store.relocations.prepare(record, record.extents)
     new = list(move.source.new)
     if how == "given up":
         move.source.abort()

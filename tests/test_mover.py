@@ -281,13 +281,13 @@ class TestHealing:
         one = moving(store)
         one.writer.call(lambda: detach_device(store, 0))
         moved = []
-        copy = store.copy
+        copy = store.relocations.copy
 
         def spy(relocation: Any, *how: Any) -> Any:
             moved.append(relocation.record.uuid)
             return copy(relocation, *how)
 
-        monkeypatch.setattr(store, "copy", spy)
+        monkeypatch.setattr(store.relocations, "copy", spy)
         hurt = [uuid for uuid in contents if 0 in store.stat(uuid).devices]
         one.run("heal")
         assert moved == hurt[::-1]

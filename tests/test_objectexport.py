@@ -147,7 +147,7 @@ def test_a_moved_object_is_read_where_it_is_and_its_old_blocks_are_given_back(st
     assert read(opened, 0, MIB) == data
     old = store.stat(uuid)
     free = store.allocator.free_count(0)
-    changes = [store.relocate(old, old.extents)]
+    changes = [store.relocations.prepare(old, old.extents)]
     for _ in range(5):
         store.keystore.checkpoint()
         changes = store.cycle(changes).following  # type: ignore[assignment]

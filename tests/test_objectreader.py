@@ -113,7 +113,7 @@ def test_an_image_that_is_moved_again_and_again_reads_as_ever(
     try:
         for _ in range(20):
             record = store.stat(image.uuid)
-            ((_, outcome),) = writer.make([store.relocate(record, record.extents, call=writer.call)], 60)
+            ((_, outcome),) = writer.make([store.relocations.prepare(record, record.extents, call=writer.call)], 60)
             assert not isinstance(outcome, Exception), outcome
             store.keystore.checkpoint()
             writer.call(lambda: None)  # now the writer sees that the old blocks are due

@@ -586,7 +586,8 @@ def _changes(store: ObjectStore, rng: random.Random) -> list[Change]:
         elif records and chance < 0.5:
             record = records.pop(rng.randrange(len(records)))
             with suppress(NoSpace):
-                changes.append(store.relocate(record, rng.sample(record.extents, rng.randint(1, len(record.extents)))))
+                leave = rng.sample(record.extents, rng.randint(1, len(record.extents)))
+                changes.append(store.relocations.prepare(record, leave))
         else:
             name = f"name {rng.randrange(12)}" if rng.random() < 0.7 else ""
             attributes = {"a": "x" * rng.randrange(6000)} if rng.random() < 0.3 else {}

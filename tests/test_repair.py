@@ -312,7 +312,7 @@ class TestPoison:
         assert store.read(record, 2 * CHUNK, len(DATA) - 2 * CHUNK) == DATA[2 * CHUNK :]
 
     def test_a_move(self, single: Bench, poisoned: Record) -> None:
-        move = single.store.relocate(poisoned, poisoned.extents)
+        move = single.store.relocations.prepare(poisoned, poisoned.extents)
         single.writer.call(lambda: run(single.store, move))
         assert not {e.block for e in single.store.stat(poisoned.uuid).extents} & {e.block for e in poisoned.extents}
         self.is_error_and_only_there(single.store, poisoned)

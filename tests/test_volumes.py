@@ -296,7 +296,7 @@ def test_an_object_on_a_layer_and_one_below_can_be_moved(bench: Bench) -> None:
     expected = content(bench, "two"), bench.store.get(frozen.uuid)
     for uuid in (image.uuid, frozen.uuid, frozen.uuid):
         record = bench.store.stat(uuid)
-        (outcome,) = run(bench.store, bench.store.relocate(record, record.extents))
+        (outcome,) = run(bench.store, bench.store.relocations.prepare(record, record.extents))
         assert isinstance(outcome, Record)
         assert not set(outcome.extents) & set(record.extents)
         bench.store.keystore.checkpoint()

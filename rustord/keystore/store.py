@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from time import monotonic
 
-from rustord.errors import FormatError, PoolError, RustordError, Unavailable
+from rustord.errors import FormatError, NotFound, PoolError, RustordError, Unavailable
 from rustord.extent import Extent, without
 from rustord.journal import (
     NOTHING,
@@ -635,6 +635,13 @@ class KeyStore:
         """The Record of a live Object, or None."""
         raw = self._raw(uuid)
         return None if raw is None else Record(raw)
+
+    def stat(self, uuid: ObjectId) -> Record:
+        """The Record of a live Object. Raises NotFound."""
+        record = self.get(uuid)
+        if record is None:
+            raise NotFound(f"there is no Object {uuid_text(uuid)}", hint="'rustorctl ls' lists what there is")
+        return record
 
     def base(self, uuid: ObjectId) -> Record | None:
         """The Record of an Object that is live, or was deleted and is kept because a Layer builds on it; or None."""

@@ -28,6 +28,7 @@ from rustord.keystore.ring import Ring
 from rustord.keystore.store import KeyStore
 from rustord.notes import Notes
 from rustord.objectstore import ObjectStore
+from rustord.relocations import Relocations
 from rustord.survey import _Journals
 from rustord.volume import Volume
 from rustord.volumes import Volumes
@@ -201,12 +202,12 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "a DELETE is answered while the blocks are not erased that the Object was moved from",
-        (ObjectStore._settle_deletes, "self._erasures.take_left_behind(record.uuid)", "[]"),
+        (ObjectStore._settle_deletes, "self.erasures.take_left_behind(record.uuid)", "[]"),
         by=(s.moving,),
     )
     yield mutant(
         "a DELETE is answered while a copy is there that is to become the Object's",
-        (ObjectStore._settle_deletes, "self._take_copies(record.uuid)", "[]"),
+        (ObjectStore._settle_deletes, "self.relocations.take_back(record.uuid)", "[]"),
         by=(s.moving_slowly,),
     )
     yield mutant(
@@ -225,18 +226,18 @@ def _mutants() -> Iterator[Mutant]:
     yield mutant(
         "the index forgets a copy before it is the Object's own",
         (
-            ObjectStore.copy,
+            Relocations.copy,
             "relocation.copy(pace)",
-            "relocation.copy(pace); self.keystore.learn((), (), (), [relocation.id], self.journals.sequence)",
+            "relocation.copy(pace); self._keystore.learn((), (), (), [relocation.id], self._journals.sequence)",
         ),
         by=(s.moving_slowly,),
     )
     yield mutant(
         "the journal says that a copy is over when it is made",
         (
-            ObjectStore.copy,
+            Relocations.copy,
             "relocation.copy(pace)",
-            "relocation.copy(pace); self.journals.remember_erased(relocation.new, [relocation.id])",
+            "relocation.copy(pace); self._journals.remember_erased(relocation.new, [relocation.id])",
         ),
         by=(s.moving_slowly,),
     )
@@ -257,7 +258,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "a copy that is given up is not erased",
-        (ObjectStore._give_up, "if relocation.id is None:", "if True:"),
+        (Relocations._give_up, "if relocation.id is None:", "if True:"),
         by=(s.moving_slowly,),
     )
     # DELETE

@@ -505,7 +505,7 @@ class Story:
         """Copy an Object to other blocks; `follow` makes the Move."""
         record = self.store.stat(uuid)
         self.stage.tell(self.stage.told._replace(moving=self.stage.told.moving | {uuid}))
-        return self.store.relocate(record, [extent for extent in record.extents if extent.device != LAYERS])
+        return self.store.relocations.prepare(record, [extent for extent in record.extents if extent.device != LAYERS])
 
     def condemn(self, *extents: Extent) -> None:
         """Have free blocks never used again."""

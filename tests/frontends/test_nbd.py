@@ -251,7 +251,7 @@ def test_clients_that_vanish_in_the_middle_of_anything(served: NbdServed) -> Non
             with served.connect().go(name) as peer:
                 peer.send(said)
     until(lambda: not served.server._connections, "they are gone")
-    assert not served.store._erasures._pins
+    assert not served.store.erasures._pins
     assert served.works()
 
 
@@ -274,7 +274,7 @@ def test_a_fault_of_ours_ends_one_connection_only(served: NbdServed, caplog: pyt
         assert other.read(0, 512).data == served.data[:512]
     until(lambda: not served.server._connections, "they are gone")
     assert "has failed" in caplog.text
-    assert not served.store._erasures._pins
+    assert not served.store.erasures._pins
 
 
 # The end
