@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import threading
-from collections import Counter, deque
+from collections import deque
 
 from rustord.change import Change, Erase
 from rustord.keystore.store import KeyStore
 from rustord.objkey import ObjectId
-from rustord.record import RecordId
+from rustord.pins import Pins
 
 
 class Erasures:
-    """Erasures that wait for a cycle to take them. `add`, `pin` and `unpin` are for any thread, the rest for one."""
+    """Erasures that wait for a cycle to take them. `add` is for any thread, the rest for one."""
 
-    def __init__(self, keystore: KeyStore) -> None:
+    def __init__(self, keystore: KeyStore, pins: Pins) -> None:
         self._keystore = keystore
+        self._pins = pins
         self._new: deque[Erase] = deque()
         self._held: list[Erase] = []
-        self._pins: Counter[RecordId] = Counter()
-        self._pinning = threading.Lock()
-
-    def pin(self, record: RecordId) -> None:
-        """Hold the blocks of a Record, unless somebody waits for their erasure, until `unpin`."""
-        with self._pinning:
-            self._pins[record] += 1
-
-    def unpin(self, record: RecordId) -> None:
-        """Undo one `pin`."""
-        with self._pinning:
-            self._pins[record] -= 1
-            if self._pins[record] <= 0:
-                del self._pins[record]
 
     def add(self, erase: Erase) -> None:
         """Have a later cycle take it."""
@@ -47,7 +33,7 @@ class Erasures:
     def _has_to_wait(self, erase: Erase) -> bool:
         if erase.after > self._keystore.indexed_sequence:
             return True
-        return erase.cause is None and any(id in self._pins for id in erase.ids)
+        return erase.cause is None and self._pins.are_on(erase.ids)
 
     def are_due(self) -> bool:
         """Whether `take` would return any."""

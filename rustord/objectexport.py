@@ -26,7 +26,7 @@ SECTOR_BYTES = 512
 
 
 class ObjectExport:
-    """One client's view of an Object that `ObjectStore.begin_export` holds; see `rustord.export.Export`."""
+    """One client's view of an Object that `Pins.begin_export` holds; see `rustord.export.Export`."""
 
     kind = Kind.OBJECT
     read_only = True
@@ -53,7 +53,7 @@ class ObjectExport:
         if now is None or now.id == old.id or not self._reading.acquire(blocking=False):
             return
         try:
-            if not self._closed and store.continue_export(old, now):
+            if not self._closed and store.pins.continue_export(old, now):
                 self._reader = ObjectReader(store.blocks, now)
         finally:
             self._reading.release()
@@ -88,4 +88,4 @@ class ObjectExport:
         self._on_close(self)
         with self._reading:
             self._closed = True
-            self._store.end_export(self._reader.record)
+            self._store.pins.end_export(self._reader.record)

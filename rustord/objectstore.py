@@ -15,8 +15,6 @@ A Move is copied beside the cycles; see `rustord.relocations`.
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -28,7 +26,7 @@ from rustord.blockstore import BlockStore
 from rustord.change import Change, Delete, Erase, Move, Put, Undo, check_match
 from rustord.distribution import Distribution
 from rustord.erasures import Erasures
-from rustord.errors import DeviceError, InUse, PreconditionFailed, ReadOnly, RustordError
+from rustord.errors import DeviceError, PreconditionFailed, ReadOnly, RustordError
 from rustord.extent import Extent
 from rustord.journals import Journals
 from rustord.keygen import KeyGen
@@ -37,6 +35,7 @@ from rustord.label import Label
 from rustord.layer import Frozen, Layers
 from rustord.manifest import Data, chunk_count
 from rustord.objkey import ObjectId, ObjKey, uuid_text
+from rustord.pins import Pins
 from rustord.placement import Placement, Placements, writes
 from rustord.record import Grave, Metadata, Record, RecordId
 from rustord.relocation import Relocation
@@ -106,11 +105,10 @@ class ObjectStore:
         """How long each phase of the last cycle took, in seconds."""
         self.read_only = read_only
         self._placements = Placements(label.secret, blocks, allocator, keygen, layers)
-        self.erasures = Erasures(keystore)
+        self.pins = Pins(keystore)
+        self.erasures = Erasures(keystore, self.pins)
         self.journals = Journals(keystore, blocks, self.erasures, sequence, self.check_changeable)
         self.relocations = Relocations(allocator, blocks, keystore, self.journals, self.erasures)
-        self._exports: Counter[ObjectId] = Counter()
-        self._exporting = threading.Lock()
         self._on_close = on_close
 
     # The library's calls; the daemon's Writer makes cycles itself
@@ -185,44 +183,6 @@ class ObjectStore:
     def read_now(self, record: Record, offset: int, length: int) -> memoryview | None:
         """Bytes of an Object, verified; None if that would mean to wait, or if they are damaged (then use `read`)."""
         return self.blocks.read(record, offset, length, wait=False)
-
-    def pin(self, record: Record) -> None:
-        """Keep the blocks of a Record from being erased when its Object is replaced by name or moved, until `unpin`.
-
-        A reader of a long Object is not cut off by a writer of the same name. An explicit DELETE does not wait.
-        """
-        self.erasures.pin(record.id)
-
-    def unpin(self, record: Record) -> None:
-        """Undo one `pin`."""
-        self.erasures.unpin(record.id)
-
-    def begin_export(self, uuid: ObjectId) -> Record:
-        """Keep an Object from being deleted, and its blocks from being erased, until `end_export`.
-
-        Called on the thread that changes the pool, between two cycles: no deletion is half done then. Raises NotFound.
-        """
-        record = self.stat(uuid)
-        with self._exporting:
-            self._exports[uuid] += 1
-        self.pin(record)
-        return record
-
-    def continue_export(self, record: Record, moved: Record) -> bool:
-        """Keep the blocks that the Object has now, in place of those that it had; whether it still has them."""
-        self.pin(moved)
-        current = self.keystore.get(moved.uuid)
-        kept = current is not None and current.id == moved.id
-        self.unpin(record if kept else moved)
-        return kept
-
-    def end_export(self, record: Record) -> None:
-        """Undo one `begin_export`; any thread may."""
-        self.unpin(record)
-        with self._exporting:
-            self._exports[record.uuid] -= 1
-            if self._exports[record.uuid] <= 0:
-                del self._exports[record.uuid]
 
     # Changing
 
@@ -401,11 +361,7 @@ class ObjectStore:
             batch.following.append(delete)  # it will be told that the Object is gone
             return
         check_match(record, delete.if_match, f"Object {uuid_text(delete.uuid)}")
-        if clients := self._exports.get(delete.uuid, 0):
-            raise InUse(
-                f"Object {uuid_text(delete.uuid)} is open as a block device, by {clients} connections",
-                hint="'rustorctl exports' shows by whom; detach it first",
-            )
+        self.pins.check_deletable(delete.uuid)
         self._check_erasable(record)
         self.journals.sequence += 1
         delete.record = record

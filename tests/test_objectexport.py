@@ -28,7 +28,7 @@ def export(store: ObjectStore) -> Iterator[Export]:
     made: list[ObjectExport] = []
 
     def make(uuid: ObjectId) -> ObjectExport:
-        made.append(ObjectExport(store, store.begin_export(uuid)))
+        made.append(ObjectExport(store, store.pins.begin_export(uuid)))
         return made[-1]
 
     yield make
@@ -114,7 +114,7 @@ def test_it_is_only_read(store: ObjectStore, export: Export) -> None:
 
 def test_it_is_not_deleted_as_long_as_it_is_open(store: ObjectStore) -> None:
     uuid = store.put(b"data" * 1000).uuid
-    first, second = (ObjectExport(store, store.begin_export(uuid)) for _ in range(2))
+    first, second = (ObjectExport(store, store.pins.begin_export(uuid)) for _ in range(2))
     for opened, clients in ((first, 2), (second, 1)):
         with pytest.raises(InUse, match=f"by {clients} connections"):
             store.delete(uuid)
@@ -122,14 +122,14 @@ def test_it_is_not_deleted_as_long_as_it_is_open(store: ObjectStore) -> None:
         opened.close()
     store.delete(uuid)
     with pytest.raises(NotFound):
-        store.begin_export(uuid)
+        store.pins.begin_export(uuid)
 
 
 def test_when_another_gets_its_name_its_blocks_stay(store: ObjectStore, export: Export) -> None:
     data = os.urandom(MIB)
     before = store.allocator.free_count(0)
     uuid = store.put(data, name="disk").uuid
-    opened = ObjectExport(store, store.begin_export(uuid))
+    opened = ObjectExport(store, store.pins.begin_export(uuid))
     store.put(b"another", name="disk")
     for _ in range(5):
         store.cycle(())
@@ -143,7 +143,7 @@ def test_when_another_gets_its_name_its_blocks_stay(store: ObjectStore, export: 
 def test_a_moved_object_is_read_where_it_is_and_its_old_blocks_are_given_back(store: ObjectStore) -> None:
     data = os.urandom(MIB)
     uuid = store.put(data).uuid
-    opened = ObjectExport(store, store.begin_export(uuid))
+    opened = ObjectExport(store, store.pins.begin_export(uuid))
     assert read(opened, 0, MIB) == data
     old = store.stat(uuid)
     free = store.allocator.free_count(0)
@@ -170,6 +170,6 @@ def test_a_deletion_that_began_before_is_seen(store: ObjectStore) -> None:
     uuid = store.put(b"data").uuid
     cycle = store.cycle([Delete(uuid)])
     with pytest.raises(NotFound):
-        store.begin_export(uuid)
+        store.pins.begin_export(uuid)
     while cycle.following:
         cycle = store.cycle(cycle.following)

@@ -68,7 +68,7 @@ def test_so_is_one_of_a_frozen_volume(store: ObjectStore, volumes: Volumes, read
     volume = volumes.open("disk")
     volume.write(0, memoryview(DATA))
     volume.close()
-    frozen = ObjectExport(store, store.begin_export(volumes.freeze("disk").uuid))
+    frozen = ObjectExport(store, store.pins.begin_export(volumes.freeze("disk").uuid))
     page = memoryview(bytearray(PAGE))
     frozen.read(PAGE, page)
     reads.clear()

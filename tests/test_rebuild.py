@@ -277,7 +277,7 @@ def test_what_waits_for_a_reader_to_be_erased_does_not_return(pool: Simulation) 
     """Its tombstone is long overwritten in the journal, which says once more what has not been erased."""
     store = pool.open()
     old = store.stat(store.put(b"old" * 3000, name="n").uuid)
-    store.pin(old)
+    store.pins.add(old)
     store.put(b"new", name="n")
     store.keystore.checkpoint()
     fill_journals(store)

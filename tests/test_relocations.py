@@ -79,11 +79,11 @@ class TestRaces:
     def test_a_reader_who_knows_the_old_place_is_not_cut_off(self, simulation: Simulation) -> None:
         store = simulation.open()
         old = upload(store, DATA[:MIB])
-        store.pin(old)
+        store.pins.add(old)
         stored(run(store, store.relocations.prepare(old, old.extents))[0])
         settle(store)
         assert store.read_now(old, 0, MIB) == DATA[:MIB]  # from where it was
-        store.unpin(old)
+        store.pins.remove(old)
         settle(store)
         assert store.read_now(old, 0, MIB) is None
         assert store.read(old, 5, 100) == DATA[5:105]

@@ -264,12 +264,12 @@ def test_a_long_object_is_erased_beside_the_cycles(
 def test_a_reader_is_not_cut_off_by_who_replaces_the_name(store: ObjectStore, writer: Writer, length: int) -> None:
     before = free_blocks(store)
     record = stored(submit(writer, Put(DATA[:length], Metadata("name"))))
-    store.pin(record)
+    store.pins.add(record)
     new = stored(submit(writer, Put(b"new", Metadata("name"))))
     for _ in range(5):
         submit(writer, Delete(stored(submit(writer, Put(b"x"))).uuid))
     assert store.read(record, 0, length) == DATA[:length]
-    store.unpin(record)
+    store.pins.remove(record)
     submit(writer, Delete(new.uuid))
     until_free(writer, before)
 

@@ -123,7 +123,7 @@ class Exports:
 
     def _open_object(self, uuid: ObjectId) -> tuple[Export, str]:
         try:
-            record = self._writer.call(lambda: self._store.begin_export(uuid), OPEN_S)
+            record = self._writer.call(lambda: self._store.pins.begin_export(uuid), OPEN_S)
         except TimeoutError:
             raise Unavailable("the pool is busy", hint="try again later") from None
         export = ObjectExport(self._store, record, self._open.discard)

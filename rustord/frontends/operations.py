@@ -232,13 +232,13 @@ class Operations:
         return Reply(206, object_fields(record) + content_range, length=end - start), start, end
 
     def _read_later(self, exchange: Exchange, reply: Reply, record: Record, start: int, end: int) -> None:
-        self._store.pin(record)
+        self._store.pins.add(record)
 
         def read() -> Reply:
             try:
                 return reply._replace(body=self._store.read(record, start, end - start))
             finally:
-                self._store.unpin(record)
+                self._store.pins.remove(record)
 
         self._later(exchange, read)
 

@@ -210,7 +210,7 @@ class Sending:
         """For one piece after the other; made by the first step."""
         self._piece = memoryview(b"")
         self._piece_began = monotonic()
-        store.pin(record)
+        store.pins.add(record)
         self._pinned = True
 
     def step(self) -> Wait:
@@ -263,7 +263,7 @@ class Sending:
         """As `Receiving.abort`."""
         if self._pinned:
             self._pinned = False
-            self._store.unpin(self._record)
+            self._store.pins.remove(self._record)
 
     def deadline(self) -> float:
         """As `Receiving.deadline`."""

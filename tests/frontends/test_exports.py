@@ -41,7 +41,7 @@ def test_objects_are_found_by_name_and_uuid(store: ObjectStore, exports: Exports
             exports.look(name, Role.READER)
         with pytest.raises(NotFound):
             exports.open(name, Role.READER)
-    assert not store._exports
+    assert not store.pins._exports
 
 
 def test_a_name_goes_before_a_uuid(store: ObjectStore, exports: Exports) -> None:
@@ -53,11 +53,11 @@ def test_a_name_goes_before_a_uuid(store: ObjectStore, exports: Exports) -> None
 def test_what_is_open_follows_until_it_is_closed(store: ObjectStore, exports: Exports) -> None:
     store.put(b"x" * 5000, name="disk")
     export, _ = exports.open("disk", Role.READER)
-    assert store._exports
+    assert store.pins._exports
     exports.follow()
     export.close()
     exports.follow()
-    assert not store._exports
+    assert not store.pins._exports
     assert not exports._open
 
 

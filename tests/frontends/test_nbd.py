@@ -95,11 +95,11 @@ def test_an_export_opens_at_go_and_not_before(served: NbdServed) -> None:
     with served.connect() as peer:
         assert peer.ask(INFO, info_request("disk"))[-1].kind == 1
         assert peer.ask(GO, info_request("nothing"))[-1].kind == UNKNOWN
-        assert not served.store._exports
+        assert not served.store.pins._exports
         peer.go()
         with pytest.raises(InUse):
             served.writer.call(lambda: served.store.delete(uuid))
-    until(lambda: not served.store._exports, "it is closed")
+    until(lambda: not served.store.pins._exports, "it is closed")
     served.writer.call(lambda: served.store.delete(uuid))
     with served.connect() as peer:
         assert peer.ask(GO, info_request("disk"))[-1].kind == UNKNOWN
@@ -251,7 +251,7 @@ def test_clients_that_vanish_in_the_middle_of_anything(served: NbdServed) -> Non
             with served.connect().go(name) as peer:
                 peer.send(said)
     until(lambda: not served.server._connections, "they are gone")
-    assert not served.store.erasures._pins
+    assert not served.store.pins._pins
     assert served.works()
 
 
@@ -274,7 +274,7 @@ def test_a_fault_of_ours_ends_one_connection_only(served: NbdServed, caplog: pyt
         assert other.read(0, 512).data == served.data[:512]
     until(lambda: not served.server._connections, "they are gone")
     assert "has failed" in caplog.text
-    assert not served.store.erasures._pins
+    assert not served.store.pins._pins
 
 
 # The end
