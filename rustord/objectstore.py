@@ -104,11 +104,11 @@ class ObjectStore:
         self.last_phase_s = [0.0] * len(self.phase_s)
         """How long each phase of the last cycle took, in seconds."""
         self.read_only = read_only
-        self._placements = Placements(label.secret, blocks, allocator, keygen, layers)
         self.pins = Pins(keystore)
         self.erasures = Erasures(keystore, self.pins)
         self.journals = Journals(keystore, blocks, self.erasures, sequence, self.check_changeable)
         self.relocations = Relocations(allocator, blocks, keystore, self.journals, self.erasures)
+        self._placements = Placements(label.secret, blocks, allocator, keygen, layers)
         self._on_close = on_close
 
     # The library's calls; the daemon's Writer makes cycles itself
@@ -186,6 +186,11 @@ class ObjectStore:
 
     # Changing
 
+    def check_changeable(self) -> None:
+        """Raise ReadOnly, which says why, if the pool takes no changes."""
+        if self.read_only:
+            raise ReadOnly(f"the pool is read-only: {self.read_only}", hint="see 'rustorctl status'")
+
     def upload(self, put: Put, size: int | None) -> Upload:
         """Take in the data of ``put`` piece by piece, before a cycle commits it; ``size`` in bytes, None if unknown.
 
@@ -195,41 +200,6 @@ class ObjectStore:
         self._check_name(put)
         put.source = upload = self._placements.upload(put, size, self._abandon)
         return upload
-
-    def sweep(self, finished: Callable[[RustordError | None], None] | None = None) -> None:
-        """Erase the Layers that nobody needs, in later cycles; ``finished`` is told then. Called between cycles."""
-        erases = self._sweep()
-        for erase in erases:
-            erase.finished = finished
-            self.erasures.add(erase)
-        if finished is not None and not erases:
-            finished(None)
-
-    def sweep_base(self, record: Record) -> None:
-        """Erase a deleted Object on which nothing builds any more, in later cycles. Called between cycles."""
-        self.erasures.add(Erase(record.extents, (record.id,), layer=record.layer))
-
-    def _sweep(self) -> list[Erase]:
-        """The erasure, all in one, of the Layers that nobody needs."""
-        collected = self.layers.collect()
-        for layer in collected:
-            self.keystore.retire(layer.id, self.journals.sequence)
-        extents = [extent for layer in collected for extent in layer.extents(self.layers.chunk_blocks)]
-        return [Erase(extents, layers=collected)] if collected else []
-
-    def check_changeable(self) -> None:
-        """Raise ReadOnly, which says why, if the pool takes no changes."""
-        if self.read_only:
-            raise ReadOnly(f"the pool is read-only: {self.read_only}", hint="see 'rustorctl status'")
-
-    def condemn(self, extents: Sequence[Extent]) -> None:
-        """Never use these blocks again, in this life or another; what is on them stays there. Called between cycles.
-
-        Raises ReadOnly, or DeviceError if a device cannot note it durably.
-        """
-        self.check_changeable()
-        self.allocator.condemn(extents)
-        self.blocks.condemn(extents)
 
     def _abandon(self, used: list[Extent], unused: list[Extent]) -> None:
         self.allocator.release(unused)
@@ -553,6 +523,38 @@ class ObjectStore:
             if base not in self.layers.users and (record := self.keystore.kept(base)):
                 erases.append(Erase(record.extents, (record.id,), layer=record.layer))
         return erases
+
+    def _sweep(self) -> list[Erase]:
+        """The erasure, all in one, of the Layers that nobody needs."""
+        collected = self.layers.collect()
+        for layer in collected:
+            self.keystore.retire(layer.id, self.journals.sequence)
+        extents = [extent for layer in collected for extent in layer.extents(self.layers.chunk_blocks)]
+        return [Erase(extents, layers=collected)] if collected else []
+
+    # Between cycles
+
+    def sweep(self, finished: Callable[[RustordError | None], None] | None = None) -> None:
+        """Erase the Layers that nobody needs, in later cycles; ``finished`` is told then. Called between cycles."""
+        erases = self._sweep()
+        for erase in erases:
+            erase.finished = finished
+            self.erasures.add(erase)
+        if finished is not None and not erases:
+            finished(None)
+
+    def sweep_base(self, record: Record) -> None:
+        """Erase a deleted Object on which nothing builds any more, in later cycles. Called between cycles."""
+        self.erasures.add(Erase(record.extents, (record.id,), layer=record.layer))
+
+    def condemn(self, extents: Sequence[Extent]) -> None:
+        """Never use these blocks again, in this life or another; what is on them stays there. Called between cycles.
+
+        Raises ReadOnly, or DeviceError if a device cannot note it durably.
+        """
+        self.check_changeable()
+        self.allocator.condemn(extents)
+        self.blocks.condemn(extents)
 
     def close(self) -> None:
         """Put everything in order and let go of the devices."""
