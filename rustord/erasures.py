@@ -41,11 +41,9 @@ class Erasures:
 
     def take(self) -> list[Change]:
         """What was added, and what need not wait any more."""
-        due: list[Change] = [self._new.popleft() for _ in range(len(self._new))]
-        if self._held:
-            held, self._held = self._held, []
-            due += [erase for erase in held if not self.hold(erase)]
-        return due
+        waiting = [self._new.popleft() for _ in range(len(self._new))] + self._held
+        self._held = []
+        return [erase for erase in waiting if not self.hold(erase)]
 
     def take_left_behind(self, uuid: ObjectId) -> list[Erase]:
         """What an Object left when it was moved: once that is deleted, it need not wait for the index any more.

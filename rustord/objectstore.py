@@ -432,7 +432,9 @@ class ObjectStore:
         gone = [id for erase in batch.erases for id in self._bury(erase, failed, batch)]
         gone += [copy for placed, copy in batch.moves if not placed.failure(missing)]
         self.journals.learn(puts, deletes, undone, gone, lost=bool(missing))
-        return Cycle(batch.outcomes, batch.following)
+        # From here on nobody finds what is to be erased, and begins to read it.
+        following = [c for c in batch.following if not (isinstance(c, Erase) and self.erasures.hold(c))]
+        return Cycle(batch.outcomes, following)
 
     def _settle_puts(self, batch: _Batch, failed: dict[int, RustordError]) -> list[tuple[Record, ObjectId]]:
         puts = []
@@ -460,8 +462,7 @@ class ObjectStore:
                         continue
                 layer = 0 if is_move else replaced.layer  # a moved Object needs its Layer as before
                 erase = Erase(placed.remains(replaced, record), (replaced.id,), after=after, layer=layer)
-                if not self.erasures.hold(erase):
-                    batch.following.append(erase)
+                batch.following.append(erase)
         return puts
 
     def _settle_deletes(
@@ -501,7 +502,8 @@ class ObjectStore:
             self.allocator.release(erase.extents)
             gone = [*(layer.id for layer in erase.layers), *erase.ids]
             self.journals.remember_erased(erase.extents, gone)
-            if following := self._needed_no_more(erase):
+            # Whoever deletes a volume does not wait for readers of an Object that was deleted or replaced before.
+            if following := [after for after in self._needed_no_more(erase) if not self.erasures.hold(after)]:
                 following[-1].cause, following[-1].finished = erase.cause, erase.finished
                 batch.following += following
                 return gone

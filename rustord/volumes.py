@@ -355,10 +355,16 @@ class Volumes:
             self._drop(self._layer(name))
 
     def _drop(self, layer: Layer) -> None:
+        name = layer.head.name
         self._forget(layer)
         erased: Future[RustordError | None] = Future()
         self.call(lambda: self._store.sweep(erased.set_result))
-        if error := erased.result(_ERASE_S):
+        try:
+            error = erased.result(_ERASE_S)
+        except TimeoutError:
+            what = f"the volume {name!r} is gone, and what it had is still being erased"
+            raise Unavailable(what, hint="see 'rustorctl top' for a device that is slow") from None
+        if error:
             raise error
 
     def _forget(self, layer: Layer) -> None:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from rustord.change import Delete
+from rustord.change import Delete, Erase
 from rustord.objectstore import ObjectStore
 from tests.simulation import Simulation, check_sound, run
 
@@ -45,3 +45,16 @@ def test_what_is_held_at_the_end_is_erased_at_the_next_start(simulation: Simulat
     store = simulation.open()
     assert simulation.read(0, record.extents[0].block, 2) == bytes(2 * BLOCK)
     check_sound(store)
+
+
+def test_what_is_read_is_not_given_out_to_be_erased(store: ObjectStore) -> None:
+    record = store.stat(store.put(DATA).uuid)
+    store.pins.add(record)
+    erase = Erase(record.extents, (record.id,))
+    store.erasures.add(erase)
+    assert store.erasures.are_due()
+    assert store.erasures.take() == []
+    assert not store.erasures.are_due()
+    store.pins.remove(record)
+    assert store.erasures.are_due()
+    assert store.erasures.take() == [erase]

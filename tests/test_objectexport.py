@@ -8,13 +8,17 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from rustord.change import Delete
+from rustord.change import Delete, Put
 from rustord.errors import Damaged, InUse, NotFound, ReadOnly
 from rustord.export import Run, State
+from rustord.extent import Extent
 from rustord.manifest import CHUNK_BYTES
 from rustord.objectexport import ObjectExport
 from rustord.objectstore import ObjectStore
 from rustord.objkey import ObjectId
+from rustord.record import Metadata, Record
+from rustord.volumes import Volumes
+from rustord.writer import Writer
 
 MIB = 1 << 20
 
@@ -173,3 +177,28 @@ def test_a_deletion_that_began_before_is_seen(store: ObjectStore) -> None:
         store.pins.begin_export(uuid)
     while cycle.following:
         cycle = store.cycle(cycle.following)
+
+
+@pytest.mark.parametrize("size", [MIB // 2, 3 * MIB])
+def test_an_object_that_is_open_stays_when_the_last_clone_of_it_is_deleted(store: ObjectStore, size: int) -> None:
+    writer = Writer(store)
+    volumes = Volumes(store, writer)
+    try:
+        data = random.Random(size).randbytes(size)
+        ((_, record),) = writer.make([Put(data, Metadata("image"))], 10)
+        assert isinstance(record, Record)
+        opened = ObjectExport(store, writer.call(lambda: store.pins.begin_export(record.uuid)))
+        volumes.clone("image", "disk")
+        writer.make([Put(b"new", Metadata("image"))], 10)
+        volumes.delete("disk")  # which waits for no reader
+        assert read(opened, 0, size) == data
+        opened.close()
+        writer.make([Put(b"newer", Metadata("image"))], 10)  # whose cycle takes what was held
+        writer.close()
+        assert all(is_zero(store, extent) for extent in record.extents)
+    finally:
+        writer.close()
+
+
+def is_zero(store: ObjectStore, extent: Extent) -> bool:
+    return not any(store.blocks.read_copy((extent,), 0, extent.count * store.label.block_size))
