@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterable
 from contextlib import nullcontext
 from itertools import islice
 
-from rustord.errors import RustordError
+from rustord.errors import NoSpace, RustordError
 from rustord.event import FAULT
+from rustord.extent import Extent
 from rustord.journal import NOTHING
 from rustord.layer import Layer
 from rustord.objectstore import ObjectStore
@@ -108,13 +110,22 @@ class LayerMerger:
         """Say in the journal that chunks are the upper Layer's. Called between cycles."""
         if not self._layers.is_mergeable(upper, lower):
             return False
+        pages = self._take_slots(upper, {page_of(chunk) for chunk, _ in chunks} - upper.places.keys())
         self._layers.torn.add(lower.uuid)
-        pages: dict[int, int] = {}
-        for number in {page_of(chunk) for chunk, _ in chunks} - upper.places.keys():
-            pages[number] = address_of(self._store.allocator.run(SLOT_COUNT, upper.home))
-            upper.places[number] = pages[number]
         self._store.journals.note([MapEntry(upper.uuid, sorted(pages.items()), chunks)])
+        upper.places |= pages  # not before: the volume says where a page is only if the Layer has none yet
         return True
+
+    def _take_slots(self, upper: Layer, numbers: Iterable[int]) -> dict[int, int]:
+        """Slots for pages; all of them, or NoSpace."""
+        taken: dict[int, Extent] = {}
+        try:
+            for number in numbers:
+                taken[number] = self._store.allocator.run(SLOT_COUNT, upper.home)
+        except NoSpace:
+            self._store.allocator.release(taken.values())
+            raise
+        return {number: address_of(extent) for number, extent in taken.items()}
 
     def _finish(self, upper: Layer, lower: Layer, chunks: dict[int, int]) -> bool:
         """Have the upper Layer without the lower one. Called between cycles, and nobody reads."""

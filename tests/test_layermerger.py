@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from rustord.change import Delete
-from rustord.errors import Unavailable
+from rustord.errors import NoSpace, Unavailable
+from rustord.extent import Extent
 from rustord.layermerger import LayerMerger
 from rustord.objectstore import ObjectStore
-from rustord.page import CHUNK_BYTES
+from rustord.page import CHUNK_BYTES, PAGE_CHUNKS, SLOT_COUNT
 from rustord.record import Record
 from rustord.volumes import LAYERS_MAX, Volumes
 from rustord.writer import Writer
@@ -245,3 +246,70 @@ def test_chunks_that_two_layers_name_are_the_upper_ones(bench: Bench, seed: int,
     for index, runs in bench.store.allocator._free.items():
         for block, count in runs:
             assert not any(bench.simulation.read(index, block, count)), "what is free was not erased"
+
+
+def fill_up(store: ObjectStore, home: int) -> list[Extent]:
+    """Take what is free, but for the slots of one page on a device; returns what was taken."""
+    taken = []
+    for count in (SLOT_COUNT, 1):
+        with suppress(NoSpace):
+            while True:
+                taken.append(store.allocator.run(count))
+    left = next(extent for extent in taken if (extent.device, extent.count) == (home, SLOT_COUNT))
+    taken.remove(left)
+    store.allocator.release([left])
+    return taken
+
+
+@pytest.mark.parametrize("writer", ["merger", "volume"])
+def test_a_merge_without_room_loses_nothing_of_what_comes_later(bench: Bench, writer: str) -> None:
+    """It needs slots for two pages, and finds those for one."""
+    far = PAGE_CHUNKS * CHUNK_BYTES
+    bench.volumes.create("disk", far + CHUNK_BYTES)
+    volume = bench.volumes.open("disk")
+    write(volume, 0, b"near")
+    write(volume, far, b"far")
+    bench.volumes.snapshot("disk", "gone")
+    delete(bench.store, "gone")
+    merger = LayerMerger(bench.store, bench.volumes)
+    taken = fill_up(bench.store, bench.store.layers.volumes["disk"].home)
+    with pytest.raises(NoSpace):
+        merger.run()
+    bench.volumes.open("disk").close()  # nothing has begun that would be half done
+    bench.store.allocator.release(taken)
+    if writer == "volume":
+        write(volume, 4, b"er")
+        write(volume, far + 3, b"ther")
+        volume.flush()
+    assert merger.run() == 1
+    expected = [read(volume, 0, 7), read(volume, far, 7)]
+    volume.close()
+    bench.check()
+    bench.reopen()
+    volume = bench.volumes.open("disk")
+    assert [read(volume, 0, 7), read(volume, far, 7)] == expected
+    volume.close()
+    bench.check()
+
+
+def test_a_merge_that_the_journal_did_not_take_loses_nothing_of_what_comes_later(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def note(*_: object) -> None:
+        raise Unavailable("the journal is full")
+
+    bench.volumes.create("disk", SIZE)
+    volume = bench.volumes.open("disk")
+    write(volume, 0, b"old")
+    bench.volumes.snapshot("disk", "gone")
+    delete(bench.store, "gone")
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.store, "note", note)
+        with pytest.raises(Unavailable):
+            LayerMerger(bench.store, bench.volumes).run()
+    write(volume, 3, b"er")
+    volume.flush()
+    volume.close()
+    bench.reopen(clean=False)
+    assert content(bench, "disk")[:5] == b"older"
+    bench.check()
