@@ -338,12 +338,13 @@ class Volumes:
                 )
             volume = self._volume(name)
             volume.flush()
-            self._set_head(layer, layer.head._replace(size=size))
+            self._set_head(layer, lambda head: head._replace(size=size))
             volume.size = size
         return self.stat(name)
 
-    def _set_head(self, layer: Layer, head: Head) -> None:
+    def _set_head(self, layer: Layer, renew: Callable[[Head], Head]) -> None:
         def change() -> None:
+            head = renew(layer.head)  # of now: a merge may have changed what the Layer builds on
             self._store.journals.note([_entry(layer, head)])
             self._layers.rename(layer, head)
 
@@ -375,7 +376,7 @@ class Volumes:
             volume = self._volumes.get(name)
         try:
             with volume.ending() if volume else nullcontext():
-                self._set_head(layer, layer.head._replace(name=""))
+                self._set_head(layer, lambda head: head._replace(name=""))
             self._volumes.pop(name, None)
         finally:
             self._ending.discard(name)

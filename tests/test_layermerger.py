@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -312,4 +313,44 @@ def test_a_merge_that_the_journal_did_not_take_loses_nothing_of_what_comes_later
     volume.close()
     bench.reopen(clean=False)
     assert content(bench, "disk")[:5] == b"older"
+    bench.check()
+
+
+@pytest.mark.parametrize("what", ["resize", "freeze", "delete"])
+def test_a_merge_just_before_a_volume_gets_another_head_counts(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    volumes = bench.volumes
+    before = free_count(bench.store)
+    bench.store.put(b"i" * (4 * CHUNK_BYTES), name="image")
+    volumes.clone("image", "disk")
+    volume = volumes.open("disk")
+    write(volume, 0, b"older")
+    volumes.snapshot("disk", "gone")
+    write(volume, CHUNK_BYTES, b"newer")
+    expected = read(volume, 0, volume.size)
+    volume.close()
+    delete(bench.store, "gone")
+    call, set_head = volumes.call, volumes._set_head
+
+    def merge_first(function: Callable[[], object]) -> object:
+        monkeypatch.setattr(volumes, "call", call)
+        assert LayerMerger(bench.store, volumes).run() == 1
+        return call(function)
+
+    def set_head_late(*args: Any) -> None:
+        monkeypatch.setattr(volumes, "call", merge_first)
+        set_head(*args)
+
+    monkeypatch.setattr(volumes, "_set_head", set_head_late)
+    if what == "resize":
+        volumes.resize("disk", volume.size + CHUNK_BYTES)
+        assert content(bench, "disk") == expected + bytes(CHUNK_BYTES)
+    elif what == "freeze":
+        assert bench.store.get(volumes.freeze("disk").uuid) == expected
+    else:
+        volumes.delete("disk")
+        delete(bench.store, "image")
+        run(bench.store)
+        assert free_count(bench.store) == before
     bench.check()
