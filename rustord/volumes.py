@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -18,7 +19,6 @@ from rustord.change import Change, Erase, Put
 from rustord.errors import InUse, InvalidRequest, NotFound, PreconditionFailed, RustordError, Unavailable
 from rustord.extent import Extent
 from rustord.journal import NOTHING
-from rustord.keygen import Hasher
 from rustord.label import LAYERED
 from rustord.layer import Frozen, Layer
 from rustord.objectstore import ObjectStore
@@ -444,10 +444,12 @@ class Volumes:
         Raises NotFound, InUse, PreconditionFailed if the name is taken, ...
         """
         with self._working_on(name, closed=True):
-            layer = self._layer(name)
-            self._volume(name).flush()
-            record = self._store_frozen(layer, object_name or name)
-            self._forget(layer)
+            layer, volume = self._layer(name), self._volume(name)
+            volume.flush()
+            frozen = self._sum(layer, volume.read, object_name or name)
+            with self.reshaping:  # who moves its chunks waits for readers of the volume, not for those of an Object
+                record = self._store_frozen(frozen, object_name or name)
+                self._forget(layer)
         return record
 
     def snapshot(self, name: str, object_name: str = "") -> Record:
@@ -461,7 +463,8 @@ class Volumes:
             self._check_depth(layer)
             left = self._volume(name).split(lambda left: self.call(lambda: self._cover(left)))
         try:
-            return self._store_frozen(left, object_name)
+            frozen = self._sum(left, partial(self._layers.read, left), object_name)
+            return self._store_frozen(frozen, object_name)
         finally:
             self.call(lambda: self._let_go(left))
 
@@ -484,26 +487,25 @@ class Volumes:
         if object_name and self._store.resolve(object_name) is not None:
             raise PreconditionFailed(f"there is an Object named {object_name!r} already", hint="choose another name")
 
-    def _store_frozen(self, layer: Layer, object_name: str) -> Record:
-        self._check_new(object_name)
-        hasher = self._store.keygen.hasher()
-        sums = self._sum(layer, hasher)
-        put = Put(Frozen(layer, hasher.digest(), sums), Metadata(object_name), if_none_match=bool(object_name))
+    def _store_frozen(self, frozen: Frozen, object_name: str) -> Record:
+        put = Put(frozen, Metadata(object_name), if_none_match=bool(object_name))
         ((_, outcome),) = self._writer.make([put], _CHANGE_S)
         if isinstance(outcome, RustordError):
             raise outcome
         return outcome
 
-    def _sum(self, layer: Layer, hasher: Hasher) -> bytes:
-        """Hash what a Layer has, and return the checksums of its chunks."""
+    def _sum(self, layer: Layer, read: Callable[[int, memoryview], None], object_name: str) -> Frozen:
+        """Hash and sum what ``read`` says that a Layer has."""
+        self._check_new(object_name)
+        hasher = self._store.keygen.hasher()
         buffer = memoryview(bytearray(_READ_BYTES))
         sums = []
         for offset in range(0, layer.head.size, _READ_BYTES):
             piece = buffer[: min(_READ_BYTES, layer.head.size - offset)]
-            self._layers.read(layer, offset, piece)
+            read(offset, piece)
             hasher.update(piece)
             sums.append(chunk_sums(piece))
-        return b"".join(sums)
+        return Frozen(layer, hasher.digest(), b"".join(sums))
 
 
 def _entry(layer: Layer, head: Head) -> LayerEntry:

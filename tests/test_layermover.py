@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rustord.change import Delete
+from rustord.change import Delete, Put
 from rustord.extent import Extent
 from rustord.label import Standing
 from rustord.layermover import LayerMover
@@ -230,6 +231,35 @@ def test_a_volume_is_deleted_or_frozen_while_it_moves(pool: Callable[..., Pool],
         else:
             one.volumes.delete(f"disk{number}")
     one.done()
+
+
+def test_what_a_volume_has_is_summed_where_it_is_though_it_moves(
+    pool: Callable[..., Pool], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is frozen, and moved between the look at its map and the reading of a chunk."""
+    one = pool(32 * MIB, 32 * MIB)
+    data = random.Random(seed).randbytes(40 * CHUNK_BYTES)
+    one.volumes.create("disk", len(data))
+    volume = one.volumes.open("disk")
+    write(volume, 0, data)
+    volume.flush()
+    volume.close()
+    home = one.store.layers.volumes["disk"].home
+    look = one.store.layers._runs
+    moving = threading.Thread(target=lambda: LayerMover(one.store, one.volumes).run({home: 1e6}, lambda length: None))
+
+    def look_early(*args: Any) -> list[tuple[int, int, int]]:
+        monkeypatch.setattr(one.store.layers, "_runs", look)
+        runs = list(look(*args))
+        moving.start()
+        moving.join(0.5)
+        one.writer.make([Put(b"")], 60)  # what has been left is erased in the next cycle
+        return runs
+
+    monkeypatch.setattr(one.store.layers, "_runs", look_early)
+    frozen = one.volumes.freeze("disk")
+    moving.join()
+    assert one.store.get(frozen.uuid) == data
 
 
 def test_rebalancing_moves_chunks_to_the_emptier_device(simulate: Callable[..., Simulation]) -> None:

@@ -435,7 +435,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "a volume is frozen without a flush",
-        (Volumes.freeze, "self._volume(name).flush()"),
+        (Volumes.freeze, "volume.flush()"),
         by=(s.freezing_and_cloning,),
     )
     yield mutant(
