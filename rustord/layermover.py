@@ -144,6 +144,7 @@ class LayerMover:
         with self._volumes.reshaping:
             if layer.uuid in self._layers.torn:
                 raise DeviceError("its map is not in order", hint="the log says why")
+            self._store.blocks.writable(layer.home)  # without it nothing can be moved, and what was copied would stay
             places = self._take(layer, chunks, quota)
             if not places:
                 return 0

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from rustord.change import Delete, Put
+from rustord.errors import DeviceError, NoSpace
 from rustord.extent import Extent
 from rustord.label import Standing
 from rustord.layermover import LayerMover
@@ -311,6 +312,38 @@ def move_all(store: ObjectStore, index: int) -> None:
     run(store)
     store.keystore.checkpoint()
     run(store)
+
+
+@pytest.mark.parametrize("kind", ["volume", "snapshot"])
+def test_what_has_its_home_on_a_device_that_is_missing_takes_no_room(disk_path: Path, kind: str) -> None:
+    """Nothing of it can be moved: no journal could say so."""
+    simulation = Simulation(disk_path, (32 * MIB, 32 * MIB, 32 * MIB))
+    store = simulation.open()
+    volumes = Volumes(store, Direct(store))
+    volumes.create("disk", 40 * CHUNK_BYTES)
+    home = store.layers.volumes["disk"].home
+    leaving = 1 - min(home, 1)
+    rest = {*store.blocks.slots} - {leaving}
+    with suppress(NoSpace):  # so that the chunks go to the device that leaves
+        while True:
+            store.allocator.run(CHUNK_BYTES // 4096, avoid={leaving})
+    volume = volumes.open("disk")
+    write(volume, 0, b"x" * volume.size)
+    volume.flush()
+    volume.close()
+    if kind == "snapshot":
+        volumes.snapshot("disk")
+    volumes.close()
+    simulation.close()
+    store = simulation.open(without={home})
+    free = {index: store.allocator.free_count(index) for index in rest}
+    mover = LayerMover(store, Volumes(store, Direct(store)))
+    assert mover.count({leaving}) >= 40 * CHUNK_BYTES // 4096
+    assert mover.run({leaving: 1e6}, lambda length: None) == 0
+    assert isinstance(mover.problem, DeviceError)
+    run(store)
+    assert {index: store.allocator.free_count(index) for index in rest} == free
+    simulation.close()
 
 
 @pytest.mark.parametrize("fate", ["index", "rebuild"])
