@@ -64,6 +64,7 @@ _ENTRY_CHUNKS = 4096
 """Changes in one entry of the journal: 64 KiB, which is little beside the shortest journal."""
 _ERASE_S = 10.0
 """How long a write that finds no room waits for what was given back to be erased."""
+_PAGE_BYTES = PAGE_CHUNKS * CHUNK_BYTES
 _ZERO_BYTES = 1 << 20
 _ZEROS = memoryview(bytes(_ZERO_BYTES))
 
@@ -225,13 +226,16 @@ class Volume:
 
     def _chunk_runs(self, offset: int, end: int) -> Iterator[Run]:
         while offset < end:
-            chunk, skip = divmod(offset, CHUNK_BYTES)
-            length = min(CHUNK_BYTES - skip, end - offset)
-            yield Run(length, State.DATA if self._has_data(chunk) else State.HOLE | State.ZERO)
-            offset += length
+            stop = min(end, (offset // _PAGE_BYTES + 1) * _PAGE_BYTES)
+            with self._gate:  # but not from one page to the next: nobody knows when, or if, that is asked for
+                found = [*map(self._has_data, range(offset // CHUNK_BYTES, -(-stop // CHUNK_BYTES)))]
+            for has_data in found:
+                length = min(CHUNK_BYTES - offset % CHUNK_BYTES, end - offset)
+                yield Run(length, State.DATA if has_data else State.HOLE | State.ZERO)
+                offset += length
 
     def _has_data(self, chunk: int) -> bool:
-        """Whether the chunk may be anything but zeros."""
+        """Whether the chunk may be anything but zeros. Within the gate, for a merge moves chunks to another Layer."""
         address = self._layers.find(self._chain, chunk)
         return address > ZEROS or (address == BASE and chunk * CHUNK_BYTES < self._base_size)
 
@@ -396,7 +400,9 @@ class Volume:
     def _write_zeros(self, offset: int, end: int, *, keep: bool) -> None:
         while offset < end:
             stop = min(end, offset + _ZERO_BYTES)
-            if keep or self._has_data(offset // CHUNK_BYTES):
+            with self._gate:
+                is_due = keep or self._has_data(offset // CHUNK_BYTES)
+            if is_due:
                 self.write(offset, _ZEROS[: stop - offset])
             offset = stop
 

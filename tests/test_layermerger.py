@@ -14,7 +14,9 @@ import pytest
 
 from rustord.change import Delete
 from rustord.errors import NoSpace, Unavailable
+from rustord.export import Run, State
 from rustord.extent import Extent
+from rustord.layer import Layer
 from rustord.layermerger import LayerMerger
 from rustord.objectstore import ObjectStore
 from rustord.page import CHUNK_BYTES, PAGE_CHUNKS, SLOT_COUNT
@@ -351,4 +353,40 @@ def test_a_merge_just_before_a_volume_gets_another_head_counts(
         delete(bench.store, "image")
         run(bench.store)
         assert free_count(bench.store) == before
+    bench.check()
+
+
+@pytest.mark.parametrize("what", ["runs", "zero"])
+def test_a_chunk_has_data_while_it_goes_from_one_layer_to_the_next(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Who asks has looked into the upper Layer already, and not into the lower one yet."""
+    bench.volumes.create("disk", SIZE)
+    volume = bench.volumes.open("disk")
+    write(volume, 0, b"x" * CHUNK_BYTES)
+    bench.volumes.snapshot("disk", "gone")
+    delete(bench.store, "gone")
+    get, upper, asking = Layer.get, volume.layer, threading.get_ident()
+    merging = threading.Thread(target=LayerMerger(bench.store, bench.volumes).run)
+
+    def get_late(layer: Layer, chunk: int) -> int:
+        address = get(layer, chunk)
+        if layer is upper and threading.get_ident() == asking:
+            monkeypatch.setattr(Layer, "get", get)
+            merging.start()
+            merging.join(0.5)
+        return address
+
+    monkeypatch.setattr(Layer, "get", get_late)
+    if what == "runs":
+        assert list(volume.runs(0, 2 * CHUNK_BYTES)) == [
+            Run(CHUNK_BYTES, State.DATA),
+            Run(CHUNK_BYTES, State.HOLE | State.ZERO),
+        ]
+    else:
+        volume.zero(0, 100, keep=False, fast=False)
+        assert read(volume, 0, 101) == bytes(100) + b"x"
+    merging.join()
+    assert bench.volumes.stat("disk").layer_count == 1
+    volume.close()
     bench.check()
