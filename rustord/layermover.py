@@ -172,10 +172,12 @@ class LayerMover:
         ids: Sequence[RecordId] = ()
         try:
             ids = self._volumes.announce(layer, [new])
+            devices = {extent.device: self._store.blocks.writable(extent.device) for extent in new}
             for chunk, extent in places.items():
                 self._copy(layer.get(chunk), extent)
-            for error in self._store.blocks.flush({extent.device for extent in new}).values():
+            for error in self._store.blocks.flush(devices).values():
                 raise error
+            self._store.blocks.check_unchanged(devices)
         except BaseException:
             self._volumes.free(new, ids=ids)
             raise

@@ -17,7 +17,7 @@ from rustord.errors import DeviceError, NoSpace
 from rustord.extent import Extent
 from rustord.label import Standing
 from rustord.layermover import LayerMover
-from rustord.membership import set_standing
+from rustord.membership import attach_device, detach_device, set_standing
 from rustord.mover import Mover
 from rustord.objectstore import ObjectStore
 from rustord.page import CHUNK_BYTES, ZEROS, extent_at
@@ -312,6 +312,35 @@ def move_all(store: ObjectStore, index: int) -> None:
     run(store)
     store.keystore.checkpoint()
     run(store)
+
+
+def test_a_device_that_was_away_and_is_back_has_lost_what_was_copied_to_it(disk_path: Path) -> None:
+    simulation = Simulation(disk_path, (32 * MIB, 32 * MIB))
+    store = simulation.open()
+    volumes = Volumes(store, Direct(store))
+    volumes.create("disk", 8 * CHUNK_BYTES)
+    volume = volumes.open("disk")
+    write(volume, 0, b"x" * volume.size)
+    volume.close()
+    home = volume.layer.home
+    frozen = volumes.freeze("disk")
+    mover = LayerMover(store, volumes)
+    copy = mover._copy
+
+    def copy_after_it_was_away(address: int, extent: Extent) -> None:
+        mover._copy = copy  # type: ignore[method-assign]
+        copy(address, extent)
+        detach_device(store, extent.device)
+        simulation.devices[extent.device].cut_power()
+        attach_device(store, str(simulation.paths[extent.device]))
+
+    mover._copy = copy_after_it_was_away  # type: ignore[method-assign]
+    mover.run({home: 1e6}, lambda length: None)
+    run(store)
+    assert store.get(frozen.uuid) == b"x" * frozen.size
+    assert homes(store) == {1 - home}, "each for itself could be moved"
+    check_sound(store)
+    simulation.close()
 
 
 @pytest.mark.parametrize("kind", ["volume", "snapshot"])
