@@ -98,7 +98,8 @@ class LayerMover:
             self._store.journals.note([LayerEntry(layer.uuid, address_of(slots), layer.head.encode())])
             layer.address = address_of(slots)
             count = 1
-        leaving = iter([number for number, place in layer.places.items() if self._leaves(place, quota)])
+        places = [*layer.places.items()]  # the volume that is written in the Layer may get pages meanwhile
+        leaving = iter([number for number, place in places if self._leaves(place, quota)])
         while numbers := list(islice(leaving, _BATCH_PAGES)):
             count += self._move_pages(layer, [number for number in numbers if self._is_known(layer, number)], quota)
         return count

@@ -20,7 +20,7 @@ from rustord.layermover import LayerMover
 from rustord.membership import attach_device, detach_device, set_standing
 from rustord.mover import Mover
 from rustord.objectstore import ObjectStore
-from rustord.page import CHUNK_BYTES, ZEROS, extent_at
+from rustord.page import CHUNK_BYTES, PAGE_CHUNKS, ZEROS, extent_at
 from rustord.record import Record
 from rustord.testing.device import VolatileDevice
 from rustord.volumes import Volumes
@@ -339,6 +339,36 @@ def test_a_device_that_was_away_and_is_back_has_lost_what_was_copied_to_it(disk_
     run(store)
     assert store.get(frozen.uuid) == b"x" * frozen.size
     assert homes(store) == {1 - home}, "each for itself could be moved"
+    check_sound(store)
+    simulation.close()
+
+
+def test_a_volume_may_get_pages_while_its_pages_move(disk_path: Path) -> None:
+    simulation = Simulation(disk_path, (32 * MIB, 32 * MIB))
+    store = simulation.open()
+    volumes = Volumes(store, Direct(store))
+    page_bytes = PAGE_CHUNKS * CHUNK_BYTES
+    volumes.create("disk", 8 * page_bytes)
+    volume = volumes.open("disk")
+    for number in range(3):
+        write(volume, number * page_bytes, b"x")
+    volume.flush()
+
+    class Written(dict[int, float]):
+        """Is asked for each page whether it leaves."""
+
+        def get(self, *args: Any) -> Any:
+            if len(volume.layer.places) < 8:
+                write(volume, len(volume.layer.places) * page_bytes, b"x")
+            return super().get(*args)
+
+    LayerMover(store, volumes).run(Written({volume.layer.home: 1e6}), lambda length: None)
+    for number in range(8):
+        assert read(volume, number * page_bytes, 1) == b"x"
+    volume.close()
+    volumes.close()
+    store.keystore.checkpoint()
+    run(store)
     check_sound(store)
     simulation.close()
 
