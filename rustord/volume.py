@@ -344,6 +344,8 @@ class Volume:
         if number not in self.layer.places:
             place = address_of(self._allocator.run(SLOT_COUNT, self.layer.home))
             self.layer.places[number] = self._pages[number] = place
+            if self._pending is not None:  # now: the chunk that it is for may find no room, and another one does
+                self._pending.add(MapEntry(self.layer.uuid, [(number, place)], []))
 
     def _change(self, chunk: int, address: int, *left: Extent) -> None:
         """Have a chunk somewhere else, and ``left`` given back with the next flush."""
@@ -353,9 +355,7 @@ class Volume:
             self._freed.setdefault(chunk, []).extend(left)
         self._change_count += 1
         if self._pending is not None:
-            number = page_of(chunk)
-            pages = [(number, self._pages[number])] if number in self._pages else []
-            self._pending.add(MapEntry(self.layer.uuid, pages, [(chunk, address)]))
+            self._pending.add(MapEntry(self.layer.uuid, [], [(chunk, address)]))
 
     def _limit_pending(self) -> None:
         """Flush what waits for that, if it is much: before there is more, for a client may not care if that fails."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import random
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from rustord.blockstore import BlockStore
+from rustord.errors import NoSpace
 from rustord.page import CHUNK_BYTES, MapEntry
 from rustord.pending import PENDING, Pending, circumstances, take_up
 from rustord.volume import Volume
@@ -96,6 +99,30 @@ def test_all_that_was_answered_is_there_after_a_kill(disk_path: Path, seed: int)
             run(bench.store)
             check_sound(bench.store)
         bench.simulation.close()
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_a_page_whose_first_chunk_found_no_room_is_known_to_the_next(bench: Bench) -> None:
+    """That one is written while a flush is under way, which says where the page is, and which the kill cuts short."""
+    taken = []
+    with suppress(NoSpace):
+        while True:
+            taken.append(bench.store.allocator.run(CHUNK_BYTES // 4096))
+
+    def write_meanwhile(*_: object) -> NoReturn:
+        bench.store.allocator.release([taken.pop()])
+        bench.write(0, b"answered")
+        raise _Killed
+
+    bench.disk._note = write_meanwhile
+    with pytest.raises(_Killed):
+        bench.disk.write(CHUNK_BYTES, memoryview(b"no room"))
+    bench.kill()
+    assert bench.content() == bench.model
+    check_sound(bench.store)
 
 
 def test_it_is_durable_as_soon_as_it_is_flushed_again(bench: Bench) -> None:
