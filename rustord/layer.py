@@ -74,6 +74,10 @@ class Layer:
         page = self._pages.get(chunk // PAGE_CHUNKS + 1)
         return BASE if page is None else page[chunk % PAGE_CHUNKS]
 
+    def has_page(self, number: int) -> bool:
+        """Whether any of the chunks of a page was ever anything but the base's."""
+        return number in self._pages
+
     def set(self, chunk: int, address: int) -> None:
         """Change the address of a chunk."""
         number = page_of(chunk)

@@ -226,13 +226,23 @@ class Volume:
 
     def _chunk_runs(self, offset: int, end: int) -> Iterator[Run]:
         while offset < end:
-            stop = min(end, (offset // _PAGE_BYTES + 1) * _PAGE_BYTES)
+            number = page_of(offset // CHUNK_BYTES)
+            stop = min(end, number * _PAGE_BYTES)
             with self._gate:  # but not from one page to the next: nobody knows when, or if, that is asked for
-                found = [*map(self._has_data, range(offset // CHUNK_BYTES, -(-stop // CHUNK_BYTES)))]
+                chunks = range(offset // CHUNK_BYTES, -(-stop // CHUNK_BYTES))
+                found = [] if self._is_hole(number) else [*map(self._has_data, chunks)]
+            if not found:
+                yield Run(stop - offset, State.HOLE | State.ZERO)
+                offset = stop
             for has_data in found:
                 length = min(CHUNK_BYTES - offset % CHUNK_BYTES, end - offset)
                 yield Run(length, State.DATA if has_data else State.HOLE | State.ZERO)
                 offset += length
+
+    def _is_hole(self, number: int) -> bool:
+        """Whether there is nothing at all where a page would be, which is most of a large volume. Within the gate."""
+        is_beyond = (number - 1) * _PAGE_BYTES >= self._base_size
+        return is_beyond and not any(layer.has_page(number) for layer in self._chain)
 
     def _has_data(self, chunk: int) -> bool:
         """Whether the chunk may be anything but zeros. Within the gate, for a merge moves chunks to another Layer."""
@@ -372,7 +382,7 @@ class Volume:
             page_end = min(end, page_of(first) * PAGE_CHUNKS)
             self._limit_pending()
             with self._gate, self._mapping:
-                if page_of(first) in self.layer.places or len(self._chain) > 1 or self._base_size:
+                if not self._is_hole(page_of(first)):
                     for chunk in range(first, page_end):
                         self._trim_chunk(chunk)
             first = page_end

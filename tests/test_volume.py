@@ -7,12 +7,18 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
+from rustord.change import Put
 from rustord.errors import DeviceError
+from rustord.export import Run, State
+from rustord.layer import Layer
 from rustord.objectstore import ObjectStore
+from rustord.objkey import uuid_text
 from rustord.page import CHUNK_BYTES
+from rustord.record import Record
 from rustord.testing.device import VolatileDevice
 from rustord.volume import Volume
 from rustord.volumes import Volumes
@@ -114,6 +120,36 @@ def test_blocks_that_are_given_back_are_never_written_by_who_still_has_them(
         store.blocks.device(0).read(block * 4096, (data,))
         assert not any(data), "a free block was written"
     del chance
+
+
+def test_nobody_looks_at_each_chunk_of_a_large_hole(volumes: Volumes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client may ask for the runs of all of a volume at once, or trim all of it: 8 TiB have 134 million chunks."""
+    ((_, image),) = volumes._writer.make([Put(b"x" * 70_000)], 60)
+    assert isinstance(image, Record)
+    volumes.clone(uuid_text(image.uuid), "disk")
+    volumes.resize("disk", 1 << 40)
+    volume = volumes.open("disk")
+    volume.write(1 << 39, memoryview(b"x"))
+    looked, get = [], Layer.get
+
+    def look(layer: Layer, chunk: int) -> int:
+        looked.append(chunk)
+        return get(layer, chunk)
+
+    monkeypatch.setattr(Layer, "get", look)
+    data, hole = State.DATA, State.HOLE | State.ZERO
+    left = (1 << 39) - 2 * CHUNK_BYTES
+    assert list(volume.runs(0, volume.size)) == [
+        Run(2 * CHUNK_BYTES, data),
+        Run(left, hole),
+        Run(CHUNK_BYTES, data),
+        Run((1 << 39) - CHUNK_BYTES, hole),
+    ]
+    assert list(volume.runs((1 << 38) + 1, left)) == [Run((1 << 38) - 1, hole), Run(CHUNK_BYTES, data), Run(ANY, hole)]
+    volume.trim(0, volume.size)
+    assert list(volume.runs(0, volume.size)) == [Run(volume.size, hole)]
+    assert len(looked) < 10_000
+    volume.close()
 
 
 def test_a_flush_that_fails_says_so_and_goes_on_saying_so(simulation: Simulation, volumes: Volumes) -> None:
