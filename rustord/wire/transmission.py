@@ -357,6 +357,8 @@ class Transmission:
             yield from self._read_piece(cookie, offset, at, offset + length)
             if self.ended:
                 return
+        if length > PIECE_BYTES and not self._structured:
+            yield from self._send()  # its end now: the reply to a payload that is written beside must not come before
 
     def _read_piece(self, cookie: int, offset: int, at: int, end: int) -> Iterator[memoryview]:
         """The bytes from ``at`` on, of a READ from ``offset`` to before ``end``."""

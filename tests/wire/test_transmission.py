@@ -319,6 +319,19 @@ def test_long_writes_beside_reads(mode: Mode, split: int, seed: int) -> None:
     assert talk.transmission.written_bytes == sum(length for name, _, length in talk.export.log if name == "write")
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rest", [1, LONG_BYTES, MIB])
+def test_no_other_reply_comes_in_the_middle_of_a_long_one(mode: Mode, rest: int, seed: int) -> None:
+    """It is read in pieces; what follows it is a payload that is written beside."""
+    talk = Talk(mode, size=8 * MIB)
+    talk.export.data[:] = data = random.Random(seed).randbytes(8 * MIB)
+    asked = talk.request(READ, 0, 2 * MIB + rest, cookie=1) + talk.write(4 * MIB, bytes(LONG_BYTES), cookie=2)
+    answered = talk.ask(asked, {1: 2 * MIB + rest})
+    assert talk.taken >= 2
+    assert b"".join(reply.data for reply in answered if reply.cookie == 1) == data[: 2 * MIB + rest]
+    assert [reply.error for reply in answered if reply.cookie == 2] == [0]
+
+
 def test_a_flush_comes_after_the_writes_before_it(talk: Talk) -> None:
     other = Talk((talk.transmission._structured, talk.extended), size=MIB)
     other.say(other.write(0, bytes(LONG_BYTES)) + other.request(FLUSH))
