@@ -395,6 +395,7 @@ class _Daemon:
             _, left = await asyncio.wait_for(ends, DRAIN_S + CUT_S)
         except TimeoutError:
             _give_up()
+        self._volumes.stop()
         await asyncio.to_thread(self._scrub.close)
         await asyncio.to_thread(self._mover.pause)
         await asyncio.to_thread(self._merger.close)

@@ -90,6 +90,7 @@ class Volumes:
         self.reshaping = threading.Lock()
         """Held by who moves chunks of Layers, or merges these."""
         self._ending: set[str] = set()
+        self._stopping = False
 
     # Looking
 
@@ -249,6 +250,10 @@ class Volumes:
             if volume := self._volumes.get(name):
                 with suppress(RustordError):
                     volume.give_back_spare()
+
+    def stop(self) -> None:
+        """Whoever reads a whole volume to make an Object of it is told to give up."""
+        self._stopping = True
 
     def close(self) -> None:
         """Flush all volumes; the writer still runs. Raises nothing: what cannot be flushed was not promised."""
@@ -502,6 +507,8 @@ class Volumes:
         sums = []
         for offset in range(0, layer.head.size, _READ_BYTES):
             piece = buffer[: min(_READ_BYTES, layer.head.size - offset)]
+            if self._stopping:  # this may take hours, and the process does not end before
+                raise Unavailable("rustord is stopping", hint="try again when it has started")
             read(offset, piece)
             hasher.update(piece)
             sums.append(chunk_sums(piece))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from rustord.change import Change, Erase
 from rustord.errors import RustordError, Unavailable
@@ -36,6 +36,27 @@ _CHECKPOINT_COUNT = 8192
 
 def _stopping() -> Unavailable:
     return Unavailable("rustord is stopping", hint="try again when it has started")
+
+
+class _Call(Generic[T]):
+    """A function to be run between two cycles, and what comes of it."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self.future: Future[T] = Future()
+        self._function = function
+
+    def __call__(self) -> None:
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.future.set_result(self._function())
+        except BaseException as error:
+            self.future.set_exception(error)
+
+    def refuse(self, problem: RustordError) -> None:
+        """Have it raise ``problem`` in place of running."""
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(problem)
 
 
 class Writer:
@@ -115,23 +136,17 @@ class Writer:
     def call(self, function: Callable[[], T], timeout_s: float = 60.0) -> T:
         """Run ``function`` on the writer's thread between two cycles, and return or raise what it does.
 
-        Raises TimeoutError; it may be running then, but does not begin any more: who asked for it has gone on.
+        Raises Unavailable once the writer has ended, or TimeoutError; it may be running then, but does not begin any
+        more: who asked for it has gone on.
         """
-        future: Future[T] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._queue.put(run)
+        call = _Call(function)
+        self._queue.put(call)
+        if self._ended.is_set():
+            self._refuse_the_rest()
         try:
-            return future.result(timeout_s)
+            return call.future.result(timeout_s)
         finally:
-            future.cancel()
+            call.future.cancel()
 
     def standstill_s(self) -> float:
         """For how long the writer has not got on; 0 if there is nothing to do. To be asked every few seconds.
@@ -187,6 +202,8 @@ class Writer:
         with suppress(Empty):
             while True:
                 item = self._queue.get_nowait()
+                if isinstance(item, _Call):
+                    item.refuse(problem)
                 for change in item if isinstance(item, Sequence) else ():
                     if deliver := self._waiting.pop(change, None):
                         deliver([(change, problem)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -155,6 +156,19 @@ def test_an_idle_client_does_not_delay_the_end(daemon: Daemon) -> None:
         connection.getresponse().read()
         assert daemon.stop() == 0
     assert "were still busy" not in daemon.log
+
+
+def test_a_snapshot_under_way_does_not_keep_it_from_stopping(make_daemon: MakeDaemon, image: Path) -> None:
+    """All of the volume is read for its sum, which takes many minutes."""
+    daemon = make_daemon(image, patch="daemon.DRAIN_S = 0.2").start()
+    size = 8 << 40
+    assert daemon.request("POST", "/v1/volumes", json.dumps({"name": "disk", "size": size})).status == 201
+    with closing(daemon.connect()) as connection:
+        connection.request("POST", "/v1/volumes/disk/snapshot", json.dumps({}))
+        until(lambda: daemon.request("GET", "/v1/volumes/disk").json()["layers"] == 2, "it is read")
+        assert daemon.stop() == 0
+    daemon.start()
+    assert daemon.request("GET", "/v1/volumes/disk").json()["size"] == size
 
 
 def test_what_is_acknowledged_while_it_stops_is_kept(daemon: Daemon, image: Path) -> None:

@@ -6,11 +6,20 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
-from rustord.errors import DeviceError, InUse, InvalidRequest, NoSpace, NotFound, PreconditionFailed, ReadOnly
+from rustord.errors import (
+    DeviceError,
+    InUse,
+    InvalidRequest,
+    NoSpace,
+    NotFound,
+    PreconditionFailed,
+    ReadOnly,
+    Unavailable,
+)
 from rustord.keystore.lmdb import LmdbBackend
 from rustord.layermerger import LayerMerger
 from rustord.objkey import uuid_text
@@ -845,3 +854,27 @@ def test_blocks_that_were_announced_in_advance_fill_no_pool(disk_path: Path) -> 
     disk.close()
     bench.check()
     bench.simulation.close()
+
+
+@pytest.mark.parametrize("what", ["freeze", "snapshot"])
+def test_who_makes_an_object_of_a_volume_gives_up_when_the_daemon_stops(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """It reads all of the volume, which may take hours."""
+    bench.volumes.create("disk", SIZE)
+    volume = bench.volumes.open("disk")
+    write(volume, 0, b"x" * SIZE)
+    volume.close()
+    read_all = bench.store.layers.fill
+
+    def fill(*args: Any) -> None:
+        bench.volumes.stop()
+        read_all(*args)
+
+    monkeypatch.setattr(bench.store.layers, "fill", fill)
+    with pytest.raises(Unavailable, match="stopping"):
+        getattr(bench.volumes, what)("disk")
+    bench.reopen()
+    assert content(bench, "disk") == b"x" * SIZE
+    assert not live(bench.store)
+    bench.check()

@@ -554,3 +554,12 @@ def test_a_call_that_nobody_waits_for_any_more_is_not_made(writer: Writer) -> No
     holder.join(SECONDS_MAX)
     writer.call(lambda: None)
     assert not made
+
+
+def test_a_call_that_comes_too_late_is_told_so(store: ObjectStore) -> None:
+    writer = Writer(store)
+    assert writer.close()
+    began = time.monotonic()
+    with pytest.raises(Unavailable, match="stopping"):
+        writer.call(lambda: None, SECONDS_MAX)
+    assert time.monotonic() - began < SECONDS_MAX / 2
