@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 _BATCH_CHUNKS = 4096
 """Chunks in one entry of the journal."""
 _CLOSE_S = 60.0
+_AGAIN_S = 60.0
+"""How long after a merge that failed it is tried again: there may be room by then, or the device is back."""
 
 
 class LayerMerger:
@@ -44,6 +46,7 @@ class LayerMerger:
         self._volumes = volumes
         self._due = threading.Event()
         self._closing = False
+        self._has_failed = False
         self._thread = threading.Thread(target=self._work, name="merger", daemon=True)
 
     def start(self) -> None:
@@ -60,14 +63,16 @@ class LayerMerger:
 
     def _work(self) -> None:
         while not self._closing:
-            self._due.wait()
+            self._due.wait(_AGAIN_S if self._has_failed else None)
             self._due.clear()
             self._try()
 
     def _try(self) -> None:
+        self._has_failed = False
         try:
             self.run()
         except RustordError as error:
+            self._has_failed = True
             log.error("Layers of volumes could not be merged, which is tried again later: %s", error)
         except Exception:
             log.exception("Layers of volumes could not be merged", extra=FAULT())

@@ -23,6 +23,7 @@ from rustord.page import CHUNK_BYTES, PAGE_CHUNKS, SLOT_COUNT
 from rustord.record import Record
 from rustord.volumes import LAYERS_MAX, Volumes
 from rustord.writer import Writer
+from tests.daemon import until
 from tests.simulation import MIB, Direct, PowerCut, Simulation, check_sound, free_count, live, run
 from tests.test_volumes import Bench, content, read, rebuild_index, write
 
@@ -293,6 +294,33 @@ def test_a_merge_without_room_loses_nothing_of_what_comes_later(bench: Bench, wr
     assert [read(volume, 0, 7), read(volume, far, 7)] == expected
     volume.close()
     bench.check()
+
+
+def test_a_merge_without_room_is_made_when_there_is_some(
+    simulate: Callable[..., Simulation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then the volume may have a map that is not in order, and nobody can open it."""
+    monkeypatch.setattr("rustord.layermerger._AGAIN_S", 0.1)
+    store = simulate(32 * MIB).open()
+    writer = Writer(store)
+    volumes = Volumes(store, writer)
+    merger = LayerMerger(store, volumes)
+    merger.start()
+    far = PAGE_CHUNKS * CHUNK_BYTES
+    volumes.create("disk", far + CHUNK_BYTES)
+    volume = volumes.open("disk")
+    write(volume, 0, b"near")
+    write(volume, far, b"far")
+    volume.close()
+    snapshot = volumes.snapshot("disk")
+    taken = fill_up(store, volume.layer.home)
+    writer.make([Delete(snapshot.uuid)], 60)
+    until(lambda: merger._has_failed, "there was no room")
+    store.allocator.release(taken)
+    until(lambda: volumes.stat("disk").layer_count == 1, "it is merged")
+    merger.close()
+    volumes.close()
+    assert writer.close()
 
 
 def test_a_merge_that_the_journal_did_not_take_loses_nothing_of_what_comes_later(
