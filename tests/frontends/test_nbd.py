@@ -230,7 +230,7 @@ def test_nothing_is_sent_while_a_long_reply_is_being_sent(served: NbdServed, mon
 
         monkeypatch.setattr(connection, "_do", do_later)
         peer.send(request(READ, 0, MIB, cookie=1) + request(READ, MIB, MIB, cookie=2))
-        until(lambda: next(iter(served.server.exports()))["requests"] == 2, "the second reply is there")
+        until(lambda: [told["requests"] for told in served.server.exports()] == [2], "the second reply is there")
         assert not select.select((peer.sock,), (), (), 0.5)[0]
         is_free.set()
         got = replies(peer.receive(2 * (16 + MIB)), {1: MIB, 2: MIB})
