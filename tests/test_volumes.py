@@ -878,3 +878,28 @@ def test_who_makes_an_object_of_a_volume_gives_up_when_the_daemon_stops(
     assert content(bench, "disk") == b"x" * SIZE
     assert not live(bench.store)
     bench.check()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize(
+    "change", [lambda volumes: volumes.create("other", SIZE), lambda volumes: volumes.snapshot("disk")]
+)
+def test_nobody_else_gets_the_slots_of_a_layer_that_only_some_journals_have(
+    bench: Bench, failing: int, change: Callable[[Volumes], object]
+) -> None:
+    """The power is cut before the index knows better."""
+    bench.volumes.create("disk", SIZE)
+    volume = bench.volumes.open("disk")
+    write(volume, 0, b"x" * CHUNK_BYTES)
+    volume.flush()
+    volume.close()
+    bench.simulation.devices[failing].fail_flushes = 1
+    with pytest.raises(DeviceError):
+        change(bench.volumes)
+    run(bench.store)
+    stored = {bench.store.put(bytes((number,)) * 3000).uuid: bytes((number,)) * 3000 for number in range(50)}
+    bench.reopen(clean=False)
+    assert not bench.store.read_only
+    assert {uuid: bench.store.get(uuid) for uuid in stored} == stored
+    assert content(bench, "disk") == b"x" * CHUNK_BYTES + bytes(SIZE - CHUNK_BYTES)
+    bench.check()
