@@ -204,9 +204,7 @@ class Volumes:
         try:
             return self._writer.call(function, _CHANGE_S)
         except TimeoutError:
-            raise Unavailable(
-                "the pool is busy", hint="see 'rustorctl status', and look what has become of it"
-            ) from None
+            raise _busy() from None
 
     def announce(self, layer: Layer, places: Iterable[Sequence[Extent]]) -> Sequence[RecordId]:
         """Make graves of blocks that are about to be filled with what a Layer has. Raises ReadOnly or DeviceError.
@@ -491,7 +489,10 @@ class Volumes:
 
     def _store_frozen(self, frozen: Frozen, object_name: str) -> Record:
         put = Put(frozen, Metadata(object_name), if_none_match=bool(object_name))
-        ((_, outcome),) = self._writer.make([put], _CHANGE_S)
+        try:
+            ((_, outcome),) = self._writer.make([put], _CHANGE_S)
+        except TimeoutError:
+            raise _busy() from None
         if isinstance(outcome, RustordError):
             raise outcome
         return outcome
@@ -510,6 +511,10 @@ class Volumes:
             hasher.update(piece)
             sums.append(chunk_sums(piece))
         return Frozen(layer, hasher.digest(), b"".join(sums))
+
+
+def _busy() -> Unavailable:
+    return Unavailable("the pool is busy", hint="see 'rustorctl status', and look what has become of it")
 
 
 def _entry(layer: Layer, head: Head) -> LayerEntry:

@@ -335,7 +335,7 @@ def test_a_merge_that_the_journal_did_not_take_loses_nothing_of_what_comes_later
     bench.volumes.snapshot("disk", "gone")
     delete(bench.store, "gone")
     with monkeypatch.context() as patch:
-        patch.setattr(bench.store, "note", note)
+        patch.setattr(bench.store.journals, "note", note)
         with pytest.raises(Unavailable):
             LayerMerger(bench.store, bench.volumes).run()
     write(volume, 3, b"er")
