@@ -9,6 +9,7 @@ import fcntl
 import os
 import random
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -60,6 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.seed = worker["seed"]
     elif config.option.seed is None:
         config.option.seed = random.SystemRandom().randrange(1 << 32)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script; what we start inherits it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
