@@ -5,14 +5,14 @@ at depth 16, nbdkit 16.2 and 8.2 (side by side, system calls included), so there
 save. A second thread (see `rustord.frontends.pipeline`) takes part of what is long: to a client that does nothing with
 them, reads of 1 MiB go 1.5 times as fast; writes of 1 MiB 1.2 times.
 
-Connections share the interpreter's lock, and only what the kernel does for them runs side by side. Two clients of two
-exports together get 2.0 times as many MiB as one does, in reads of 1 MiB (nbdkit 1.3 times), 2.4 times in reads of
-64 KiB (1.3), but 1.3 times as many reads of 4 KiB (1.5; depth 16, two CPUs for all, clients that do nothing with what
-they get): with that the daemon uses 1.2 CPUs. A process for each export would use more of them, but then every move of
-an Object, every change of a volume's map and every device that comes or goes would have to be told to all of them
-before the next request. The event loop accepts connections; what they do then is up to their threads. One that is
-alone, and whose client asks for one thing after the other, does not go to sleep at once in between: 1.6 times as many
-reads at depth 1.
+Connections share the interpreter's lock, and only what the kernel does for them runs side by side. Of two CPUs, which
+they share with two clients that do nothing with what they get, two exports use 1.4 in reads of 1 MiB, which is all that
+the clients leave; but 1.0 to 1.3 in reads of 4 KiB: 1.1 to 1.3 times as many as of one export, and 0.6 to 0.8 times as
+many as nbdkit, whose threads share no lock (with fio as the client, 1.2 to 1.4 times). A process for each export would
+use more of them, but then every move of an Object, every change of a volume's map and every device that comes or goes
+would have to be told to all of them before the next request. The event loop accepts connections; what they do then is
+up to their threads. One that is alone, and whose client asks for one thing after the other, does not go to sleep at
+once in between: 1.6 times as many reads at depth 1.
 
 What one client can take is bounded: how long it may negotiate, how many connections it and all together may have, and
 four buffers for each (see `rustord.wire.transmission`). One that reads no replies holds up nobody but itself.
