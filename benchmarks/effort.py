@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 LARGE_SIZE = 64 * MIB
@@ -44,6 +48,12 @@ class Effort:
     def large_disk_size(self) -> int:
         """A device that has room for all large objects: each goes where nothing was before."""
         return self.rounds * self.large_repeats * LARGE_SIZE + 512 * MIB
+
+
+def rotated(contestants: Sequence[T], number: int) -> list[T]:
+    """In the order of a round: each begins with another one."""
+    first = number % len(contestants)
+    return [*contestants[first:], *contestants[:first]]
 
 
 FULL = Effort(3, 5.0, 60_000, 8, 8 * GIB, (10_000, 100_000, 1_000_000), 100_000, 8 * GIB, 4 * GIB)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.effort import MIB, Effort
+from benchmarks.effort import MIB, Effort, rotated
 from benchmarks.large import clone, expect_volume, put
 from benchmarks.load import LoadError, build
 from benchmarks.processes import cpu_seconds, forget_peak, memory
-from benchmarks.report import Bound, Goal, Row, Times
+from benchmarks.report import SUBJECT, Bound, Goal, Row, Times
 from benchmarks.subject import Rustord, connection
 
 CLIENT = Path(__file__).with_name("nbdclient.c")
@@ -46,7 +47,9 @@ def nbd(subject: Rustord, device: str, place: Path, effort: Effort) -> Iterator[
             for uri in set(target):
                 fio(uri, "read", seconds=0.0, block="1m", depth=4)
         yield from rows(targets, effort)
-        yield from receiving(subject, targets, place, effort)
+        program = build(CLIENT, place)
+        yield from receiving(subject, targets, program, effort, order="sequential", length=MIB, depth=8)
+        yield from receiving(subject, targets, program, effort, order="random", length=4096, depth=16)
     yield busy_memory(subject, targets["rustord"], effort)
 
 
@@ -92,60 +95,68 @@ def row(
     both: bool = False,
 ) -> Row:
     """Operations or MiB a second of all, in turns; with ``both`` of two exports together."""
+
+    def work_on(uri: str) -> float:
+        return fio(uri, kind, seconds=min(effort.seconds, SECONDS_MAX), block=block, depth=depth, flush=flush)
+
+    def turn(target: Target) -> float:
+        one = target.writing if "write" in kind else target.reading
+        return together(work_on, [target.reading, target.writing] if both else [one])
+
+    return Row(work, "MB/s" if block == "1m" else "op/s", in_turns(targets, effort.rounds, turn), goals)
+
+
+def in_turns(targets: dict[str, Target], rounds: int, turn: Callable[[Target], float]) -> dict[str, list[float]]:
+    """The figures of each contestant. Each round begins with another one."""
     figures: dict[str, list[float]] = {name: [] for name in targets}
-    names = list(targets)
-    for turn in range(effort.rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            target = targets[name]
-            uris = [target.reading, target.writing] if both else [target.writing if "write" in kind else target.reading]
-            with ThreadPoolExecutor(len(uris)) as threads:
-                seconds = min(effort.seconds, SECONDS_MAX)
-                rates = [
-                    threads.submit(fio, uri, kind, seconds=seconds, block=block, depth=depth, flush=flush)
-                    for uri in uris
-                ]
-                figures[name].append(sum(rate.result() for rate in rates))
-    return Row(work, "MB/s" if block == "1m" else "op/s", figures, goals)
+    for number in range(rounds):
+        for name in rotated(list(targets), number):
+            figures[name].append(turn(targets[name]))
+    return figures
 
 
-def receiving(subject: Rustord, targets: dict[str, Target], place: Path, effort: Effort) -> Iterator[Row]:
+def together(work: Callable[[str], float], uris: Sequence[str]) -> float:
+    """What comes of work on several exports at once."""
+    with ThreadPoolExecutor(len(uris)) as threads:
+        return sum(threads.map(work, uris))
+
+
+def receiving(
+    subject: Rustord, targets: dict[str, Target], program: Path, effort: Effort, *, order: str, length: int, depth: int
+) -> Iterator[Row]:
     """What clients get that do nothing with it: fio takes as long over a MiB as a server. Of one export, then of two,
     for which the daemon's CPU time is counted."""
-    program = build(CLIENT, place)
-    for work, order, length, depth in (
-        ("1 MiB sequential", "sequential", MIB, 8),
-        ("4 KiB random", "random", 4096, 16),
-    ):
-        unit = "MB/s" if length == MIB else "op/s"
-        for count in (1, 2):
-            figures: dict[str, list[float]] = {name: [] for name in targets}
-            cpus = []
-            for turn in range(effort.rounds):
-                names = list(targets)
-                for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                    seconds = min(effort.seconds, SECONDS_MAX)
-                    uris = [targets[name].reading, targets[name].writing][:count]
-                    before = cpu_seconds(subject.pid)
-                    with ThreadPoolExecutor(count) as threads:
-                        rates = [threads.submit(receive, program, uri, depth, length, seconds, order) for uri in uris]
-                        rate = sum(rate.result() for rate in rates)
-                    figures[name].append(rate * MIB / 1e6 if length == MIB else rate)
-                    if name == "rustord":
-                        cpus.append((cpu_seconds(subject.pid) - before) / seconds)
-            exports = "one export" if count == 1 else "two exports at once"
-            yield Row(f"NBD {work} read of {exports}, only received, depth {depth}", unit, figures)
-        yield Row(f"CPUs for the {work} reads of two exports", "CPUs", {"rustord": cpus})
+    seconds = min(effort.seconds, SECONDS_MAX)
+    work, unit = (f"1 MiB {order}", "MB/s") if length == MIB else (f"4 KiB {order}", "op/s")
+    read = partial(receive, program, depth=depth, length=length, seconds=seconds, order=order)
+    cpus: list[float] = []
+
+    def of_one(target: Target) -> float:
+        return read(target.reading)
+
+    def of_two(target: Target) -> float:
+        before = cpu_seconds(subject.pid)
+        rate = together(read, [target.reading, target.writing])
+        if target is targets[SUBJECT]:
+            cpus.append((cpu_seconds(subject.pid) - before) / seconds)
+        return rate
+
+    for exports, turn in (("one export", of_one), ("two exports at once", of_two)):
+        figures = in_turns(targets, effort.rounds, turn)
+        yield Row(f"NBD {work} read of {exports}, only received, depth {depth}", unit, figures)
+    yield Row(f"CPUs for the {work} reads of two exports", "CPUs", {SUBJECT: cpus})
 
 
-def receive(program: Path, uri: str, depth: int, length: int, seconds: float, order: str) -> float:
-    """Reads a second. Raises LoadError."""
+def receive(program: Path, uri: str, *, depth: int, length: int, seconds: float, order: str) -> float:
+    """Reads (or, of 1 MiB, MB) a second. Raises LoadError."""
     name, _, socket = uri.removeprefix("nbd+unix:///").partition("?socket=")
     words = [program, socket, name, depth, length, seconds, SIZE, order]
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=10 * seconds + 60)
     if done.returncode != 0:
         raise LoadError(f"reading {uri}: {done.stderr.strip()}")
     count, elapsed = done.stdout.split()
-    return int(count) / float(elapsed)
+    rate = int(count) / float(elapsed)
+    return rate * MIB / 1e6 if length == MIB else rate
 
 
 def busy_memory(subject: Rustord, target: Target, effort: Effort) -> Row:

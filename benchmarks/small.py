@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 
 from benchmarks.contestant import Contestant
-from benchmarks.effort import Effort
+from benchmarks.effort import Effort, rotated
 from benchmarks.load import Load
 from benchmarks.processes import cpu_seconds
 from benchmarks.report import SERVERS, Bound, Goal, Row, Times
@@ -86,8 +86,7 @@ def in_turns(contestants: Sequence[Contestant], rounds: int, turn: Turn) -> dict
     """The loads of each contestant. Each round begins with another one, and nobody pays for what another wrote."""
     loads: dict[str, list[Load]] = {contestant.name: [] for contestant in contestants}
     for number in range(rounds):
-        first = number % len(contestants)
-        for contestant in [*contestants[first:], *contestants[:first]]:
+        for contestant in rotated(contestants, number):
             os.sync()
             loads[contestant.name].append(turn(contestant))
     return loads

@@ -31,6 +31,7 @@ from rustord.page import (
     Page,
     decode_addresses,
     decode_head,
+    device_of,
     extent_at,
     page_of,
     place_at,
@@ -57,7 +58,7 @@ class Layer:
     @property
     def home(self) -> int:
         """The device with its head, in whose journal each of its changes is."""
-        return extent_at(self.address, 1).device
+        return device_of(self.address)
 
     @property
     def id(self) -> RecordId:

@@ -17,7 +17,7 @@ from rustord.errors import Damaged, DeviceError, NoSpace, RustordError
 from rustord.extent import Extent
 from rustord.layer import Layer
 from rustord.objectstore import ObjectStore
-from rustord.page import CHUNK_BYTES, SLOT_COUNT, ZEROS, LayerEntry, MapEntry, address_of, extent_at
+from rustord.page import CHUNK_BYTES, SLOT_COUNT, ZEROS, LayerEntry, MapEntry, address_of, device_of, extent_at
 from rustord.record import RecordId
 from rustord.volumes import Volumes
 
@@ -71,7 +71,7 @@ class LayerMover:
         return [*self._layers.by_uuid.values()]
 
     def _leaves(self, address: int, quota: Quota) -> bool:
-        return quota.get(extent_at(address, 1).device, 0) > 0
+        return quota.get(device_of(address), 0) > 0
 
     def _move_bases(self, quota: Quota, pace: Callable[[int], None]) -> int:
         """Have Layers have what deleted Objects have below them: an Object that is deleted cannot be moved."""
@@ -161,7 +161,7 @@ class LayerMover:
                 address = layer.get(chunk)
                 if address > ZEROS and self._leaves(address, quota):
                     places[chunk] = self._store.allocator.run(self._layers.chunk_blocks, layer.home, avoid=quota)
-                    quota[extent_at(address, 1).device] -= places[chunk].count
+                    quota[device_of(address)] -= places[chunk].count
         except NoSpace:
             self._store.allocator.release(places.values())
             raise

@@ -21,7 +21,7 @@ from rustord.layermover import LayerMover, Quota
 from rustord.membership import remove_device
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
-from rustord.page import ZEROS, extent_at
+from rustord.page import ZEROS, device_of
 from rustord.record import Record
 from rustord.relocation import Relocation
 from rustord.task import Task
@@ -370,7 +370,7 @@ def check_volumes(store: ObjectStore, index: int) -> None:
     if slot.device is not None and not slot.device.failed:
         return
     chunks = (address for layer in [*layers.by_uuid.values()] for _, address in layer.chunks() if address > ZEROS)
-    if any(extent_at(address, 1).device == index for address in chunks):
+    if any(device_of(address) == index for address in chunks):
         raise DeviceError(
             f"volumes have data on device {index}, which is {slot.state}, and nowhere else",
             hint="bring it back; or delete these volumes, with their snapshots and clones: 'rustorctl volume ls'",

@@ -53,6 +53,11 @@ def address_of(extent: Extent) -> int:
     return extent.device << _DEVICE_SHIFT | extent.block
 
 
+def device_of(address: int) -> int:
+    """The device of an address."""
+    return address >> _DEVICE_SHIFT
+
+
 def place_at(address: int) -> tuple[int, int]:
     """The device and the block of an address."""
     return divmod(address, 1 << _DEVICE_SHIFT)
@@ -80,7 +85,7 @@ class Page(NamedTuple):
     @property
     def device(self) -> int:
         """Where its slots are."""
-        return extent_at(self.address, 1).device
+        return device_of(self.address)
 
     def encode(self) -> bytes:
         head = PAGE.pack(b"", self.layer, self.generation, self.sequence, self.address, self.number, len(self.content))
@@ -212,7 +217,7 @@ class LayerEntry(NamedTuple):
     @property
     def home(self) -> int:
         """The device of the head, and of the journal that says what the Layer's map is."""
-        return extent_at(self.address, 1).device
+        return device_of(self.address)
 
     def changes(self) -> list[PageChange]:
         """What it changes in the Layer's pages."""

@@ -28,6 +28,7 @@ from rustord.pending import PENDING, Pending, circumstances
 from rustord.pool import renew_labels
 from rustord.record import Metadata, Record, RecordId
 from rustord.volume import Volume
+from rustord.writer import stopping
 
 T = TypeVar("T")
 
@@ -506,7 +507,7 @@ class Volumes:
         for offset in range(0, layer.head.size, _READ_BYTES):
             piece = buffer[: min(_READ_BYTES, layer.head.size - offset)]
             if self._stopping:  # this may take hours, and the process does not end before
-                raise Unavailable("rustord is stopping", hint="try again when it has started")
+                raise stopping()
             read(offset, piece)
             hasher.update(piece)
             sums.append(chunk_sums(piece))

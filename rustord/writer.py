@@ -34,7 +34,8 @@ CHECKPOINT_S = 0.25
 _CHECKPOINT_COUNT = 8192
 
 
-def _stopping() -> Unavailable:
+def stopping() -> Unavailable:
+    """For whoever asks for something that has to wait for the next start."""
     return Unavailable("rustord is stopping", hint="try again when it has started")
 
 
@@ -106,7 +107,7 @@ class Writer:
         Any thread may call this. ``deliver`` must be quick and must not raise; if it does, that is logged.
         """
         if self._closing.is_set():
-            problem = _stopping()
+            problem = stopping()
             deliver([(change, problem) for change in changes])
             return
         self._waiting.update(dict.fromkeys(changes, deliver))
@@ -198,7 +199,7 @@ class Writer:
 
     def _refuse_the_rest(self) -> None:
         """Answer what was submitted while the writer stopped: by itself behind its end, and by who submitted later."""
-        problem = _stopping()
+        problem = stopping()
         with suppress(Empty):
             while True:
                 item = self._queue.get_nowait()
