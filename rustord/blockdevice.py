@@ -16,7 +16,7 @@ import stat
 import struct
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from glob import iglob
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
@@ -162,6 +162,8 @@ class _OpenDevice:
         self.path = path
         self.read_only = read_only
         self.failed = ""
+        self.lost: dict[Hashable, Callable[[], None]] = {}
+        """Called when it takes no writes any more, or is given back: before anybody learns that."""
         self._absence = ""  # why we hold nothing any more
         self._zeroes_ranges = True
         self._direct_fd = -1
@@ -268,10 +270,31 @@ class _OpenDevice:
         """The descriptor, for questions that are not in this class; -1 after ``close``."""
         return self._fd
 
+    def share(self) -> tuple[int, int] | None:
+        """Descriptors for another process: one to read and write with, and one that has the lock as long as it is open.
+
+        The first one is told of each error for itself. None if the device takes no writes. Raises OSError.
+        """
+        flags = (os.O_RDONLY if self.read_only else os.O_RDWR) | os.O_CLOEXEC
+        fd = os.open(f"/proc/self/fd/{self._fd}", flags)
+        if self.failed:  # asked afterwards: from then on there may be nothing behind our own descriptor
+            os.close(fd)
+            return None
+        return fd, os.dup(self._fd)
+
+    def report(self, error: OSError) -> DeviceError:
+        """Another process has failed to flush it; the error that there is now."""
+        return self._fail("flushing failed", error)
+
+    def _tell_lost(self) -> None:
+        for tell in [*self.lost.values()]:
+            tell()
+
     def let_go(self, why: str) -> None:
         """Give the device back while others may be using it: they find nothing in its place."""
         self.failed = self.failed or why
         self._absence = why
+        self._tell_lost()
         nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # for reading: nobody may think that he has written
         for fd in (self._fd, self._direct_fd):
             if fd >= 0:
@@ -279,6 +302,7 @@ class _OpenDevice:
         os.close(nothing)
 
     def close(self) -> None:
+        self._tell_lost()
         for fd in (self._fd, self._direct_fd):
             if fd >= 0:
                 os.close(fd)
@@ -336,6 +360,7 @@ class _OpenDevice:
         """Makes the device ``failed``; the first reason stays. Returns the error to raise."""
         error = self._error(what, why)
         self.failed = self.failed or error.message.removeprefix(f"{self.path}: ")
+        self._tell_lost()
         return error
 
     def _error(self, what: str, why: OSError | str) -> DeviceError:

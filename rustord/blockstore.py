@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -21,6 +21,7 @@ from rustord.errors import Damaged, DeviceError, FormatError, RustordError
 from rustord.event import DEVICE_FAILED, OBJECT_DAMAGED
 from rustord.extent import LAYERS, Extent, extend
 from rustord.label import LABEL_BYTES, Geometry, Label, Standing, choose_label, decode_label, label_offsets
+from rustord.lease import Place
 from rustord.manifest import CHUNK_BYTES, Copy, Data
 from rustord.objkey import uuid_text
 from rustord.page import Page, encode_slot, slot_of
@@ -80,6 +81,8 @@ class BlockStore:
         """Fills a buffer from an offset in bytes on what stands for a device with index `LAYERS`."""
         self.read_layer_now: Callable[[int, memoryview], bool] = lambda offset, buffer: False
         """The same from the page cache; False if that is not possible."""
+        self.layer_place: Callable[[int], Place | None] = lambda offset: None
+        """Where the chunk at such an offset is."""
         self._retired: list[BlockDevice] = []
         self._condemning = threading.Lock()
         self._flushers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="flush")
@@ -337,6 +340,22 @@ class BlockStore:
                 return False
         return True
 
+    def places(self, copy: Copy, first: int, end: int) -> list[Place | None]:
+        """Where the chunks of a copy from ``first`` to before ``end`` are; None for one that is in several places."""
+        places: list[Place | None] = [None] * (end - first)
+        at = first * CHUNK_BYTES
+        for index, offset, length in self._runs(copy, at, (end - first) * CHUNK_BYTES):
+            for chunk in range(-(-at // CHUNK_BYTES), (at + length) // CHUNK_BYTES):
+                begin = offset + chunk * CHUNK_BYTES - at
+                places[chunk - first] = self.layer_place(begin) if index == LAYERS else self.place_at(index, begin)
+            at += length
+        return places
+
+    def place_at(self, index: int, offset: int) -> Place | None:
+        """What begins at ``offset`` of a device; None if that is missing."""
+        slot = self.slots.get(index)
+        return Place(index, slot.device, offset) if slot is not None and slot.device is not None else None
+
     def _fill_from_any(self, record: Record, start: int, buffer: memoryview, sums: bytes) -> None:
         copies = record.copies
         preferred = self.preferred(record)
@@ -432,22 +451,29 @@ class BlockStore:
 
     def _pieces(self, copy: Copy, start: int, buffer: memoryview) -> Iterable[tuple[int, int, memoryview]]:
         """(device, offset on it, part of ``buffer``) for the bytes of ``copy`` from ``start`` on."""
-        block_size = self.block_size
         if len(copy) == 1:
             index, block, _ = copy[0]
-            return ((index, block * block_size + start, buffer),)
-        starts = list(accumulate((extent.count * block_size for extent in copy), initial=0))
-        number = bisect_right(starts, start) - 1
+            return ((index, block * self.block_size + start, buffer),)
         pieces = []
         done = 0
-        while done < len(buffer):
-            index, block, count = copy[number]
-            skip = start + done - starts[number]
-            length = min(count * block_size - skip, len(buffer) - done)
-            pieces.append((index, block * block_size + skip, buffer[done : done + length]))
+        for index, offset, length in self._runs(copy, start, len(buffer)):
+            pieces.append((index, offset, buffer[done : done + length]))
             done += length
-            number += 1
         return pieces
+
+    def _runs(self, copy: Copy, start: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """(device, offset on it, length) of each part of a range of a copy."""
+        block_size = self.block_size
+        starts = list(accumulate((extent.count * block_size for extent in copy), initial=0))
+        number = bisect_right(starts, start) - 1
+        end = start + length
+        while start < end:
+            index, block, count = copy[number]
+            skip = start - starts[number]
+            length = min(count * block_size - skip, end - start)
+            yield index, block * block_size + skip, length
+            start += length
+            number += 1
 
     def retire(self, slot: Slot, why: str) -> None:
         """Do without a device from now on. It is closed at the end: a reader may be using it at this moment.

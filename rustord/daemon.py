@@ -30,6 +30,7 @@ from rustord.frontends.handover import Handover
 from rustord.frontends.http import HttpServer, turn_away
 from rustord.frontends.nbd import Left, NbdServer, listen_tcp, server_tls
 from rustord.frontends.peer import Principals, Roles
+from rustord.frontends.workers import Workers
 from rustord.hotplug import Hotplug, find_devices
 from rustord.layermerger import LayerMerger
 from rustord.metrics import Metrics
@@ -336,7 +337,7 @@ class _Daemon:
         exports = Exports(store, self._writer, self._volumes)
         tcp_role = Role[config.nbd.tcp_role.upper()]
         who = roles(config)
-        self._nbd = NbdServer(exports, who, config.nbd.limits(), tcp_role)
+        self._nbd = NbdServer(exports, who, config.nbd.limits(), tcp_role, Workers())
         self._mover = Mover(
             store, self._writer, config.mover.rate, config.pool.directory / "mover.json", volumes=self._volumes
         )

@@ -20,6 +20,7 @@ from rustord.errors import NotFound, RustordError
 from rustord.extent import LAYER_SHIFT, LAYERS, Extent, extend
 from rustord.gate import Gate
 from rustord.journal import NOTHING
+from rustord.lease import Place
 from rustord.objectreader import ObjectReader
 from rustord.objkey import ObjectId, uuid_text
 from rustord.page import (
@@ -143,8 +144,9 @@ class Layers:
         self._by_number: dict[int, Layer] = {}
         self._bases: dict[ObjectId, ObjectReader] = {}
         """Of the Objects that are read as bases."""
-        self._gate = Gate()
-        self._gates = {self._gate}
+        self.gate = Gate()
+        """Of all who have none of their own."""
+        self._gates = {self.gate}
         self._gating = threading.Lock()
 
     def load(self, pages: Iterable[Page]) -> None:
@@ -267,6 +269,8 @@ class Layers:
             reader = self._bases.get(record.uuid)
             if reader is not None and reader.record.id == record:
                 self._bases.pop(record.uuid, None)
+                for gate in [*self._gates]:  # not locked: who waits with all of them shut may be waiting for us
+                    gate.recall()
 
     def chain(self, layer: Layer) -> list[Layer]:
         """The Layer and those below it."""
@@ -288,7 +292,7 @@ class Layers:
 
     def read(self, layer: Layer, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with what a Layer has from ``offset`` on, for who has no gate himself. Raises as `fill`."""
-        with self._gate:
+        with self.gate:
             self.fill(self.chain(layer), offset, buffer)
 
     def watch(self, gate: Gate) -> None:
@@ -334,6 +338,37 @@ class Layers:
             return False  # to read it from the device will say what is wrong
         # Blocks are erased only when no map leads there any more, so those that it still leads to had not been.
         return runs == list(self._runs(chain, skip, len(buffer)))
+
+    def places(self, chain: Sequence[Layer], first: int, end: int) -> list[Place | None]:
+        """Where the chunks from ``first`` to before ``end`` are; None for one that is not in one place, or whose device
+        is missing. Raises NotFound.
+
+        Within a gate that is watched, as all that is done with what it returns.
+        """
+        addresses = [self.find(chain, chunk) for chunk in range(first, end)]
+        places: list[Place | None] = [Place()] * (end - first)
+        if BASE in addresses and chain[-1].head.base != NOTHING:
+            places = self._base_places(chain[-1].head.base, first, end)
+        for number, address in enumerate(addresses):
+            if address > ZEROS:
+                places[number] = self._blocks.place_at(*self._place(address, 0))
+            elif address == ZEROS:
+                places[number] = Place()
+        return places
+
+    def _base_places(self, base: ObjectId, first: int, end: int) -> list[Place | None]:
+        reader = self._base(base)
+        base_end = min(max(first, -(-reader.record.size // CHUNK_BYTES)), end)
+        places = reader.places(first, base_end)
+        if self._bases.get(base) is not reader:  # see `_read_base_now`; who is told to leave later recalls what we say
+            places = [None] * len(places)
+        return places + [Place()] * (end - base_end)
+
+    def object_place(self, offset: int) -> Place | None:
+        """Where the chunk at ``offset`` of what is read as a device with index `LAYERS` is. Raises NotFound."""
+        number, skip = divmod(offset, self._blocks.block_size << LAYER_SHIFT)
+        chunk, inside = divmod(skip, CHUNK_BYTES)
+        return None if inside else self.places(self.chain(self.numbered(number)), chunk, chunk + 1)[0]
 
     def find(self, chain: Sequence[Layer], chunk: int) -> int:
         """The address of a chunk: of the first Layer that has it; `BASE` if none has."""

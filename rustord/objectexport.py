@@ -13,11 +13,13 @@ multiple of 512.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from threading import Lock
 from typing import NoReturn
 
+from rustord.blockdevice import BlockDevice
 from rustord.errors import ReadOnly
 from rustord.export import Kind, Run, State
+from rustord.gate import Gate
+from rustord.lease import Place
 from rustord.objectreader import ObjectReader
 from rustord.objectstore import ObjectStore
 from rustord.record import Record
@@ -42,7 +44,7 @@ class ObjectExport:
         self.size = -(-record.size // SECTOR_BYTES) * SECTOR_BYTES
         self._store = store
         self._on_close = on_close
-        self._reading = Lock()
+        self._gate = Gate()
         self._closed = False
         self._reader = ObjectReader(store.blocks, record)
 
@@ -50,16 +52,14 @@ class ObjectExport:
         """Let go of the blocks that the Object had before it was moved. Called now and then by another thread."""
         store, old = self._store, self._reader.record
         now = store.keystore.get(old.uuid)
-        if now is None or now.id == old.id or not self._reading.acquire(blocking=False):
+        if now is None or now.id == old.id:
             return
-        try:
+        with self._gate.shut():
             if not self._closed and store.pins.continue_export(old, now):
                 self._reader = ObjectReader(store.blocks, now)
-        finally:
-            self._reading.release()
 
     def read(self, offset: int, buffer: memoryview) -> None:
-        with self._reading:
+        with self._gate:
             reader = self._reader
             inside = reader.record.size - offset
             if len(buffer) > inside:
@@ -86,6 +86,23 @@ class ObjectExport:
 
     def close(self) -> None:
         self._on_close(self)
-        with self._reading:
+        with self._gate.shut():
             self._closed = True
             self._store.pins.end_export(self._reader.record)
+
+    # Of `rustord.lease.Grantor`
+
+    @property
+    def grantor(self) -> ObjectExport:
+        return self
+
+    @property
+    def gates(self) -> tuple[Gate, Gate]:
+        return self._gate, self._store.layers.gate
+
+    def grant(self, first: int, end: int) -> list[Place | None]:
+        with self._gate, self._store.layers.gate:
+            return self._reader.places(first, end)
+
+    def dirtied(self, devices: Iterable[tuple[int, BlockDevice]]) -> None:
+        """Nothing writes to an Object."""

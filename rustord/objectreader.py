@@ -11,6 +11,7 @@ from __future__ import annotations
 from threading import Lock
 
 from rustord.blockstore import BlockStore
+from rustord.lease import Place
 from rustord.manifest import CHUNK_BYTES, chunk_count
 from rustord.record import Record
 
@@ -59,3 +60,14 @@ class ObjectReader:
         if chunks is not buffer:
             buffer[:] = chunks[offset - start : offset - start + len(buffer)]
         return True
+
+    def places(self, first: int, end: int) -> list[Place | None]:
+        """Where the chunks from ``first`` to before ``end`` are, for who compares them himself; None for one that is
+        not whole, or not in one place."""
+        whole_end = max(first, min(end, self.record.size // CHUNK_BYTES))
+        sums = self.record.sums(first, whole_end)
+        places: list[Place | None] = [
+            place and place._replace(checksum=sums[8 * number : 8 * number + 8])
+            for number, place in enumerate(self._blocks.places(self.record.copies[self._copy], first, whole_end))
+        ]
+        return places + [None] * (end - whole_end)

@@ -147,6 +147,7 @@ def open_pool(
         layers = Layers(blocks, keystore.base)
         layers.load(keystore.pages())
         blocks.read_layer, blocks.read_layer_now = layers.read_object, layers.read_object_now
+        blocks.layer_place = layers.object_place
         stock, graves, stale, problem = take_stock(allocator, blocks, keystore, layers, progress)
         erased = []
         if not problem:

@@ -28,6 +28,7 @@ from rustord.export import Kind, Run, State, merged
 from rustord.extent import Extent
 from rustord.gate import Gate
 from rustord.layer import Layer, Layers
+from rustord.lease import Place
 from rustord.page import (
     BASE,
     CHUNK_BYTES,
@@ -122,6 +123,7 @@ class Volume:
         self._spare_count = 1  # how many are taken next
         self._change_count = 0  # a chunk may have changed often
         self._left: list[tuple[Sequence[Extent], Sequence[RecordId]]] = []  # what is to be erased, durably a grave
+        self._left_groups: set[int] = set()  # of chunks, that had it
         self._erasing = 0
         self._erased = threading.Condition()
 
@@ -203,6 +205,33 @@ class Volume:
             if self._pending is not None:
                 self._pending.close()
         self._layers.unwatch(self._gate)
+
+    # Of `rustord.lease.Grantor`
+
+    @property
+    def grantor(self) -> Volume:
+        """The volume itself: what one connection has been granted, all of its process have."""
+        return self
+
+    @property
+    def gates(self) -> tuple[Gate]:
+        """Whatever changes where a chunk is shuts it, or is a change that the volume's own writers make."""
+        return (self._gate,)
+
+    def grant(self, first: int, end: int) -> list[Place | None]:
+        with self._gate:
+            places = self._layers.places(self._chain, first, end)
+            for chunk, place in enumerate(places, first):
+                if place and place.device and self.layer.get(chunk) > ZEROS:
+                    is_writable = not (place.device.failed or place.device.read_only)
+                    places[chunk - first] = place._replace(writable=is_writable)
+        return places
+
+    def dirtied(self, devices: Iterable[tuple[int, BlockDevice]]) -> None:
+        """The next flush is for these devices as well."""
+        with self._dirtying:
+            for index, device in devices:
+                self._dirty.setdefault(index, device)
 
     # Reading
 
@@ -428,11 +457,11 @@ class Volume:
             self._commit()
         finally:
             if self._left:
-                self._gate.drain()  # nobody is reading or writing there any more
+                self._gate.drain(self._left_groups)  # nobody is reading or writing there any more
                 self._erase_left()
 
     def _erase_left(self) -> None:
-        left, self._left = self._left, []
+        left, self._left, self._left_groups = self._left, [], set()
         for extents, graves in left:
             self._erase(extents, graves)
 
@@ -478,7 +507,7 @@ class Volume:
         try:
             self._flush_devices(dirty)
             if chunks or pages:
-                self._journal(pages, chunks, _all(copied), _all(freed))
+                self._journal(pages, chunks, _all(copied), freed)
         except BaseException:
             with self._mapping:
                 self._pages = pages | self._pages
@@ -501,13 +530,15 @@ class Volume:
             raise error
 
     def _journal(
-        self, pages: dict[int, int], chunks: dict[int, int], copied: Sequence[RecordId], freed: Sequence[Extent]
+        self, pages: dict[int, int], chunks: dict[int, int], copied: Sequence[RecordId], freed: dict[int, list[Extent]]
     ) -> None:
-        """``copied`` are no graves any more, and ``freed`` is one."""
+        """``copied`` are no graves any more, and what these chunks have ``freed`` is one."""
         entry = MapEntry(self.layer.uuid, sorted(pages.items()), sorted(chunks.items()))
-        graves = self._note([entry], copied, freed)
-        if freed:
-            self._left.append((freed, graves))
+        left = _all(freed)
+        graves = self._note([entry], copied, left)
+        if left:
+            self._left.append((left, graves))
+            self._left_groups.update(chunk // PAGE_CHUNKS for chunk in freed)
         if self._pending is not None:
             with self._mapping:
                 self._pending.settle(MapEntry(self.layer.uuid, [*self._pages.items()], [*self._chunks.items()]))

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from rustord import blockdevice
-from rustord.blockdevice import IOV_MAX, ZERO_RANGE_MIN, open_device, openers, tell_udev
+from rustord.blockdevice import IOV_MAX, ZERO_RANGE_MIN, ImageFile, RawDevice, open_device, openers, tell_udev
 from rustord.errors import DeviceBusy, DeviceError
 
 MIB = 1 << 20
@@ -232,6 +232,36 @@ class TestGone:
                 with pytest.raises(DeviceError) as caught:
                     ask(device)
                 assert caught.value.message == f"{path}: {what} failed: it was removed"
+
+
+class TestShare:
+    def test_another_process_has_the_device_and_its_lock_until_it_lets_go_of_both(self, path: Path) -> None:
+        device = open_device(path)
+        shared = device.share()
+        assert shared is not None
+        os.pwrite(shared[0], b"from elsewhere", 4096)
+        assert read(device, 4096, 14) == b"from elsewhere"
+        device.close()
+        for fd in shared:
+            with pytest.raises(DeviceBusy):
+                open_device(path)
+            os.close(fd)
+        open_device(path).close()
+
+    def test_who_shares_it_learns_that_it_is_lost_before_anybody_finds_another_in_its_place(self, path: Path) -> None:
+        for lose in (lambda device: device.let_go("it was removed"), lambda device: device.report(OSError(5, "EIO"))):
+            with closing(open_device(path)) as device:
+                told: list[tuple[bool, bytes]] = []
+
+                def learn(device: RawDevice | ImageFile = device, told: list[tuple[bool, bytes]] = told) -> None:
+                    told.append((bool(device.failed), os.pread(device.fileno(), 1, 0)))
+
+                device.lost["me"] = learn
+                lose(device)
+                assert told == [(True, bytes(1))]
+                assert device.share() is None
+                told.clear()
+            assert told, "to close it is to lose it as well"
 
 
 class TestZeroAndDiscard:

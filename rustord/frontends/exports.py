@@ -10,7 +10,8 @@ from itertools import islice
 from typing import NamedTuple
 
 from rustord.errors import Forbidden, NotFound, Unavailable
-from rustord.export import Export, Kind, Run, Shape
+from rustord.export import Kind, Run, Shape
+from rustord.lease import Grantor, OpenExport
 from rustord.objectexport import ObjectExport
 from rustord.objectstore import ObjectStore
 from rustord.objkey import ObjectId, is_uuid, parse_uuid
@@ -42,12 +43,16 @@ class ReadOnly:
     kind = Kind.VOLUME
     read_only = True
 
-    def __init__(self, export: Export) -> None:
+    def __init__(self, export: OpenExport) -> None:
         self.key = export.key
         self.size = export.size
         self.rotational = export.rotational
         self.block_size = export.block_size
         self._export = export
+
+    @property
+    def grantor(self) -> Grantor:
+        return self._export.grantor
 
     def read(self, offset: int, buffer: memoryview) -> None:
         self._export.read(offset, buffer)
@@ -107,21 +112,21 @@ class Exports:
         record = self._store.stat(self._uuid(name))
         return ObjectExport(self._store, record), _object_text(record)
 
-    def open(self, name: str, role: Role) -> tuple[Export, str]:
+    def open(self, name: str, role: Role) -> tuple[OpenExport, str]:
         """The export itself, and its description. Raises NotFound, Unavailable, DeviceBusy or DeviceError."""
         if name in self._volumes.names():
             return self._open_volume(name, role)
         return self._open_object(self._uuid(name))
 
-    def open_again(self, key: str, role: Role) -> Export:
+    def open_again(self, key: str, role: Role) -> OpenExport:
         """What had this `Export.key` in another process. Raises as `open` does."""
         return (self._open_object(parse_uuid(key)) if is_uuid(key) else self._open_volume(key, role))[0]
 
-    def _open_volume(self, name: str, role: Role) -> tuple[Export, str]:
+    def _open_volume(self, name: str, role: Role) -> tuple[OpenExport, str]:
         volume = self._volumes.open(name)
         return (volume if role >= Role.WRITER else ReadOnly(volume)), _volume_text(volume.size)
 
-    def _open_object(self, uuid: ObjectId) -> tuple[Export, str]:
+    def _open_object(self, uuid: ObjectId) -> tuple[OpenExport, str]:
         try:
             record = self._writer.call(lambda: self._store.pins.begin_export(uuid), OPEN_S)
         except TimeoutError:
@@ -159,11 +164,11 @@ class Offered:
         self._check_role()
         return self._exports.look(name, self._role)
 
-    def open(self, name: str) -> tuple[Export, str]:
+    def open(self, name: str) -> tuple[OpenExport, str]:
         self._check_role()
         return self._exports.open(name, self._role)
 
-    def open_again(self, key: str) -> Export:
+    def open_again(self, key: str) -> OpenExport:
         """See `Exports.open_again`."""
         self._check_role()
         return self._exports.open_again(key, self._role)

@@ -1,18 +1,8 @@
 """NBD: Objects and volumes as block devices, on a socket of their own.
 
-Every connection has a thread of its own, which blocks. That takes 16 µs of CPU for a 4 KiB read at depth 1 and 6.7 µs
-at depth 16, nbdkit 16.2 and 8.2 (side by side, system calls included), so there is little that a cleverer model could
-save. A second thread (see `rustord.frontends.pipeline`) takes part of what is long: to a client that does nothing with
-them, reads of 1 MiB go 1.5 times as fast; writes of 1 MiB 1.2 times.
-
-Connections share the interpreter's lock, and only what the kernel does for them runs side by side. Of two CPUs, which
-they share with two clients that do nothing with what they get, two exports use 1.4 in reads of 1 MiB, which is all that
-the clients leave; but 1.0 to 1.3 in reads of 4 KiB: 1.1 to 1.3 times as many as of one export, and 0.6 to 0.8 times as
-many as nbdkit, whose threads share no lock (with fio as the client, 1.2 to 1.4 times). A process for each export would
-use more of them, but then every move of an Object, every change of a volume's map and every device that comes or goes
-would have to be told to all of them before the next request. The event loop accepts connections; what they do then is
-up to their threads. One that is alone, and whose client asks for one thing after the other, does not go to sleep at
-once in between: 1.6 times as many reads at depth 1.
+The event loop accepts connections. Each has a thread, which blocks: it negotiates, and has a worker serve the session
+from then on, a process that the connections of one export share (see `rustord.frontends.workers`). A session over TLS
+is served by the thread itself, for its keys are there.
 
 What one client can take is bounded: how long it may negotiate, how many connections it and all together may have, and
 four buffers for each (see `rustord.wire.transmission`). One that reads no replies holds up nobody but itself.
@@ -27,33 +17,31 @@ import asyncio
 import copy
 import ipaddress
 import logging
-import select
 import socket
 import ssl
-import struct
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rustord.errors import ConfigError, RustordError
 from rustord.export import Kind
 from rustord.frontends.exports import Exports, Offered
 from rustord.frontends.handover import Handover
+from rustord.frontends.ledger import Ledger
 from rustord.frontends.listener import Listener
 from rustord.frontends.peer import Peer, Roles, peer_of
-from rustord.frontends.pipeline import Pipeline
-from rustord.frontends.poller import LOOK_S
+from rustord.frontends.session import Session
 from rustord.frontends.traffic import ExportTraffic
+from rustord.frontends.workers import Workers
+from rustord.lease import OpenExport
 from rustord.wire.api import Role, created_text
 from rustord.wire.limits import NbdLimits
-from rustord.wire.nbd import EXTENDED_REQUEST
 from rustord.wire.negotiation import Agreement, Negotiation, State
-from rustord.wire.transmission import Transmission
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +49,6 @@ _FOLLOW_S = 2.0
 """How often Objects that were moved are looked for."""
 _SEND_BUFFER_BYTES = 4 << 20
 _READ_BYTES = 4096
-_LOOK_UP = struct.pack("@ll", 0, 250_000)
-"""A timeval: how often a thread that waits for a request looks whether its connection is to be left."""
 _CUT_S = 5.0
 """How long the threads of connections that were cut off may take to notice."""
 
@@ -129,13 +115,15 @@ class _Connection:
         client: Client,
         tls: ssl.SSLContext | None,
         deadline: float,
-        is_alone: Callable[[], bool],
+        workers: Workers | None,
+        on_chosen: Callable[[], None],
     ) -> None:
-        """``is_alone`` tells whether there is no other connection that may need the CPU."""
+        """Without ``workers`` the thread does all. ``on_chosen`` is told when there is a `ledger`."""
         self.client = client
         self.since_ns = time.time_ns()
         self.agreement: Agreement | None = None
-        self.transmission: Transmission | None = None
+        self.ledger: Ledger | None = None
+        """Since it has chosen an export."""
         self.left: Left | None = None
         """Set when the thread ends, if the connection does not end with it."""
         self._sock = sock
@@ -144,13 +132,8 @@ class _Connection:
         self.makes_room = False
         """It has been cut for others to come, and is about to end: it does not count any more."""
         self._rest: bytes | None = None
-        self._leaving = False
-        self._is_alone = is_alone if tls is None else lambda: False
-        self._pipeline = Pipeline()
-        self._arrival = select.poll()
-        self._arrival.register(sock, select.POLLIN)
-        self._is_brisk = False
-        """The last request came alone, and soon."""
+        self._workers = workers
+        self._on_chosen = on_chosen
 
     def resume(self, handover: Handover) -> None:
         """Take up what another process has left, in place of the negotiation. Raises RustordError."""
@@ -212,92 +195,37 @@ class _Connection:
 
     def _transmit(self, agreement: Agreement, rest: bytes) -> None:
         log.info("%s has opened %r", self.client.text, agreement.name)
-        sock = self._sock
-        sock.settimeout(None)
-        if self._tls is None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _LOOK_UP)
-        self.transmission = transmission = Transmission(agreement, self)
-        for first in range(0, len(rest), _READ_BYTES):
-            part = rest[first : first + _READ_BYTES]
-            transmission.space()[: len(part)] = part
-            self._answer(transmission, len(part))
-        while not transmission.ended:
-            space = transmission.space()
-            if self._leaving:
-                if not transmission.lacking:
-                    self._leave(Handover.of(agreement, transmission.rest))
-                    return
-                space = space[: transmission.lacking]  # what comes behind it is for the next process
+        with closing(Ledger()) as ledger:
+            self.ledger = ledger
+            self._on_chosen()
+            left = self._serve(cast(OpenExport, agreement.export), agreement, rest, ledger)
+        if left is not None:
+            self.left = Handover.of(agreement, left), self._sock
+
+    def _serve(self, export: OpenExport, agreement: Agreement, rest: bytes, ledger: Ledger) -> bytes | None:
+        """Have the session served; see `Session.run`."""
+        if self._workers is not None and self._tls is None:
             try:
-                count = self._receive_next(sock, space)
-            except BlockingIOError:
-                continue  # nothing has come for a while
-            if not count:
-                return
-            self._answer(transmission, count)
-
-    def _answer(self, transmission: Transmission, count: int) -> None:
-        """Work on what has come, and send the replies. Raises OSError."""
-        for reply in transmission.received(count):
-            self.wait()
-            self._sock.sendall(reply)
-
-    # Of `rustord.wire.transmission.Beside`
-
-    def take(self, job: Callable[[], memoryview]) -> bool:
-        """Not if this thread would have nothing to do meanwhile."""
-        assert self.transmission is not None
-        if self._tls is not None or not (self.transmission.has_more or self._arrival.poll(0)):
-            return False
-        try:
-            self._pipeline.put(partial(self._do, job))
-        except RuntimeError:  # the system has no more threads
-            return False
-        return True
-
-    def wait(self) -> None:
-        self._pipeline.wait()
-
-    def _do(self, job: Callable[[], memoryview]) -> None:
-        try:
-            self._sock.sendall(job())
-        except OSError:
-            self.cut()
-        except Exception:
-            log.exception("the connection of %s has failed, and is cut", self.client.text)
-            self.cut()
-
-    def _receive_next(self, sock: socket.socket, space: memoryview) -> int:
-        """How many bytes have come. Raises BlockingIOError if none have for a while, or another OSError."""
-        since = time.monotonic()
-        count = self._look(sock, space, since + LOOK_S) if self._is_brisk and self._is_alone() else 0
-        if not count:
-            count = sock.recv_into(space)
-        self._is_brisk = count <= EXTENDED_REQUEST.size and time.monotonic() - since < LOOK_S
-        return count
-
-    def _look(self, sock: socket.socket, space: memoryview, until: float) -> int:
-        """The same without going to sleep; 0 if nothing comes, or the client is gone."""
-        while time.monotonic() < until:
-            try:
-                return sock.recv_into(space, 0, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                continue
-        return 0
-
-    def _leave(self, handover: Handover) -> None:
-        """Raises RustordError: the client must learn then that what it wrote may be lost."""
-        assert self.agreement is not None
-        self.wait()
-        self.agreement.export.flush()
-        self.left = handover, self._sock
+                worker = self._workers.enter(export.key)
+            except OSError as error:
+                log.warning("there can be no process for %r, which shares ours: %s", agreement.name, error)
+            else:
+                try:
+                    return worker.serve(export, agreement, self._sock, rest, ledger, self.client.text)
+                finally:
+                    self._workers.leave(export.key, worker)
+        with ExitStack() as kept:
+            for gate in () if export.read_only else export.grantor.gates:
+                kept.enter_context(gate.kept())
+            session = Session(self._sock, agreement, ledger, self.client.text, is_plain=self._tls is None)
+            return session.run(rest)
 
     def leave(self) -> None:
         """End it from another thread after the next request; with `left` if the client need not notice."""
-        if self.transmission is None or self._tls is not None:
+        if self.ledger is None or self._tls is not None:
             self.cut(socket.SHUT_RD)
         else:
-            self._leaving = True
+            self.ledger.leaving = True
 
     def cut(self, how: int = socket.SHUT_RDWR) -> None:
         """End it from another thread: with SHUT_RD once what has come is answered, else at once."""
@@ -305,23 +233,23 @@ class _Connection:
             self._sock.shutdown(how)
 
     def _close(self) -> None:
-        self._pipeline.close()
         if self.agreement is not None:
             self.agreement.export.close()
         if self.left is None:
+            self.cut()  # whoever else has it
             self._sock.close()
 
     def count(self, traffic: Mapping[Kind, ExportTraffic], *, is_open: bool = False) -> None:
         """Add to ``traffic`` what it has done, once it has chosen an export."""
-        if self.agreement is not None and self.transmission is not None:
+        if self.agreement is not None and self.ledger is not None:
             counted = traffic[self.agreement.export.kind]
-            counted.add(self.transmission)
+            counted.add(self.ledger.counts)
             counted.connections += is_open
 
     def describe(self) -> dict[str, Any] | None:
         """What /v1/exports tells; None while it negotiates."""
-        agreement, transmission = self.agreement, self.transmission
-        if agreement is None or transmission is None:
+        agreement, ledger = self.agreement, self.ledger
+        if agreement is None or ledger is None:
             return None
         return {
             "name": agreement.name,
@@ -330,10 +258,7 @@ class _Connection:
             "since": created_text(self.since_ns),
             "size": agreement.export.size,
             "read_only": agreement.export.read_only,
-            "requests": transmission.requests,
-            "errors": transmission.errors,
-            "read_bytes": transmission.read_bytes,
-            "written_bytes": transmission.written_bytes,
+            **ledger.counts._asdict(),
         }
 
 
@@ -346,13 +271,17 @@ class NbdServer:
         roles: Callable[[Peer], Role] | None = None,
         limits: NbdLimits | None = None,
         tcp_role: Role = Role.READER,
+        workers: Workers | None = None,
     ) -> None:
-        """``roles`` may be changed at any time, for those who connect from then on; ``tcp_role`` is that of others."""
+        """``roles`` may be changed at any time, for those who connect from then on; ``tcp_role`` is that of others.
+
+        Without ``workers``, which are closed with it, all sessions are served in this process.
+        """
         self.roles = roles or Roles()
         self._tcp_role = tcp_role
         self._offer = exports
+        self._workers = workers
         self._limits = limits or NbdLimits()
-        self._loop = asyncio.get_running_loop()
         self._listeners: list[Listener] = []
         self._connections: dict[_Connection, threading.Thread] = {}
         """In the order of their coming."""
@@ -360,7 +289,7 @@ class NbdServer:
         """What connections have done that are there no more."""
         self._lock = threading.Lock()
         """Of `_connections` and `_ended`."""
-        self._following = self._loop.call_later(_FOLLOW_S, self._follow)
+        self._following = asyncio.create_task(self._follow())
 
     # Connections
 
@@ -392,7 +321,8 @@ class NbdServer:
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection = _Connection(sock, client, tls, time.monotonic() + self._limits.handshake_s, self._is_single)
+        deadline = time.monotonic() + self._limits.handshake_s
+        connection = _Connection(sock, client, tls, deadline, self._workers, self._tell_whether_alone)
         if handover:
             connection.resume(handover)
         thread = threading.Thread(target=self._run, args=(connection,), name="nbd", daemon=True)
@@ -404,8 +334,11 @@ class NbdServer:
             self._forget(connection)
             raise OSError(str(error)) from error
 
-    def _is_single(self) -> bool:
-        return len(self._connections) == 1
+    def _tell_whether_alone(self) -> None:
+        with self._lock:
+            for connection in self._connections:
+                if connection.ledger is not None:
+                    connection.ledger.alone = len(self._connections) == 1
 
     def _identify(self, sock: socket.socket) -> Client:
         """Who has connected. Raises OSError if he is gone."""
@@ -415,9 +348,10 @@ class NbdServer:
         peer = peer_of(sock)
         return Client(peer.uid, f"process {peer.pid} of user {peer.uid}", Offered(self._offer, self.roles(peer)))
 
-    def _follow(self) -> None:
-        self._loop.run_in_executor(None, self._offer.follow)
-        self._following = self._loop.call_later(_FOLLOW_S, self._follow)
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(_FOLLOW_S)
+            await asyncio.to_thread(self._offer.follow)
 
     def _make_room(self, client: Client) -> None:
         """Raise OSError if the limits leave no room for one more connection."""
@@ -425,7 +359,7 @@ class NbdServer:
             connections = [connection for connection in self._connections if not connection.makes_room]
             ending_count = len(self._connections) - len(connections)
         open_count = Counter(connection.client.key for connection in connections)
-        negotiating = [connection for connection in connections if connection.transmission is None]
+        negotiating = [connection for connection in connections if connection.ledger is None]
         if len(negotiating) >= self._limits.negotiating:
             negotiating[0].makes_room = True
             negotiating[0].cut()
@@ -445,6 +379,7 @@ class NbdServer:
         with self._lock:
             if self._connections.pop(connection, None) is not None:
                 connection.count(self._ended)
+        self._tell_whether_alone()
 
     def exports(self) -> Iterable[Mapping[str, Any]]:
         """What is open, by whom; an entry for each connection."""
@@ -485,4 +420,6 @@ class NbdServer:
                 end(connection)
             for thread in remaining.values():
                 thread.join(max(0.0, deadline - time.monotonic()))
+        if self._workers is not None:
+            self._workers.close()
         return [connection.left for connection in connections if connection.left]

@@ -20,14 +20,12 @@ from time import monotonic
 from typing import Protocol
 
 from rustord.event import FAULT
+from rustord.frontends.session import LOOK_S
 
 log = logging.getLogger(__name__)
 
 _READY_COUNT_MAX = 256
 """Sockets in one turn: others than connections want theirs as well."""
-LOOK_S = 200e-6
-"""How long a server looks for the next request of a lone client before it goes to sleep, if the last one came that
-soon. To be woken takes 50 µs in a virtual machine; KVM waits for its guests in the same way (halt polling)."""
 _LOOKING_S_MAX = 5e-3
 """How long turns may follow one another in this way until the event loop has its own."""
 

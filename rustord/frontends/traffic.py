@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from rustord.distribution import Distribution
-from rustord.wire.transmission import Transmission
+from rustord.frontends.ledger import Counts
 
 
 class OperationTraffic:
@@ -39,13 +39,13 @@ class ExportTraffic:
         self.read_bytes = 0
         self.written_bytes = 0
 
-    def add(self, transmission: Transmission) -> None:
+    def add(self, counts: Counts) -> None:
         """Add what one connection has done, which may be open."""
         self.connections_total += 1
-        self.requests += transmission.requests
-        self.errors += transmission.errors
-        self.read_bytes += transmission.read_bytes
-        self.written_bytes += transmission.written_bytes
+        self.requests += counts.requests
+        self.errors += counts.errors
+        self.read_bytes += counts.read_bytes
+        self.written_bytes += counts.written_bytes
 
 
 class SlowRequest(NamedTuple):

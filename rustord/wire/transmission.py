@@ -114,6 +114,10 @@ class Transmission:
         self._unflushed: list[tuple[int, int]] = []
         """Cookie and offset of requests that are done but for the flush."""
 
+    def close(self) -> None:
+        """Nothing is received any more: let go of who is beside, and so of the memory."""
+        self._beside = None
+
     @property
     def errors(self) -> int:
         """Requests that were answered with an error."""

@@ -15,6 +15,7 @@ from rustord.frontends.exports import Exports
 from rustord.frontends.handover import Handover
 from rustord.frontends.nbd import NbdServer
 from rustord.frontends.peer import Peer
+from rustord.frontends.workers import Workers
 from rustord.volumes import Volumes
 from rustord.wire.api import Role
 from rustord.wire.limits import NbdLimits
@@ -100,12 +101,23 @@ class NbdPeer:
 class NbdServed:
     """A server with its store; ``path`` is its socket. It has an Object "disk" with ``data``, and nothing else."""
 
-    def __init__(self, image: Path, path: Path, limits: NbdLimits, roles: Callable[[Peer], Role] | None) -> None:
+    def __init__(
+        self,
+        image: Path,
+        path: Path,
+        limits: NbdLimits,
+        roles: Callable[[Peer], Role] | None,
+        tcp_role: Role = Role.READER,
+        *,
+        with_workers: bool = True,
+    ) -> None:
         make_pool(image)
+        self.tcp_role = tcp_role
+        self.with_workers = with_workers
         self.path = path
         self.limits = limits
         self.roles = roles
-        self.store = rustord.open(image)
+        self.store = rustord.open(image, directory=path.with_suffix(".index"))
         self.data = b"".join(bytes((number % 251,)) * 4096 for number in range(2048))
         self.store.put(self.data, name="disk")
         self.writer = Writer(self.store)
@@ -124,7 +136,9 @@ class NbdServed:
         await self.server.close(2.0)
 
     async def _start(self) -> None:
-        self.server = NbdServer(Exports(self.store, self.writer, self.volumes), self.roles, self.limits)
+        exports = Exports(self.store, self.writer, self.volumes)
+        workers = Workers() if self.with_workers else None
+        self.server = NbdServer(exports, self.roles, self.limits, self.tcp_role, workers)
         listener = socket.socket(socket.AF_UNIX)
         self.path.unlink(missing_ok=True)
         listener.bind(str(self.path))

@@ -16,6 +16,7 @@ import pytest
 
 from rustord.errors import InUse
 from rustord.frontends.peer import Peer
+from rustord.frontends.session import Session
 from rustord.wire.api import Role
 from rustord.wire.limits import NbdLimits
 from tests.frontends.nbdserved import GO, NbdPeer, NbdServed
@@ -29,13 +30,14 @@ INVALID, POLICY, UNKNOWN = 0x80000003, 0x80000002, 0x80000006
 Serve = Callable[..., NbdServed]
 
 
-@pytest.fixture
-def serve_nbd(make_image: Callable[[int], Path], disk_path: Path) -> Iterator[Serve]:
+@pytest.fixture(params=["workers", "threads"])
+def serve_nbd(make_image: Callable[[int], Path], disk_path: Path, request: pytest.FixtureRequest) -> Iterator[Serve]:
     started: list[NbdServed] = []
 
     def start(*, limits: NbdLimits | None = None, roles: Callable[[Peer], Role] | None = None) -> NbdServed:
         image, path = make_image(64 << 20), disk_path / f"nbd{len(started)}.sock"
-        started.append(NbdServed(image, path, limits or NbdLimits(), roles))
+        with_workers = request.param == "workers"
+        started.append(NbdServed(image, path, limits or NbdLimits(), roles, with_workers=with_workers))
         return started[-1]
 
     yield start
@@ -219,16 +221,16 @@ def test_long_writes_and_reads_of_a_client_that_waits_for_no_reply(served: NbdSe
         assert {reply.cookie: reply.data for reply in got} == dict(enumerate(pieces))
 
 
+@pytest.mark.parametrize("serve_nbd", ["threads"], indirect=True)
 def test_nothing_is_sent_while_a_long_reply_is_being_sent(served: NbdServed, monkeypatch: pytest.MonkeyPatch) -> None:
     with served.connect().go() as peer:
-        (connection,) = served.server._connections
-        do, is_free = connection._do, threading.Event()
+        do, is_free = Session._do, threading.Event()
 
-        def do_later(job: Callable[[], memoryview]) -> None:
+        def do_later(session: Session, job: Callable[[], memoryview]) -> None:
             assert is_free.wait(10)
-            do(job)
+            do(session, job)
 
-        monkeypatch.setattr(connection, "_do", do_later)
+        monkeypatch.setattr(Session, "_do", do_later)
         peer.send(request(READ, 0, MIB, cookie=1) + request(READ, MIB, MIB, cookie=2))
         until(lambda: [told["requests"] for told in served.server.exports()] == [2], "the second reply is there")
         assert not select.select((peer.sock,), (), (), 0.5)[0]
@@ -269,6 +271,7 @@ def test_a_fault_of_ours_ends_one_connection_only(served: NbdServed, caplog: pyt
         assert connection.agreement is not None
         connection.agreement.export.runs = None  # type: ignore[method-assign,assignment]
         connection.agreement.export.read = None  # type: ignore[method-assign,assignment]
+        connection.agreement.export.grant = None  # type: ignore[attr-defined]
         peer.send(request(READ, 0, 512))
         assert peer.is_ended()
         assert other.read(0, 512).data == served.data[:512]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import ssl
@@ -15,12 +16,14 @@ import pytest
 
 from rustord.errors import ConfigError
 from rustord.frontends.nbd import listen_tcp, server_tls
+from rustord.wire.api import Role
 from rustord.wire.limits import NbdLimits
 from tests.frontends.nbdserved import NbdServed
 from tests.frontends.served import SECONDS_MAX
 from tests.wire.peer import info_request, option, option_replies, request
 
 LIST, STARTTLS, GO = 3, 5, 7
+READ, WRITE, FLUSH = 0, 1, 3
 TLS_REQD = 0x80000005
 
 pytestmark = pytest.mark.skipif(
@@ -48,7 +51,11 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def served(make_image: Callable[[int], Path], disk_path: Path) -> Iterator[NbdServed]:
-    server = NbdServed(make_image(64 << 20), disk_path / "nbd.sock", NbdLimits(handshake_s=3.0), None)
+    server = NbdServed(
+        *(make_image(64 << 20), disk_path / "nbd.sock", NbdLimits(handshake_s=3.0)),
+        lambda peer: Role.ADMIN,
+        Role.WRITER,
+    )
     yield server
     server.stop()
 
@@ -89,6 +96,38 @@ def ask(sock: socket.socket, number: int, data: bytes = b"") -> int:
         (reply,) = option_replies(head + receive(sock, int.from_bytes(head[16:], "big")))
         if reply.kind == 1 or reply.kind >> 31:
             return reply.kind
+
+
+def test_who_comes_with_tls_and_who_comes_without_share_a_volume(served: NbdServed, certificates: Path) -> None:
+    served.volumes.create("volume", 8 << 20)
+    port = served.listen(context(certificates))
+
+    def once(sock: socket.socket, command: int, offset: int, data: bytes = b"", *, length: int = 0) -> bytes:
+        sock.sendall(request(command, offset, length or len(data), cookie=1) + data)
+        head = receive(sock, 16)
+        assert head[4:8] == bytes(4)
+        return receive(sock, length)
+
+    with served.connect().go("volume") as peer, socket.create_connection(("127.0.0.1", port)) as raw:
+        once(peer.sock, WRITE, 0, b"one")
+        greet(raw)
+        assert ask(raw, STARTTLS) == 1
+        with client_context(certificates, "client").wrap_socket(raw, server_hostname="127.0.0.1") as secured:
+            assert ask(secured, GO, info_request("volume")) == 1
+            for offset in (0, 1 << 20, 5 << 20):
+                for one, other in ((secured, peer.sock), (peer.sock, secured)):
+                    data = os.urandom(100)
+                    once(one, WRITE, offset, data)
+                    assert once(other, READ, offset, length=100) == data
+                    once(other, FLUSH, 0)
+            for offset in (0, 1 << 20):
+                once(secured, WRITE, offset, b"one writes, the other flushes")
+                once(peer.sock, FLUSH, 0)
+                volume = served.volumes.open("volume")
+                assert not volume._dirty
+                volume.close()
+        once(peer.sock, WRITE, 0, b"alone")
+        assert once(peer.sock, READ, 0, length=5) == b"alone"
 
 
 def test_with_a_certificate_all_is_as_ever(served: NbdServed, certificates: Path) -> None:

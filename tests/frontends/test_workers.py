@@ -1,0 +1,371 @@
+"""Processes that serve exports: what they do by themselves is what a volume or Object would have done, and no less."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import random
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rustord.blockdevice import ImageFile
+from rustord.change import Change
+from rustord.errors import NoSpace
+from rustord.frontends import workers as workers_module
+from rustord.frontends.channel import Order
+from rustord.frontends.workers import Worker
+from rustord.page import CHUNK_BYTES, PAGE_CHUNKS
+from rustord.wire.limits import NbdLimits
+from tests.frontends.nbdserved import NbdPeer, NbdServed
+from tests.frontends.served import until
+from tests.wire.peer import MIB
+
+WRITE, FLUSH, TRIM = 1, 3, 4
+BLOCK = 4096
+SECONDS_MAX = 20.0
+
+
+@pytest.fixture
+def served(make_image: Callable[[int], Path], disk_path: Path) -> Iterator[NbdServed]:
+    server = NbdServed(make_image(64 << 20), disk_path / "nbd.sock", NbdLimits(), None)
+    yield server
+    server.stop()
+
+
+def processes(served: NbdServed) -> list[Worker]:
+    assert served.server._workers is not None
+    return list(served.server._workers._all)
+
+
+def busy(served: NbdServed) -> list[Worker]:
+    return [worker for worker in processes(served) if worker.user_count]
+
+
+def volume(served: NbdServed, size: int = 8 * MIB) -> NbdPeer:
+    """A session with a new volume."""
+    served.volumes.create("volume", size)
+    return served.connect().go("volume")
+
+
+def write(peer: NbdPeer, offset: int, data: bytes) -> None:
+    assert peer.one(WRITE, offset, len(data), payload=data).error == 0
+
+
+def content(peer: NbdPeer, length: int) -> bytes:
+    return b"".join(peer.read(offset, MIB).data for offset in range(0, length, MIB))
+
+
+def disk_of(served: NbdServed) -> ImageFile:
+    disk = served.store.blocks.device(0)
+    assert isinstance(disk, ImageFile)
+    return disk
+
+
+def move(served: NbdServed, name: str) -> None:
+    """Move an Object to other blocks, and have its old ones erased as soon as nobody needs them."""
+    uuid = served.store.resolve(name)
+    assert uuid is not None
+    record = served.store.stat(uuid)
+
+    def call(function: Callable[[], None]) -> None:
+        served.writer.call(function, SECONDS_MAX)
+
+    change: Change = served.store.relocations.prepare(record, record.extents, call=call)
+    served.writer.make([change], SECONDS_MAX)
+    served.store.keystore.checkpoint()
+    served.writer.call(lambda: None, SECONDS_MAX)
+
+
+def fill_up(served: NbdServed) -> None:
+    """Have something else on every block that is free."""
+    with suppress(NoSpace):
+        while True:
+            served.writer.call(lambda: served.store.put(b"\xff" * (4 * MIB)), SECONDS_MAX)
+
+
+def test_each_export_has_a_process_and_one_is_kept_for_the_next(served: NbdServed) -> None:
+    with volume(served) as first, served.connect().go("volume") as second, served.connect().go() as third:
+        for peer in (first, second, third):
+            assert not peer.read(0, BLOCK).error
+        assert sorted(worker.user_count for worker in busy(served)) == [1, 2]
+        assert len({worker.pid for worker in busy(served)}) == 2
+    until(lambda: not busy(served), "they have gone")
+    (left,) = processes(served)
+    with served.connect().go("volume") as peer:
+        assert not peer.read(0, BLOCK).error
+        assert busy(served) == [left]
+    served.stop()
+    assert not left.is_alive
+
+
+def test_what_one_session_has_written_the_others_read(served: NbdServed) -> None:
+    with volume(served) as one, served.connect().go("volume") as other:
+        for offset in (0, BLOCK, CHUNK_BYTES - 5, 3 * CHUNK_BYTES + 1):
+            assert other.read(offset, 10).data == bytes(10)
+            write(one, offset, b"0123456789")
+            assert other.read(offset, 10).data == b"0123456789"
+            write(other, offset, b"abcdefghij")
+            assert one.read(offset, 10).data == b"abcdefghij"
+        assert one.one(TRIM, 0, CHUNK_BYTES).error == 0
+        assert other.read(0, BLOCK).data == bytes(BLOCK)
+        write(other, 0, b"again")
+        assert one.read(0, 5).data == b"again"
+
+
+def test_random_ranges_are_those_of_a_file(served: NbdServed, seed: int) -> None:
+    chance = random.Random(seed)
+    model = bytearray(4 * MIB)
+    with volume(served, len(model)) as peer:
+        for _ in range(400):
+            length = chance.choice([1, 512, BLOCK, CHUNK_BYTES, 3 * CHUNK_BYTES, MIB])
+            offset = chance.randrange(0, len(model) - length + 1)
+            what = chance.random()
+            if what < 0.5:
+                assert peer.read(offset, length).data == model[offset : offset + length]
+            elif what < 0.9:
+                model[offset : offset + length] = data = chance.randbytes(length)
+                write(peer, offset, data)
+            elif what < 0.95:
+                first, end = -(-offset // CHUNK_BYTES) * CHUNK_BYTES, (offset + length) // CHUNK_BYTES * CHUNK_BYTES
+                model[first:end] = bytes(max(0, end - first))
+                assert peer.one(TRIM, offset, length).error == 0
+            else:
+                assert peer.one(FLUSH).error == 0
+        assert content(peer, len(model)) == model
+
+
+def test_a_snapshot_stays_as_it_was_and_has_what_was_not_flushed(served: NbdServed) -> None:
+    with volume(served) as peer:
+        write(peer, 0, b"before" * BLOCK)
+        served.volumes.snapshot("volume", "snapshot")
+        write(peer, 0, b"behind" * BLOCK)
+        write(peer, 5 * MIB, b"more")
+        with served.connect().go("snapshot") as other:
+            assert other.read(0, 6 * BLOCK).data == b"before" * BLOCK
+            assert other.read(5 * MIB, 4).data == bytes(4)
+            assert peer.read(0, 6 * BLOCK).data == b"behind" * BLOCK
+
+
+def test_blocks_that_were_given_back_are_not_read_any_more(served: NbdServed) -> None:
+    with volume(served) as peer:
+        write(peer, 0, b"mine" * CHUNK_BYTES)
+        assert peer.read(0, 4).data == b"mine"
+        assert peer.one(TRIM, 0, 4 * CHUNK_BYTES).error == 0
+        assert peer.one(FLUSH).error == 0
+        fill_up(served)
+        assert peer.read(0, 4 * CHUNK_BYTES).data == bytes(4 * CHUNK_BYTES)
+
+
+def test_a_flush_behind_a_trim_recalls_no_more_than_it_has_to(
+    served: NbdServed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with volume(served, 3 * PAGE_CHUNKS * CHUNK_BYTES) as peer:
+        for group in range(3):
+            write(peer, group * PAGE_CHUNKS * CHUNK_BYTES, b"data")
+            assert peer.one(FLUSH).error == 0
+        orders: list[tuple[object, ...]] = []
+        order = Worker.order
+
+        def note(worker: Worker, *arguments: Any, **others: Any) -> list[int]:
+            orders.append(arguments)
+            return order(worker, *arguments, **others)
+
+        monkeypatch.setattr(Worker, "order", note)
+        assert peer.one(TRIM, PAGE_CHUNKS * CHUNK_BYTES, CHUNK_BYTES).error == 0
+        assert peer.one(FLUSH).error == 0
+        assert [(kind, groups) for kind, _, groups in orders] == [(Order.LEAVE, [1])]
+        assert peer.read(PAGE_CHUNKS * CHUNK_BYTES, 4).data == bytes(4)
+        assert peer.read(2 * PAGE_CHUNKS * CHUNK_BYTES, 4).data == b"data"
+
+
+def test_a_moved_object_is_followed(served: NbdServed) -> None:
+    with served.connect().go() as peer:
+        assert content(peer, 8 * MIB) == served.data
+        move(served, "disk")
+        until(lambda: open_record(served) == served.store.stat(open_record(served)[0]).id, "it is followed")
+        fill_up(served)
+        assert content(peer, 8 * MIB) == served.data
+
+
+def open_record(served: NbdServed) -> Any:
+    (connection,) = served.server._connections
+    assert connection.agreement is not None
+    return connection.agreement.export._reader.record.id  # type: ignore[attr-defined]
+
+
+def test_the_moved_base_of_a_clone_is_read_where_it_is(served: NbdServed) -> None:
+    served.volumes.clone("disk", "clone")
+    with served.connect().go("clone") as peer:
+        assert content(peer, 8 * MIB) == served.data
+        move(served, "disk")
+        until(lambda: not served.store.erasures.are_due(), "its old blocks are erased")
+        fill_up(served)
+        assert content(peer, 8 * MIB) == served.data
+
+
+def test_a_damaged_chunk_is_not_answered(served: NbdServed) -> None:
+    with served.connect().go() as peer:
+        assert content(peer, 8 * MIB) == served.data
+        ((_, block, _),) = served.store.stat(open_record(served)[0]).copies[0]
+        disk = disk_of(served)
+        disk.write(block * served.store.label.block_size + 5 * CHUNK_BYTES, (b"\xff",))
+        disk.flush()
+        os.posix_fadvise(disk.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert peer.read(5 * CHUNK_BYTES, 512).error == errno.EIO
+        assert peer.read(6 * CHUNK_BYTES, 512).data == served.data[6 * CHUNK_BYTES :][:512]
+
+
+def test_what_a_killed_process_has_written_is_there_and_flushed_by_the_next(
+    served: NbdServed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with volume(served) as peer:
+        write(peer, 0, bytes(CHUNK_BYTES))
+        assert peer.one(FLUSH).error == 0
+        write(peer, 0, b"written in place")
+        (worker,) = busy(served)
+        os.kill(worker.pid, signal.SIGKILL)
+        assert peer.is_ended()
+    until(lambda: not busy(served), "it is known")
+    flushed = []
+    monkeypatch.setattr(disk_of(served), "flush", lambda: flushed.append(True))
+    with served.connect().go("volume") as peer:
+        assert peer.read(0, 16).data == b"written in place"
+        assert peer.one(FLUSH).error == 0
+    assert flushed
+    assert worker not in processes(served)
+
+
+def test_the_next_process_flushes_it_even_if_nobody_has_noticed_yet(
+    served: NbdServed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noticed, flushed = threading.Event(), []
+    leave = Worker._leave
+    with volume(served) as peer:
+        write(peer, 0, bytes(CHUNK_BYTES))
+        assert peer.one(FLUSH).error == 0
+        write(peer, 0, b"written in place")
+        monkeypatch.setattr(Worker, "_leave", lambda *arguments: (noticed.wait(SECONDS_MAX), leave(*arguments)))
+        (worker,) = busy(served)
+        worker.kill()
+    monkeypatch.setattr(disk_of(served), "flush", lambda: flushed.append(True))
+    with served.connect().go("volume") as peer:
+        assert peer.one(FLUSH).error == 0
+        assert flushed
+        noticed.set()
+
+
+def test_a_process_that_does_not_obey_is_killed(
+    served: NbdServed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(workers_module, "_ORDER_S", 0.5)
+    with volume(served) as peer:
+        write(peer, 0, b"data")
+        (worker,) = busy(served)
+        os.kill(worker.pid, signal.SIGSTOP)
+        served.volumes.snapshot("volume", "snapshot")
+        assert peer.is_ended()
+        assert not worker.is_alive
+    assert "does not obey" in caplog.text
+    with served.connect().go("snapshot") as other:
+        assert other.read(0, 4).data == b"data"
+
+
+def test_a_device_that_has_failed_is_not_written_any_more(served: NbdServed) -> None:
+    with volume(served) as peer, served.connect().go("volume") as other:
+        write(peer, 0, b"data")
+        write(other, 0, b"more")
+        disk_of(served).report(OSError(errno.EIO, "Input/output error"))
+        for one in (peer, other):
+            assert one.one(WRITE, 0, 4, payload=b"late").error == errno.EIO
+            assert one.one(FLUSH).error == errno.EIO
+            assert one.read(0, 4).data == b"more"
+
+
+def test_a_flush_that_failed_in_the_process_counts_for_all(served: NbdServed) -> None:
+    with volume(served) as peer:
+        write(peer, 0, b"data")
+        assert peer.one(FLUSH).error == 0
+        write(peer, 0, b"more")
+        (worker,) = busy(served)
+        worker._lose(0)  # it has /dev/null in place of the disk now, which cannot be flushed
+        assert peer.one(FLUSH).error == errno.EIO
+        assert disk_of(served).failed
+        assert peer.one(WRITE, 0, 4, payload=b"late").error == errno.EIO
+
+
+def test_without_another_process_it_goes_as_well(
+    served: NbdServed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with volume(served) as peer:
+        write(peer, 0, b"data")
+        assert peer.read(0, 4).data == b"data"
+    assert "there can be no process" in caplog.text
+
+
+def test_a_flush_reaches_the_disk(loop_device: Path, disk_path: Path) -> None:
+    served = NbdServed(loop_device, disk_path / "nbd.sock", NbdLimits(), None)
+    try:
+        with volume(served) as peer:
+            for data in (b"first", b"in place"):
+                write(peer, 0, data)
+                assert peer.one(FLUSH).error == 0
+                before = counters(loop_device)
+            write(peer, 0, b"in place once more")
+            assert peer.one(FLUSH).error == 0
+            assert all(now > then for now, then in zip(counters(loop_device), before, strict=True))
+    finally:
+        served.stop()
+
+
+def counters(device: Path) -> tuple[int, int]:
+    """How many writes and flushes the kernel has made of a disk; see the kernel's Documentation/block/stat.rst."""
+    fields = Path("/sys/class/block", device.name, "stat").read_text().split()
+    return int(fields[4]), int(fields[15])
+
+
+def test_many_sessions_flush_side_by_side(served: NbdServed) -> None:
+    """Each finds its own bytes again, whatever the others do to the map at the same time."""
+    served.volumes.create("volume", 16 * MIB)
+
+    def work(number: int) -> None:
+        with served.connect().go("volume") as peer:
+            for turn in range(20):
+                offset = number * MIB + turn % 16 * CHUNK_BYTES
+                write(peer, offset, bytes((number + turn,)) * BLOCK)
+                assert peer.one(FLUSH).error == 0
+                assert peer.read(offset, BLOCK).data == bytes((number + turn,)) * BLOCK
+            done.append(number)
+
+    done: list[int] = []
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == [*range(8)]
+
+
+def test_nothing_is_left_of_it(served: NbdServed, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    before = len(os.listdir("/proc/self/fd"))
+    served.volumes.create("volume", MIB)
+    for _ in range(20):
+        with served.connect().go("volume") as peer:
+            write(peer, 0, b"data")
+    until(lambda: not busy(served), "they have gone")
+    (left,) = processes(served)
+    assert len(os.listdir("/proc/self/fd")) <= before + 1  # what its orders go through
+    assert len(os.listdir(f"/proc/{left.pid}/fd")) < 10
+    assert not caplog.records
