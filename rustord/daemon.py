@@ -8,6 +8,7 @@ import faulthandler
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -69,6 +70,7 @@ def run(configure: Callable[[], Config]) -> None:
     """
     # Signals that come too early wait until the event loop takes them; all other threads inherit that they do not.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    _allow_descriptors()
     with closing(Supervisor()) as supervisor, _passed_sockets(supervisor) as passed:
         config = configure()
         set_up_logging(config)
@@ -83,6 +85,13 @@ def run(configure: Callable[[], Config]) -> None:
             supervisor.status("closing the pool")
             store.close()
             log.info("the pool is closed", extra=POOL_CLOSED())
+
+
+def _allow_descriptors() -> None:
+    """As many as we may have at all: the usual 1,024 are for programs that call select(2), and we never do."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # in a service it has been set already, and a filter keeps us from it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextmanager

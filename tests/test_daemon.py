@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,8 @@ from rustord.event import DEVICE_REMOVED
 from rustord.label import State
 from tests.conftest import LoopDevices, PlainUser
 from tests.daemon import MIB, Daemon, Reply, make_pool, until
+from tests.frontends.nbdserved import NbdPeer
+from tests.wire.peer import request
 
 MakeDaemon = Callable[..., Daemon]
 MakeImage = Callable[..., Path]
@@ -675,3 +677,54 @@ def received(journal: socket.socket) -> Iterator[dict[str, str]]:
         except BlockingIOError:
             return
         yield dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+# NBD
+
+
+def workers_of(pid: int) -> list[int]:
+    """The processes that serve NBD for a daemon."""
+    children = [
+        Path(f"/proc/{pid}/task/{task}/children").read_text().split() for task in os.listdir(f"/proc/{pid}/task")
+    ]
+    return [int(child) for found in children for child in found]
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or only waits for somebody who asks how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except FileNotFoundError:
+        return True
+
+
+def test_what_serves_nbd_ends_with_the_daemon_and_the_next_one_has_the_disks(daemon: Daemon) -> None:
+    """However it ends, and in the middle of a client's writes."""
+    daemon.start().request("POST", "/v1/volumes", json.dumps({"name": "volume", "size": MIB}))
+    for turn in range(5):
+        assert daemon.process is not None
+        pid = daemon.process.pid
+        with NbdPeer(daemon.socket.with_name("nbd.sock")) as peer:
+            peer.go("volume")
+            assert peer.one(1, turn, 1, payload=bytes((turn + 1,))).error == 0
+            (worker,) = workers_of(pid)
+            peer.send(request(1, MIB // 2, MIB // 2) + bytes(MIB // 2))
+            daemon.process.kill()
+            daemon.process.wait()
+            daemon.start()
+            assert has_ended(worker)
+            assert peer.is_ended()
+    with NbdPeer(daemon.socket.with_name("nbd.sock")) as peer:
+        assert peer.go("volume").read(0, 5).data == bytes((1, 2, 3, 4, 5))
+        (worker,) = workers_of(daemon.process.pid)
+        assert daemon.stop() == 0
+        assert has_ended(worker)
+
+
+def test_it_takes_as_many_connections_as_it_may(daemon: Daemon) -> None:
+    daemon.prefix = ["prlimit", "--nofile=64:4096"]
+    daemon.start().request("POST", "/v1/volumes", json.dumps({"name": "volume", "size": MIB}))
+    with ExitStack() as opened:
+        for _ in range(60):
+            peer = opened.enter_context(NbdPeer(daemon.socket.with_name("nbd.sock"))).go("volume")
+        assert peer.read(0, 512).data == bytes(512)
