@@ -89,8 +89,8 @@ def run(configure: Callable[[], Config]) -> None:
 
 def _allow_descriptors() -> None:
     """As many as we may have at all: the usual 1,024 are for programs that call select(2), and we never do."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):  # in a service it has been set already, and a filter keeps us from it
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 

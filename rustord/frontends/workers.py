@@ -99,9 +99,9 @@ class Worker:
             try:
                 socket.send_fds(self._orders, [msgpack.packb((order, *arguments))], fds)
                 answer = self._orders.recv(ORDER_BYTES_MAX)
-            except TimeoutError:
+            except TimeoutError as error:
                 log.error("process %d, which serves NBD, does not obey, and is killed: a disk may not answer", self.pid)
-                raise
+                raise BrokenPipeError("the worker does not obey") from error
         if not answer:
             raise BrokenPipeError("the worker is gone")
         return list(msgpack.unpackb(answer))
