@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rustord.errors import ConfigError, RustordError
+from rustord.event import FAULT
 from rustord.export import Kind
 from rustord.frontends.exports import Exports, Offered
 from rustord.frontends.handover import Handover
@@ -351,7 +352,10 @@ class NbdServer:
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(_FOLLOW_S)
-            await asyncio.to_thread(self._offer.follow)
+            try:
+                await asyncio.to_thread(self._offer.follow)
+            except Exception:
+                log.exception("Objects that were moved cannot be followed", extra=FAULT())
 
     def _make_room(self, client: Client) -> None:
         """Raise OSError if the limits leave no room for one more connection."""
