@@ -46,6 +46,9 @@ class Grantor(Protocol):
     def dirtied(self, devices: Iterable[tuple[int, BlockDevice]]) -> None:
         """These devices, by index, have been written to and not been flushed."""
 
+    def flushed(self, slot: int, taken_s: float) -> None:
+        """The device in ``slot`` has been flushed, for the statistics."""
+
 
 class OpenExport(Export, Protocol):
     """An export that another process may serve."""

@@ -103,8 +103,7 @@ class Metrics:
     def _cycles(self) -> Iterator[Metric]:
         yield _histogram("rustord_cycle_seconds", "Time of a cycle, its flush included", self.cycle_s)
         yield _histogram("rustord_cycle_changes", "Changes in a cycle", self.cycle_changes)
-        what = "Time of a flush of one device; without those that the processes of NBD make by themselves"
-        flush = HistogramMetricFamily("rustord_flush_seconds", what, labels=["device"])
+        flush = HistogramMetricFamily("rustord_flush_seconds", "Time of a flush of one device", labels=["device"])
         for index, slot in list(self._store.blocks.slots.items()):
             flush.add_metric([str(index)], slot.flush_s.cumulative(), slot.flush_s.sum)
         yield flush

@@ -106,3 +106,6 @@ class ObjectExport:
 
     def dirtied(self, devices: Iterable[tuple[int, BlockDevice]]) -> None:
         """Nothing writes to an Object."""
+
+    def flushed(self, slot: int, taken_s: float) -> None:
+        """Nobody flushes it."""

@@ -233,6 +233,11 @@ class Volume:
             for index, device in devices:
                 self._dirty.setdefault(index, device)
 
+    def flushed(self, slot: int, taken_s: float) -> None:
+        """Count it as a flush of ours."""
+        if slot in self._blocks.slots:
+            self._blocks.slots[slot].flush_s.observe(taken_s)
+
     # Reading
 
     def read(self, offset: int, buffer: memoryview) -> None:

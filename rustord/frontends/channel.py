@@ -38,10 +38,12 @@ class Call(IntEnum):
     the other process knows of, also the next time."""
     FAIL = 5
     """The handle of a device that could not be flushed is ``offset``, the errno ``length``."""
-    TRIM = 6
-    ZERO = 7
-    RUNS = 8
-    END = 9
+    TOOK = 6
+    """Handles of devices that were flushed, and the µs that it took, as 8 bytes each follow; no reply."""
+    TRIM = 7
+    ZERO = 8
+    RUNS = 9
+    END = 10
     """The last one, unless the client is gone; no reply. What follows is as the flags say, which are an `End`."""
 
 
@@ -122,18 +124,17 @@ class Channel:
     ) -> memoryview:
         """What is replied, in ``into`` if that is given. Raises OSError if nobody replies, or what the call raised."""
         with self._calling:
-            self.tell(call, offset, length, data, flags=flags)
+            self._send(_HEAD.pack(call, flags, len(data), offset, length), data)
             is_error, count = _REPLY.unpack(self._receive(_REPLY.size))
             reply = self._receive(count, None if is_error else into)
         if is_error:
             raise Remote(*msgpack.unpackb(reply))
         return reply
 
-    def tell(
-        self, call: Call, offset: int = 0, length: int = 0, data: bytes | memoryview = b"", *, flags: int = 0
-    ) -> None:
+    def tell(self, call: Call, data: bytes, *, flags: int = 0) -> None:
         """The same without a reply."""
-        self._send(_HEAD.pack(call, flags, len(data), offset, length), data)
+        with self._calling:
+            self._send(_HEAD.pack(call, flags, len(data), 0, 0), data)
 
     # The end that is called
 

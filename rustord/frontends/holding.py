@@ -11,6 +11,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from threading import Lock
+from time import monotonic, perf_counter
 from typing import Final, NamedTuple
 
 from xxhash import xxh3_64_intdigest
@@ -37,6 +38,8 @@ _PAGES_MAX = 8192
 """Of 16 MiB each: what is held takes no more than 40 MiB, and that only if 128 GiB are in use."""
 _AROUND_PAGES = 1
 """When a chunk has left the page cache, what is near it is compared again: of its own page and so many around."""
+_TELL_S = 1.0
+"""How often the other process is told how long flushes took."""
 _UNVERIFIED = bytes(PAGE_CHUNKS)
 
 
@@ -125,6 +128,8 @@ class Holding:
         self._dirtying = Lock()
         """Of the three."""
         self._flushing = Lock()
+        self._took = array("Q")
+        self._told_at = monotonic()
 
     # What the other process says
 
@@ -322,14 +327,19 @@ class Holding:
                 with self._dirtying:
                     self._syncing = set()
                     self._must_call |= must_call
+            if self._took and monotonic() - self._told_at > _TELL_S:
+                channel.tell(Call.TOOK, self._took.tobytes())
+                self._took, self._told_at = array("Q"), monotonic()
 
     def _sync(self, handle: int, channel: Channel) -> bool:
+        began = perf_counter()
         try:
             os.fdatasync(self._fds[handle])
         except OSError as error:
             # To flush it once more would say that all is well: the kernel tells of a lost write only once.
             channel.call(Call.FAIL, handle, error.errno or 0)
             return False
+        self._took.extend((handle, round((perf_counter() - began) * 1e6)))
         return True
 
     def called(self) -> None:

@@ -102,7 +102,7 @@ def _run(session: Session, sock: socket.socket, channel: Channel, rest: bytes) -
 
 def _tell(channel: Channel, how: End, data: bytes) -> None:
     with suppress(OSError):  # nobody listens any more
-        channel.tell(Call.END, data=data, flags=how)
+        channel.tell(Call.END, data, flags=how)
 
 
 def main() -> None:

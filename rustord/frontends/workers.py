@@ -255,6 +255,11 @@ class _Tenancy:
         """The worker has written there, and has not flushed it."""
         self.grantor.dirtied(self.worker.devices(handles))
 
+    def took(self, told: array[int]) -> None:
+        """The worker has flushed these devices, each in so many µs."""
+        for (slot, _), taken_us in zip(self.worker.devices(told[::2]), told[1::2], strict=True):
+            self.grantor.flushed(slot, taken_us / 1e6)
+
     def grant(self, first: int, end: int) -> bytes:
         """What the worker may do by itself with the chunks from ``first`` to before ``end``."""
         if self.is_shared:
@@ -280,6 +285,9 @@ class _Served:
         while request := channel.receive(self._room):
             if request.call == Call.END:
                 return _ended(request)
+            if request.call == Call.TOOK:
+                self._tenancy.took(array("Q", request.data.tobytes()))
+                continue
             try:
                 reply = self._do(request)
             except RustordError as error:

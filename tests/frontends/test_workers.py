@@ -329,6 +329,21 @@ def test_a_flush_reaches_the_disk(loop_device: Path, disk_path: Path) -> None:
         served.stop()
 
 
+def test_its_flushes_are_counted(served: NbdServed) -> None:
+    slot = served.store.blocks.slots[0]
+    with volume(served) as peer:
+        write(peer, 0, b"first")
+        assert peer.one(FLUSH).error == 0
+        before = sum(slot.flush_s.counts)
+
+        def is_counted() -> bool:
+            write(peer, 0, b"in place")
+            assert peer.one(FLUSH).error == 0
+            return sum(slot.flush_s.counts) > before + 1
+
+        until(is_counted, "it tells how long they took")
+
+
 def counters(device: Path) -> tuple[int, int]:
     """How many writes and flushes the kernel has made of a disk; see the kernel's Documentation/block/stat.rst."""
     fields = Path("/sys/class/block", device.name, "stat").read_text().split()
