@@ -109,6 +109,7 @@ class NbdServed:
         roles: Callable[[Peer], Role] | None,
         tcp_role: Role = Role.READER,
         *,
+        data_blocks: int = 2048,
         with_workers: bool = True,
     ) -> None:
         make_pool(image)
@@ -118,7 +119,7 @@ class NbdServed:
         self.limits = limits
         self.roles = roles
         self.store = rustord.open(image, directory=path.with_suffix(".index"))
-        self.data = b"".join(bytes((number % 251,)) * 4096 for number in range(2048))
+        self.data = b"".join(bytes((number % 251,)) * 4096 for number in range(data_blocks))
         self.store.put(self.data, name="disk")
         self.writer = Writer(self.store)
         self.volumes = Volumes(self.store, self.writer)

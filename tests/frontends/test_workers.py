@@ -18,12 +18,13 @@ import pytest
 
 from rustord.blockdevice import ImageFile
 from rustord.change import Change
-from rustord.errors import NoSpace
+from rustord.errors import NoSpace, RustordError
 from rustord.frontends import workers as workers_module
 from rustord.frontends.channel import Order
 from rustord.frontends.workers import Worker
 from rustord.page import CHUNK_BYTES, PAGE_CHUNKS
 from rustord.wire.limits import NbdLimits
+from tests.conftest import FaultyLoop
 from tests.frontends.nbdserved import NbdPeer, NbdServed
 from tests.frontends.served import until
 from tests.wire.peer import MIB
@@ -325,6 +326,34 @@ def test_a_flush_reaches_the_disk(loop_device: Path, disk_path: Path) -> None:
             write(peer, 0, b"in place once more")
             assert peer.one(FLUSH).error == 0
             assert all(now > then for now, then in zip(counters(loop_device), before, strict=True))
+    finally:
+        served.stop()
+
+
+@pytest.mark.parametrize("operations", [("write",), ("flush",), ("write", "flush")])
+@pytest.mark.parametrize("who", ["a client", "the daemon"])
+def test_a_flush_that_has_failed_once_is_not_said_to_have_worked(
+    faulty_loop: FaultyLoop, disk_path: Path, operations: tuple[str, ...], who: str
+) -> None:
+    """Whoever has flushed: what was written before may be lost, and a disk that says so says it only once."""
+    served = NbdServed(faulty_loop.path, disk_path / "nbd.sock", NbdLimits(), None, data_blocks=8)
+    try:
+        with volume(served) as peer, served.connect().go("volume") as other:
+            for data in (b"first", b"in place"):
+                write(peer, 0, data)
+                assert peer.one(FLUSH).error == 0
+            write(peer, 0, b"may be lost")
+            with faulty_loop.failing(*operations):
+                if who == "a client":
+                    assert peer.one(FLUSH).error == errno.EIO
+                else:
+                    with pytest.raises(RustordError):
+                        served.writer.call(lambda: served.store.put(b"data"), SECONDS_MAX)
+            for one in (peer, other, peer):
+                assert one.one(FLUSH).error == errno.EIO
+                assert one.one(WRITE, 0, 4, payload=b"late").error == errno.EIO
+        with served.connect().go("volume") as peer:
+            assert peer.one(WRITE, 0, 4, payload=b"late").error == errno.EIO
     finally:
         served.stop()
 
