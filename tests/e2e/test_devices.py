@@ -299,6 +299,27 @@ def test_a_device_leaves_when_it_is_empty(machine: Machine, make_loop: LoopDevic
     assert "of 1 devices" in machine.ok("pool", "create", "--pool-name", "other", added)  # it is free again
 
 
+def test_a_device_leaves_under_a_volume_that_is_in_use(
+    machine: Machine, make_loop: LoopDevices, tmp_path: Path
+) -> None:
+    first, second = machine.devices[0], make_loop(64 * MIB)
+    machine.ok("volume", "create", "disk", "--size", "8M")
+    with NbdPeer(machine.daemon.socket.with_name("nbd.sock")) as peer:
+        peer.go("disk")
+        for number in range(8):
+            assert peer.one(1, number * MIB, MIB, payload=bytes((number + 1,)) * MIB).error == 0
+        machine.ok("device", "add", second)
+        machine.ok("device", "remove", first, "--wait")
+        other = tmp_path / "other"
+        other.mkdir()
+        machine.ok("pool", "create", "--pool-name", "other", first)  # nobody has it any more
+        assert peer.one(1, 0, 4, payload=b"more").error == 0
+        assert peer.one(3).error == 0
+        for number in range(8):
+            assert peer.read(number * MIB + 4, MIB - 4).data == bytes((number + 1,)) * (MIB - 4)
+        assert peer.read(0, 4).data == b"more"
+
+
 # Killed under load
 
 
