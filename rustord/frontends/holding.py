@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from threading import Lock
 from time import monotonic, perf_counter
-from typing import Final, NamedTuple
+from typing import Final
 
 from xxhash import xxh3_64_intdigest
 
@@ -102,13 +102,22 @@ class _Page(Places):
         self.verified = bytearray(PAGE_CHUNKS)
 
 
-class Version(NamedTuple):
-    """What a reply is out of date by, once it differs from what it was before the call."""
+_NOTHING = _Page()
 
-    dropped: int
-    """Counts how often places were given up: a reply may name one of them."""
-    changed: int
-    """Counts how often others took the place of those: a reply may not know them yet."""
+
+class Question:
+    """Where some chunks are, which the other process has been asked, and has not answered.
+
+    With ``changes`` it has also been told to change them. An answer that ``is_void`` may be out of date.
+    """
+
+    __slots__ = ("changes", "end", "first", "is_void")
+
+    def __init__(self, first: int, end: int, *, changes: bool) -> None:
+        self.first = first
+        self.end = end
+        self.changes = changes
+        self.is_void = False
 
 
 class Holding:
@@ -118,7 +127,7 @@ class Holding:
         self._fds = fds
         self._gate = Gate()
         self._pages: dict[int, _Page] = {}
-        self._version = Version(0, 0)
+        self._questions: list[Question] = []
         self._learning = Lock()
         """Of the two."""
         self._dirty: set[int] = set()
@@ -136,49 +145,55 @@ class Holding:
     def recall(self) -> list[int]:
         """Hold nothing any more. Returns the devices that have been written to and may not be flushed."""
         with self._gate.shut(), self._learning:
-            self._drop(list(self._pages))
+            self._pages.clear()
+            self._void(0, 1 << 62)
         with self._dirtying:
             dirty, self._dirty = self._dirty | self._syncing, set()
             self._must_call = True
         return sorted(dirty)
 
-    def leave(self, numbers: Iterable[int]) -> None:
+    def leave(self, groups: Iterable[int]) -> None:
         """Hold nothing any more of groups of chunks, and be done with what is under way there."""
         with self._gate.shut(), self._learning:
-            self._drop(numbers)
+            for number in groups:
+                self._drop(number * PAGE_CHUNKS, (number + 1) * PAGE_CHUNKS)
 
-    @property
-    def version(self) -> Version:
-        """To be asked before a call whose reply is for `learn` or `renew`."""
-        return self._version
+    def lacks(self, first: int, end: int) -> bool:
+        """Whether nothing has been learnt of some of these chunks, be it that they have to be asked for each time."""
+        return not all(number in self._pages for number in range(*pages_of(first, end)))
 
-    def learn(self, version: Version, first: int, places: Places) -> None:
-        """Hold the places of the chunks from ``first`` on, which are whole pages, unless that is out of date."""
+    def ask(self, first: int, end: int, *, changes: bool = False) -> Question:
+        """Something is about to be asked, which ends with `learn`. Without ``changes`` it is about whole pages."""
+        question = Question(first, end, changes=changes)
         with self._learning:
-            if version == self._version:
-                self._set(first, places)
+            self._questions.append(question)
+        return question
 
-    def renew(self, version: Version, first: int, end: int, places: Places) -> None:
-        """Hold new places for chunks to which another process has written for us."""
+    def learn(self, question: Question, places: Places | None) -> None:
+        """Hold what has been answered. None: no places, and what was held of the chunks is out of date."""
         with self._learning:
-            if version.dropped != self._version.dropped or self.lacks(first, end):
-                self._drop(range(*pages_of(first, end)))
-            else:
-                self._set(first, places)
-                self._version = self._version._replace(changed=self._version.changed + 1)
+            self._questions.remove(question)
+            if places is None or (question.changes and question.is_void):
+                self._drop(question.first, question.end)
+            elif question.changes:
+                self._void(question.first, question.end, changes=False)
+                self._set(question.first, places, are_whole=False)
+            elif not question.is_void:
+                self._set(question.first, places, are_whole=True)
 
-    def drop(self, first: int, end: int) -> None:
-        """Ask again for the places of these chunks."""
-        with self._learning:
-            begin, stop = pages_of(first, end)
-            self._drop([number for number in self._pages if begin <= number < stop])
+    def _drop(self, first: int, end: int) -> None:
+        begin, stop = pages_of(first, end)
+        for number in [number for number in self._pages if begin <= number < stop]:
+            del self._pages[number]
+        self._void(first, end)
 
-    def _drop(self, numbers: Iterable[int]) -> None:
-        for number in numbers:
-            self._pages.pop(number, None)
-        self._version = self._version._replace(dropped=self._version.dropped + 1)
+    def _void(self, first: int, end: int, *, changes: bool = True) -> None:
+        """Answers that are on their way may name what is given up; or, without ``changes``, not know what is new."""
+        for question in self._questions:
+            if question.first < end and first < question.end and (changes or not question.changes):
+                question.is_void = True
 
-    def _set(self, first: int, places: Places) -> None:
+    def _set(self, first: int, places: Places, *, are_whole: bool) -> None:
         if len(self._pages) >= _PAGES_MAX:
             self._pages.clear()
         at, count = 0, len(places.where)
@@ -186,16 +201,13 @@ class Holding:
             number, begin = divmod(first + at, PAGE_CHUNKS)
             stop = min(begin + count - at, PAGE_CHUNKS)
             page = self._pages.get(number)
-            if page is None:
+            if page is None and are_whole:
                 page = self._pages[number] = _Page()
-            page.verified[begin:stop] = _UNVERIFIED[begin:stop]
-            page.sums[begin:stop] = places.sums[at : at + stop - begin]
-            page.where[begin:stop] = places.where[at : at + stop - begin]
+            if page is not None:
+                page.verified[begin:stop] = _UNVERIFIED[begin:stop]
+                page.sums[begin:stop] = places.sums[at : at + stop - begin]
+                page.where[begin:stop] = places.where[at : at + stop - begin]
             at += stop - begin
-
-    def lacks(self, first: int, end: int) -> bool:
-        """Whether it has not been asked about some of these chunks."""
-        return not all(number in self._pages for number in range(*pages_of(first, end)))
 
     # What we do ourselves
 
@@ -204,9 +216,7 @@ class Holding:
         with self._gate:
             chunk, skip = divmod(offset, CHUNK_BYTES)
             if skip + len(buffer) <= CHUNK_BYTES:
-                page = self._pages.get(chunk // PAGE_CHUNKS)
-                if page is None:
-                    return False
+                page = self._pages.get(chunk // PAGE_CHUNKS, _NOTHING)
                 place = page.where[chunk % PAGE_CHUNKS]
                 if place & _CHECKED and not page.verified[chunk % PAGE_CHUNKS]:
                     return self._compare(place, chunk, skip, buffer)
@@ -238,21 +248,19 @@ class Holding:
 
     def _are_verified(self, chunk: int, length: int) -> bool:
         return all(
-            self._pages[number].verified[number_in_page]
-            for number, number_in_page in map(_in_page, range(chunk, chunk + -(-length // CHUNK_BYTES)))
+            self._page(number).verified[number % PAGE_CHUNKS]
+            for number in range(chunk, chunk + -(-length // CHUNK_BYTES))
         )
 
     def _compare(self, place: int, chunk: int, skip: int, buffer: memoryview) -> bool:
         """The same by whole chunks, which have to match their checksums."""
-        count = -(-(skip + len(buffer)) // CHUNK_BYTES)
-        length = count * CHUNK_BYTES
+        length = -(-(skip + len(buffer)) // CHUNK_BYTES) * CHUNK_BYTES
         chunks = buffer if length == len(buffer) else memoryview(bytearray(length))
         if not self._fill(place, chunk, 0, chunks):
             return False
-        for number in range(count):
-            page_number, in_page = _in_page(chunk + number)
-            page = self._pages[page_number]
-            if xxh3_64_intdigest(chunks[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]) != page.sums[in_page]:
+        for number, at in enumerate(range(0, length, CHUNK_BYTES), chunk):
+            page, in_page = self._page(number), number % PAGE_CHUNKS
+            if xxh3_64_intdigest(chunks[at : at + CHUNK_BYTES]) != page.sums[in_page]:
                 return False
             page.verified[in_page] = 1
         if chunks is not buffer:
@@ -262,8 +270,7 @@ class Holding:
     def _distrust(self, chunk: int) -> None:
         number = chunk // PAGE_CHUNKS
         for near in range(number - _AROUND_PAGES, number + _AROUND_PAGES + 1):
-            if near in self._pages:
-                self._pages[near].verified[:] = _UNVERIFIED
+            self._page(near * PAGE_CHUNKS).verified[:] = _UNVERIFIED
 
     def _runs(self, offset: int, length: int) -> Iterator[tuple[int, int, int, int, int]]:
         """(place, its chunk, bytes to skip there, begin, end) of each part of a range that lies in one piece."""
@@ -281,9 +288,12 @@ class Holding:
                 at += CHUNK_BYTES
             yield place, first, skip, begin, min(at, length)
 
+    def _page(self, chunk: int) -> _Page:
+        """What is held of a chunk's page, which others may drop at any time."""
+        return self._pages.get(chunk // PAGE_CHUNKS, _NOTHING)
+
     def _where(self, chunk: int) -> int:
-        page = self._pages.get(chunk // PAGE_CHUNKS)
-        return _UNKNOWN if page is None else page.where[chunk % PAGE_CHUNKS]
+        return self._page(chunk).where[chunk % PAGE_CHUNKS]
 
     def write(self, offset: int, data: memoryview) -> bool:
         """Whether all of ``data`` has been written in place."""
@@ -358,10 +368,6 @@ def pages_of(first: int, end: int) -> tuple[int, int]:
     return first // PAGE_CHUNKS, (end - 1) // PAGE_CHUNKS + 1
 
 
-def _in_page(chunk: int) -> tuple[int, int]:
-    return divmod(chunk, PAGE_CHUNKS)
-
-
 class HeldExport:
     """The `rustord.export.Export` of one session."""
 
@@ -384,36 +390,27 @@ class HeldExport:
             self._channel.call(Call.READ, offset, len(buffer), into=buffer)
 
     def _ask(self, first: int, end: int) -> bool:
-        """Ask for the places of chunks, unless that has been done; whether it was."""
+        """Ask for the places of chunks, unless that has been done; whether there is an answer."""
         holding = self._holding
         if not holding.lacks(first, end):
             return False
         begin, stop = pages_of(first, end)
-        version = holding.version
+        question = holding.ask(begin * PAGE_CHUNKS, stop * PAGE_CHUNKS)
+        places = None
         try:
-            reply = self._channel.call(Call.GRANT, begin * PAGE_CHUNKS, (stop - begin) * PAGE_CHUNKS)
+            places = Places.decode(self._channel.call(Call.GRANT, question.first, question.end - question.first))
         except RustordError:  # whoever is called next says what is wrong
             return False
-        holding.learn(version, begin * PAGE_CHUNKS, Places.decode(reply))
+        finally:
+            holding.learn(question, places)
         return True
 
     def write(self, offset: int, data: memoryview) -> None:
         holding = self._holding
         if holding.write(offset, data):
             return
-        first, end = chunks_of(offset, len(data))
-        if self._ask(first, end) and holding.write(offset, data):
-            return
-        version = holding.version
-        try:
-            reply = self._channel.call(Call.WRITE, offset, len(data), data)
-        except BaseException:
-            holding.drop(first, end)
-            raise
-        else:
-            holding.renew(version, first, end, Places.decode(reply))
-        finally:
-            holding.called()
+        if not (self._ask(*chunks_of(offset, len(data))) and holding.write(offset, data)):
+            self._change(Call.WRITE, offset, len(data), data)
 
     def flush(self) -> None:
         if not self.read_only:
@@ -423,13 +420,17 @@ class HeldExport:
         self._change(Call.TRIM, offset, length)
 
     def zero(self, offset: int, length: int, *, keep: bool, fast: bool) -> None:
-        self._change(Call.ZERO, offset, length, KEEP * keep | FAST * fast)
+        self._change(Call.ZERO, offset, length, flags=KEEP * keep | FAST * fast)
 
-    def _change(self, call: Call, offset: int, length: int, flags: int = 0) -> None:
+    def _change(self, call: Call, offset: int, length: int, data: bytes | memoryview = b"", *, flags: int = 0) -> None:
+        """Have it changed by the other process, which has to flush it then."""
+        question = self._holding.ask(*chunks_of(offset, length), changes=True)
+        places = None
         try:
-            self._channel.call(call, offset, length, flags=flags)
+            reply = self._channel.call(call, offset, length, data, flags=flags)
+            places = Places.decode(reply) if reply else None
         finally:
-            self._holding.drop(*chunks_of(offset, length))
+            self._holding.learn(question, places)
             self._holding.called()
 
     def runs(self, offset: int, length: int) -> Iterator[Run]:

@@ -7,7 +7,7 @@ import os
 import random
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from rustord.lease import Place
 from rustord.page import CHUNK_BYTES, PAGE_CHUNKS
 
 CHUNK_COUNT = 2 * PAGE_CHUNKS
+DATA = memoryview(b"data")
 SIZE = CHUNK_COUNT * CHUNK_BYTES
 
 
@@ -191,20 +192,77 @@ def test_a_reply_that_was_on_its_way_when_it_was_recalled_is_not_believed(side: 
 def test_a_reply_that_is_older_than_a_write_is_not_believed(side: Side) -> None:
     side.places[1] = Place()
     assert read(side, CHUNK_BYTES, 4) == bytes(4)
-    old = side.holding.version, Places.decode(memoryview(granted(side, 0, PAGE_CHUNKS)))
+    question = side.holding.ask(0, PAGE_CHUNKS)
+    answer = Places.decode(memoryview(granted(side, 0, PAGE_CHUNKS)))
     side.export.write(CHUNK_BYTES, memoryview(b"data"))
-    side.holding.learn(old[0], 0, old[1])
+    side.holding.learn(question, answer)
     assert read(side, CHUNK_BYTES, 4) == b"data"
 
 
-def test_a_reply_from_before_a_recall_does_not_change_what_was_granted_behind_it(side: Side) -> None:
-    side.places[1] = Place()
-    old = side.holding.version, Places.decode(memoryview(granted(side, 1, 2)))
-    side.holding.recall()
+@pytest.mark.parametrize("change", ["recall", "leave", "trim"])
+def test_a_reply_from_before_a_change_does_not_bring_back_what_was_before(side: Side, change: str) -> None:
     own(side, 1)
-    side.export.write(CHUNK_BYTES, memoryview(b"data"))
-    side.holding.renew(old[0], 1, 2, old[1])
-    assert read(side, CHUNK_BYTES, 4) == b"data"
+    assert read(side, CHUNK_BYTES, 4) == bytes(4)
+    question = side.holding.ask(1, 2, changes=True)
+    answer = Places.decode(memoryview(granted(side, 1, 2)))
+    side.places[1] = Place()
+    if change == "recall":
+        side.holding.recall()
+    elif change == "leave":
+        side.holding.leave([0])
+    else:
+        side.export.trim(CHUNK_BYTES, CHUNK_BYTES)
+    side.disk.write(at(1), (b"old",))
+    assert read(side, CHUNK_BYTES, 4) == bytes(4)
+    side.holding.learn(question, answer)
+    assert read(side, CHUNK_BYTES, 4) == bytes(4)
+
+
+def test_a_write_to_two_pages_of_which_one_is_held(side: Side) -> None:
+    side.places.update(dict.fromkeys(range(CHUNK_COUNT), Place()))
+    assert read(side, 255 * CHUNK_BYTES, 4) == bytes(4)
+    question = side.holding.ask(255, 257, changes=True)
+    own(side, 255, 256)
+    side.disk.write(at(255), (b"data",))
+    side.holding.learn(question, Places.decode(memoryview(granted(side, 255, 257))))
+    called(side)
+    assert read(side, 255 * CHUNK_BYTES, 4) == b"data"
+    assert called(side) == []
+    assert read(side, 257 * CHUNK_BYTES, 4) == bytes(4)
+    assert called(side) == [Call.GRANT]
+
+
+def test_writes_to_other_pages_do_not_make_an_answer_void(side: Side) -> None:
+    side.places.update(dict.fromkeys(range(CHUNK_COUNT), Place()))
+    question = side.holding.ask(0, PAGE_CHUNKS)
+    side.export.write(300 * CHUNK_BYTES, memoryview(b"data"))
+    side.holding.learn(question, Places.decode(memoryview(granted(side, 0, PAGE_CHUNKS))))
+    called(side)
+    assert read(side, 0, 4) == bytes(4)
+    assert called(side) == []
+
+
+def test_a_page_may_go_while_it_is_read(side: Side) -> None:
+    """What one session trims another one may be comparing at that moment."""
+    data = bytes(range(256)) * (CHUNK_BYTES // 256)
+    side.disk.write(at(0), [data] * 4)
+    for chunk in range(4):
+        side.places[chunk] = Place(0, side.disk, at(chunk), xxh3_64_digest(data))
+    over = threading.Event()
+
+    def trim() -> None:
+        while not over.is_set():
+            side.holding.learn(side.holding.ask(0, 1, changes=True), None)
+
+    trimming = threading.Thread(target=trim)
+    trimming.start()
+    try:
+        for _ in range(300):
+            got = read(side, 100, 3 * CHUNK_BYTES)
+            assert got in ((data * 4)[100:][: len(got)], b"r" * len(got))
+    finally:
+        over.set()
+        trimming.join()
 
 
 def test_a_recall_tells_what_is_not_flushed(side: Side) -> None:
@@ -340,6 +398,36 @@ def test_who_is_to_leave_some_keeps_the_others_and_has_nothing_to_tell(side: Sid
     assert called(side) == [Call.GRANT]
     side.export.flush()
     assert called(side) == []
+
+
+@pytest.mark.parametrize("what", ["read", "write"])
+@pytest.mark.parametrize("how", ["recall", "leave"])
+def test_who_is_to_leave_ends_what_is_under_way_first(
+    side: Side, monkeypatch: pytest.MonkeyPatch, how: str, what: str
+) -> None:
+    own(side, 1)
+    side.export.write(CHUNK_BYTES, memoryview(b"data"))
+    begun, may_end, ended = threading.Event(), threading.Event(), list[str]()
+
+    def stuck(fd: int, buffers: Sequence[memoryview], offset: int, flags: int = 0) -> int:
+        begun.set()
+        assert may_end.wait(20)
+        ended.append(what)
+        return sum(map(len, buffers))
+
+    monkeypatch.setattr(os, "preadv" if what == "read" else "pwritev", stuck)
+    do = (lambda: read(side, CHUNK_BYTES, 4)) if what == "read" else (lambda: side.export.write(CHUNK_BYTES, DATA))
+    leave = side.holding.recall if how == "recall" else (lambda: side.holding.leave([0]))
+    doing = threading.Thread(target=do)
+    doing.start()
+    assert begun.wait(20)
+    leaving = threading.Thread(target=lambda: (leave(), ended.append(how)))
+    leaving.start()
+    leaving.join(0.1)
+    may_end.set()
+    doing.join()
+    leaving.join()
+    assert ended == [what, how]
 
 
 def test_it_holds_no_more_than_so_many_pages(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
