@@ -80,7 +80,12 @@ class _Worker:
         )
         with closing(Ledger(ledger_fd)) as ledger:
             session = Session(sock, Agreement(name, export, *agreed), ledger, client)
-        threading.Thread(target=_run, args=(session, sock, channel, rest), name="nbd", daemon=True).start()
+        try:
+            threading.Thread(target=_run, args=(session, sock, channel, rest), name="nbd", daemon=True).start()
+        except RuntimeError as error:  # the system has no more threads; the other sessions go on
+            _tell(channel, End.FAILED, str(error).encode())
+            channel.close()
+            sock.close()
 
 
 def _run(session: Session, sock: socket.socket, channel: Channel, rest: bytes) -> None:
