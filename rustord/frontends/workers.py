@@ -94,16 +94,18 @@ class Worker:
         return self._process.poll() is None
 
     def order(self, order: Order, *arguments: object, fds: Sequence[int] = ()) -> list[int]:
-        """Have it done. Raises OSError if the worker is gone, or does not obey: then it has to be killed."""
+        """Have it done. Raises OSError if that is impossible; the worker is gone then, or has been killed."""
         with self._ordering:
             try:
                 socket.send_fds(self._orders, [msgpack.packb((order, *arguments))], fds)
                 answer = self._orders.recv(ORDER_BYTES_MAX)
-            except TimeoutError as error:
-                log.error("process %d, which serves NBD, does not obey, and is killed: a disk may not answer", self.pid)
-                raise BrokenPipeError("the worker does not obey") from error
-        if not answer:
-            raise BrokenPipeError("the worker is gone")
+                if not answer:
+                    raise ConnectionResetError("the worker is gone")
+            except OSError as error:
+                if isinstance(error, TimeoutError):
+                    log.error("process %d, which serves NBD, does not obey: perhaps a disk does not answer", self.pid)
+                self.kill()  # whatever is wrong, it must not go on; nor may what it answers be taken for another answer
+                raise ConnectionResetError(f"process {self.pid} does not serve any more: {error}") from error
         return list(msgpack.unpackb(answer))
 
     def kill(self) -> None:
@@ -155,10 +157,8 @@ class Worker:
             return handle
 
     def _lose(self, handle: int) -> None:
-        try:
+        with suppress(OSError):  # it is gone itself
             self.order(Order.GONE, handle)
-        except OSError:
-            self.kill()
 
     def devices(self, handles: Iterable[int]) -> list[tuple[int, BlockDevice]]:
         """What these handles are, with their slots in the pool."""
@@ -233,16 +233,13 @@ class _Tenancy:
         if groups is None or len(groups) > _GROUP_COUNT_MAX:
             self._recall(last=False)
             return
-        try:
+        with suppress(OSError):  # it is gone itself
             self.worker.order(Order.LEAVE, self.number, [*groups])
-        except OSError:
-            self.worker.kill()
 
     def _recall(self, *, last: bool) -> None:
         try:
             dirty: Iterable[int] = self.worker.order(Order.RECALL, self.number, last)
         except OSError:
-            self.worker.kill()  # whatever is wrong: it must not go on
             dirty = self._writable
         self.dirtied(dirty)
 
