@@ -94,7 +94,7 @@ class Worker:
         return self._process.poll() is None
 
     def order(self, order: Order, *arguments: object, fds: Sequence[int] = ()) -> list[int]:
-        """Have it done. Raises OSError if that is impossible; the worker is gone then, or has been killed."""
+        """Have it done. Raises OSError if that is impossible; the worker has been killed then (see `wait`)."""
         with self._ordering:
             try:
                 socket.send_fds(self._orders, [msgpack.packb((order, *arguments))], fds)
@@ -104,26 +104,32 @@ class Worker:
             except OSError as error:
                 if isinstance(error, TimeoutError):
                     log.error("process %d, which serves NBD, does not obey: perhaps a disk does not answer", self.pid)
-                self.kill()  # whatever is wrong, it must not go on; nor may what it answers be taken for another answer
+                self._process.kill()  # it must not go on, nor may what it answers late be taken for another answer
                 raise ConnectionResetError(f"process {self.pid} does not serve any more: {error}") from error
         return list(msgpack.unpackb(answer))
 
-    def kill(self) -> None:
-        """End it at once."""
-        self._process.kill()
-        with suppress(subprocess.TimeoutExpired):  # the device that keeps it keeps whoever flushes it, too
-            self._process.wait(_END_S)
+    def wait(self) -> None:
+        """Return when it has ended. Without limit, as for a thread: what it has begun may reach a disk until then."""
+        self._process.wait()
 
-    def close(self) -> None:
-        """End it; nobody uses it any more."""
+    def close(self, *, at_once: bool = False) -> None:
+        """End it; nobody uses it any more, or it is to be ``at_once`` whoever does."""
+        if at_once:
+            self._process.kill()
         with self._ordering:
             self._orders.close()
+        if not self._ends():
+            self._process.kill()
+            self._ends()  # if not: a disk keeps it, and it keeps the lock of the disk
+        for handle, (_, device) in enumerate(self._devices):
+            device.lost.pop((self, handle), None)
+
+    def _ends(self) -> bool:
         try:
             self._process.wait(_END_S)
         except subprocess.TimeoutExpired:
-            self.kill()
-        for handle, (_, device) in enumerate(self._devices):
-            device.lost.pop((self, handle), None)
+            return False
+        return True
 
     # Devices
 
@@ -233,13 +239,16 @@ class _Tenancy:
         if groups is None or len(groups) > _GROUP_COUNT_MAX:
             self._recall(last=False)
             return
-        with suppress(OSError):  # it is gone itself
+        try:
             self.worker.order(Order.LEAVE, self.number, [*groups])
+        except OSError:
+            self.worker.wait()
 
     def _recall(self, *, last: bool) -> None:
         try:
             dirty: Iterable[int] = self.worker.order(Order.RECALL, self.number, last)
         except OSError:
+            self.worker.wait()
             dirty = self._writable
         self.dirtied(dirty)
 
@@ -384,6 +393,4 @@ class Workers:
         with self._lock:
             workers, self._all, self._idle = self._all, set(), None
         for worker in workers:
-            if worker.user_count:
-                worker.kill()
-            worker.close()
+            worker.close(at_once=worker.user_count > 0)

@@ -255,7 +255,8 @@ def test_the_next_process_flushes_it_even_if_nobody_has_noticed_yet(
         write(peer, 0, b"written in place")
         monkeypatch.setattr(Worker, "_leave", lambda *arguments: (noticed.wait(SECONDS_MAX), leave(*arguments)))
         (worker,) = busy(served)
-        worker.kill()
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.wait()
     monkeypatch.setattr(disk_of(served), "flush", lambda: flushed.append(True))
     with served.connect().go("volume") as peer:
         assert peer.one(FLUSH).error == 0
