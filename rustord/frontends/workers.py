@@ -222,6 +222,8 @@ class _Tenancy:
         self.user_count = 0
         self._writable: set[int] = set()
         """Handles of the devices that it may have written to."""
+        self._telling = threading.Lock()
+        """Held by who may know of something to flush that the grantor does not know of yet."""
         for gate in grantor.gates:
             gate.extend(self.recall)
 
@@ -245,12 +247,13 @@ class _Tenancy:
             self.worker.wait()
 
     def _recall(self, *, last: bool) -> None:
-        try:
-            dirty: Iterable[int] = self.worker.order(Order.RECALL, self.number, last)
-        except OSError:
-            self.worker.wait()
-            dirty = self._writable
-        self.dirtied(dirty)
+        with self._telling:
+            try:
+                dirty = self.worker.order(Order.RECALL, self.number, last)
+            except OSError:
+                self.worker.wait()
+                dirty = [*self._writable]  # by then, for others may be granted something at this moment
+            self._tell(dirty)
 
     @property
     def is_shared(self) -> bool:
@@ -258,7 +261,11 @@ class _Tenancy:
         return any(gate.is_kept for gate in self.grantor.gates)
 
     def dirtied(self, handles: Iterable[int]) -> None:
-        """The worker has written there, and has not flushed it."""
+        """The worker has written there, and has not flushed it; nor what it was asked about before."""
+        with self._telling:
+            self._tell(handles)
+
+    def _tell(self, handles: Iterable[int]) -> None:
         self.grantor.dirtied(self.worker.devices(handles))
 
     def took(self, told: array[int]) -> None:

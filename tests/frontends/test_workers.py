@@ -414,3 +414,98 @@ def test_nothing_is_left_of_it(served: NbdServed, caplog: pytest.LogCaptureFixtu
     assert len(os.listdir("/proc/self/fd")) <= before + 1  # what its orders go through
     assert len(os.listdir(f"/proc/{left.pid}/fd")) < 10
     assert not caplog.records
+
+
+def tenancy_of(served: NbdServed) -> Any:
+    """What the only process has been granted, by its only export."""
+    (worker,) = busy(served)
+    (tenancy,) = worker._tenancies.values()
+    return tenancy
+
+
+def test_a_flush_is_for_what_somebody_is_about_to_be_told(served: NbdServed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread recalls at the same time, and has the answer, of which it has told nobody yet."""
+    with volume(served) as peer:
+        write(peer, 0, bytes(CHUNK_BYTES))
+        assert peer.one(FLUSH).error == 0
+        write(peer, 0, b"written in place")
+        grantor = tenancy_of(served).grantor
+        tell, is_told, flushed = grantor.dirtied, threading.Event(), []
+
+        def tell_later(devices: Any) -> None:
+            monkeypatch.setattr(grantor, "dirtied", tell)
+            is_told.set()
+            threading.Event().wait(0.5)  # for who does not wait for this
+            tell(devices)
+
+        monkeypatch.setattr(grantor, "dirtied", tell_later)
+        recalling = threading.Thread(target=grantor.gates[0].recall)
+        recalling.start()
+        assert is_told.wait(SECONDS_MAX)
+        flush = disk_of(served).flush
+        monkeypatch.setattr(disk_of(served), "flush", lambda: (flushed.append(True), flush()))
+        assert peer.one(FLUSH).error == 0
+        assert flushed
+        recalling.join()
+
+
+def test_who_recalls_second_knows_what_the_first_one_was_told(
+    served: NbdServed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with volume(served) as peer:
+        write(peer, 0, bytes(CHUNK_BYTES))
+        assert peer.one(FLUSH).error == 0
+        write(peer, 0, b"written in place")
+        grantor = tenancy_of(served).grantor
+        tell, is_told, dirty = grantor.dirtied, threading.Event(), []
+
+        def tell_later(devices: Any) -> None:
+            monkeypatch.setattr(grantor, "dirtied", tell)
+            is_told.set()
+            threading.Event().wait(0.5)
+            tell(devices)
+
+        monkeypatch.setattr(grantor, "dirtied", tell_later)
+        recalling = threading.Thread(target=grantor.gates[0].recall)
+        recalling.start()
+        assert is_told.wait(SECONDS_MAX)
+        with grantor.gates[0].shut():
+            dirty += grantor._dirty
+        assert dirty
+        recalling.join()
+
+
+def test_who_is_told_what_a_dead_process_could_write_to_minds_no_grant(
+    served: NbdServed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with volume(served) as peer:
+        write(peer, 0, b"data")
+        tenancy = tenancy_of(served)
+        look = tenancy.worker.devices
+
+        def grant_meanwhile(handles: Any) -> Any:
+            for handle in handles:
+                tenancy._writable |= {handle + 1}
+                yield from look((0,))
+
+        monkeypatch.setattr(tenancy.worker, "devices", grant_meanwhile)
+        tenancy.worker.kill()
+        assert peer.is_ended()
+        tenancy._recall(last=False)
+        monkeypatch.undo()
+
+
+def test_an_order_that_was_not_obeyed_is_never_taken_for_another(served: NbdServed) -> None:
+    worker = Worker()
+    try:
+        assert worker.order(Order.RECALL, 1, False) == []
+        os.kill(worker.pid, signal.SIGSTOP)
+        worker._orders.settimeout(0.2)
+        assert worker.handle(0, disk_of(served)) == -1
+        with suppress(ProcessLookupError):
+            os.kill(worker.pid, signal.SIGCONT)
+        worker._orders.settimeout(SECONDS_MAX)
+        with pytest.raises(ConnectionError):
+            worker.order(Order.RECALL, 1, False)
+    finally:
+        worker.close()
