@@ -374,7 +374,11 @@ class Workers:
                 worker = None
             if worker is None:
                 worker, self._idle = self._idle, None
-                if worker is None or not worker.is_alive:
+                if worker is not None and not worker.is_alive:
+                    self._all.discard(worker)
+                    worker.close()
+                    worker = None
+                if worker is None:
                     worker = Worker()
                     self._all.add(worker)
                 self._by_key[key] = worker

@@ -509,3 +509,16 @@ def test_an_order_that_was_not_obeyed_is_never_taken_for_another(served: NbdServ
             worker.order(Order.RECALL, 1, False)
     finally:
         worker.close()
+
+
+def test_a_process_that_ended_while_it_had_nothing_to_do_is_forgotten(served: NbdServed) -> None:
+    with volume(served) as peer:
+        write(peer, 0, b"data")
+    until(lambda: not busy(served), "they have gone")
+    (idle,) = processes(served)
+    idle.kill()
+    with served.connect().go("volume") as peer:
+        assert peer.read(0, 4).data == b"data"
+        assert processes(served) == busy(served)
+        assert idle._orders.fileno() == -1
+        assert not [key for key in disk_of(served).lost if key[0] is idle]  # type: ignore[index]
