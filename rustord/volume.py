@@ -220,11 +220,12 @@ class Volume:
 
     def grant(self, first: int, end: int) -> list[Place | None]:
         with self._gate:
+            own = [self.layer.get(chunk) > ZEROS for chunk in range(first, end)]  # before: it never is the base's again
             places = self._layers.places(self._chain, first, end)
-            for chunk, place in enumerate(places, first):
-                if place and place.device and self.layer.get(chunk) > ZEROS:
+            for number, place in enumerate(places):
+                if place and place.device and own[number]:
                     is_writable = not (place.device.failed or place.device.read_only)
-                    places[chunk - first] = place._replace(writable=is_writable)
+                    places[number] = place._replace(writable=is_writable)
         return places
 
     def dirtied(self, devices: Iterable[tuple[int, BlockDevice]]) -> None:

@@ -522,3 +522,25 @@ def test_a_process_that_ended_while_it_had_nothing_to_do_is_forgotten(served: Nb
         assert processes(served) == busy(served)
         assert idle._orders.fileno() == -1
         assert not [key for key in disk_of(served).lost if key[0] is idle]  # type: ignore[index]
+
+
+def test_a_chunk_is_never_writable_where_the_base_has_it(served: NbdServed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another session writes to it for the first time while the places are being looked up."""
+    served.volumes.clone("disk", "clone")
+    clone = served.volumes.open("clone")
+    look = served.store.layers.places
+
+    def look_early(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        places = look(*arguments)
+        clone.write(0, memoryview(b"first"))
+        return places
+
+    monkeypatch.setattr(served.store.layers, "places", look_early)
+    (place,) = clone.grant(0, 1)
+    (now,) = clone.grant(0, 1)
+    assert place is not None
+    assert not place.writable or place == now
+    assert now is not None
+    assert now.writable
+    clone.close()
