@@ -232,7 +232,8 @@ class Volume:
         """The next flush is for these devices as well."""
         with self._dirtying:
             for index, device in devices:
-                self._dirty.setdefault(index, device)
+                if device.failed or index not in self._dirty:  # what is there instead does not make up for it
+                    self._dirty[index] = device
 
     def flushed(self, slot: int, taken_s: float) -> None:
         """Count it as a flush of ours."""

@@ -544,3 +544,15 @@ def test_a_chunk_is_never_writable_where_the_base_has_it(served: NbdServed, monk
     assert now is not None
     assert now.writable
     clone.close()
+
+
+def test_a_device_that_came_back_does_not_hide_what_was_written_before(served: NbdServed) -> None:
+    with volume(served) as peer:
+        write(peer, 0, b"data")
+        opened = served.volumes.open("volume")
+        assert opened._dirty == {0: disk_of(served)}
+        gone = SimpleNamespace(failed="the device has gone")
+        opened.dirtied([(0, gone)])  # type: ignore[list-item]
+        assert peer.one(FLUSH).error == errno.EIO
+        opened._dirty.clear()
+        opened.close()
