@@ -91,3 +91,4 @@ class Gate:
         finally:
             with self._lock:
                 self._kept -= 1
+            self.recall()  # so that they ask again

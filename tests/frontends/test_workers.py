@@ -556,3 +556,16 @@ def test_a_device_that_came_back_does_not_hide_what_was_written_before(served: N
         assert peer.one(FLUSH).error == errno.EIO
         opened._dirty.clear()
         opened.close()
+
+
+def test_once_nobody_else_changes_it_places_are_granted_again(
+    served: NbdServed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with volume(served) as peer:
+        write(peer, 0, b"data")
+        grantor = tenancy_of(served).grantor
+        with grantor.gates[0].kept():
+            assert peer.read(0, 4).data == b"data"
+        assert peer.read(0, 4).data == b"data"
+        monkeypatch.setattr(grantor, "read", None)
+        assert peer.read(0, 4).data == b"data"
