@@ -302,12 +302,21 @@ class _Served:
                 self._tenancy.took(array("Q", request.data.tobytes()))
                 continue
             try:
-                reply = self._do(request)
-            except RustordError as error:
-                channel.refuse(error)
-            else:
-                channel.reply(reply)
+                self._answer(request)
+            except OSError:
+                # Nobody there gives up what this has changed, and another worker may hold it by now.
+                for gate in self._tenancy.grantor.gates:
+                    gate.recall()
+                raise
         return None
+
+    def _answer(self, request: Request) -> None:
+        try:
+            reply = self._do(request)
+        except RustordError as error:
+            self._channel.refuse(error)
+        else:
+            self._channel.reply(reply)
 
     def _do(self, request: Request) -> bytes | memoryview:
         call, flags, offset, length, data = request

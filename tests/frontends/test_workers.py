@@ -9,27 +9,40 @@ import random
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import rustord
+from rustord import volume as volume_module
 from rustord.blockdevice import ImageFile
 from rustord.change import Change
 from rustord.errors import NoSpace, RustordError
+from rustord.change import Change, Delete
+from rustord.errors import DeviceError, NoSpace
+from rustord.frontends import nbd as nbd_module
 from rustord.frontends import workers as workers_module
 from rustord.frontends.channel import Order
 from rustord.frontends.workers import Worker
 from rustord.page import CHUNK_BYTES, PAGE_CHUNKS
+from rustord.layermerger import LayerMerger
+from rustord.layermover import LayerMover
+from rustord.page import CHUNK_BYTES
+from rustord.record import Record
+from rustord.volumes import Volumes
 from rustord.wire.limits import NbdLimits
 from tests.conftest import FaultyLoop
+from rustord.writer import Writer
 from tests.frontends.nbdserved import NbdPeer, NbdServed
 from tests.frontends.served import until
-from tests.wire.peer import MIB
+from tests.simulation import check_sound, run
+from tests.wire.peer import MIB, request
 
-WRITE, FLUSH, TRIM = 1, 3, 4
+WRITE, FLUSH, TRIM, ZERO = 1, 3, 4, 6
 BLOCK = 4096
 SECONDS_MAX = 20.0
 
@@ -569,3 +582,51 @@ def test_once_nobody_else_changes_it_places_are_granted_again(
         assert peer.read(0, 4).data == b"data"
         monkeypatch.setattr(grantor, "read", None)
         assert peer.read(0, 4).data == b"data"
+
+
+def test_objects_are_followed_though_that_has_failed(
+    make_image: Callable[[int], Path], disk_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nbd_module, "_FOLLOW_S", 0.01)
+    followed = []
+
+    def follow(exports: Exports) -> None:
+        followed.append(exports)
+        if len(followed) == 1:
+            raise DeviceError("the index cannot be read", hint="look at the disk")
+
+    monkeypatch.setattr(Exports, "follow", follow)
+    served = NbdServed(make_image(64 << 20), disk_path / "nbd.sock", NbdLimits(), None)
+    try:
+        until(lambda: len(followed) > 2, "it is tried again")
+    finally:
+        served.stop()
+
+
+def test_what_is_done_for_a_dead_process_the_next_one_learns(
+    served: NbdServed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with volume(served) as peer, served.connect().go("volume") as other:
+        write(peer, 0, bytes(CHUNK_BYTES))
+        opened = tenancy_of(served).grantor
+        trim, is_begun, is_due = opened.trim, threading.Event(), threading.Event()
+
+        def trim_later(offset: int, length: int) -> None:
+            is_begun.set()
+            assert is_due.wait(SECONDS_MAX)
+            trim(offset, length)
+
+        monkeypatch.setattr(opened, "trim", trim_later)
+        peer.send(request(TRIM, 0, CHUNK_BYTES))
+        assert is_begun.wait(SECONDS_MAX)
+        (worker,) = busy(served)
+        worker.kill()
+        assert other.is_ended()
+        with served.connect().go("volume") as next_one:
+            write(next_one, 0, b"held in place")
+            is_due.set()
+            assert peer.is_ended()
+            write(next_one, 0, b"written behind")
+            assert next_one.one(FLUSH).error == 0
+            opened.gates[0].recall()
+            assert next_one.read(0, 14).data == b"written behind"
