@@ -28,10 +28,9 @@ from rustord.frontends import nbd as nbd_module
 from rustord.frontends import workers as workers_module
 from rustord.frontends.channel import Order
 from rustord.frontends.workers import Worker
-from rustord.page import CHUNK_BYTES, PAGE_CHUNKS
 from rustord.layermerger import LayerMerger
 from rustord.layermover import LayerMover
-from rustord.page import CHUNK_BYTES
+from rustord.page import CHUNK_BYTES, PAGE_CHUNKS
 from rustord.record import Record
 from rustord.volumes import Volumes
 from rustord.wire.limits import NbdLimits
@@ -630,3 +629,264 @@ def test_what_is_done_for_a_dead_process_the_next_one_learns(
             assert next_one.one(FLUSH).error == 0
             opened.gates[0].recall()
             assert next_one.read(0, 14).data == b"written behind"
+
+
+class Owner(threading.Thread):
+    """Does to a range that it has for itself whatever may be done, in two sessions that come again when they are cut.
+
+    It holds ``quiet`` while ``model`` is not what the volume has there.
+    """
+
+    def __init__(self, served: NbdServed, chance: random.Random, model: bytearray, begin: int, end: int) -> None:
+        super().__init__(name=f"owner {begin}")
+        self.quiet = threading.Lock()
+        self.problem: BaseException | None = None
+        self.count = 0
+        self.is_over = False
+        self._served = served
+        self._chance = chance
+        self._model = model
+        self._range = begin, end
+        self._peers: list[NbdPeer | None] = [None, None]
+
+    def run(self) -> None:
+        try:
+            while not self.is_over:
+                with self.quiet:
+                    self._do_something()
+                self.count += 1
+            self._try(0, lambda peer: peer.one(FLUSH).error)
+        except BaseException as error:
+            self.problem = error
+        for peer in self._peers:
+            if peer is not None:
+                peer.sock.close()
+
+    def _do_something(self) -> None:
+        chance, model, (begin, end) = self._chance, self._model, self._range
+        length = chance.choice([1, 512, BLOCK, BLOCK, CHUNK_BYTES, 3 * CHUNK_BYTES, MIB])
+        offset = chance.randrange(begin, end - length + 1)
+        if chance.random() < 0.5:
+            offset -= offset % BLOCK if offset % BLOCK <= offset - begin else 0
+        which, what = chance.randrange(2), chance.random()
+        if what < 0.4:
+            got = self._try(which, lambda peer: peer.read(offset, length).data or b"an error")
+            expected = model[offset : offset + length]
+            if got != expected:
+                wrong = next(i for i in range(length) if got[i : i + 1] != expected[i : i + 1])
+                raise AssertionError(f"{offset}+{length}: wrong from {offset + wrong} on, in session {which}")
+        elif what < 0.75:
+            data = chance.randbytes(length)
+            self._check(which, lambda peer: peer.one(WRITE, offset, length, payload=data).error)
+            model[offset : offset + length] = data
+        elif what < 0.85:
+            first, last = -(-offset // CHUNK_BYTES) * CHUNK_BYTES, (offset + length) // CHUNK_BYTES * CHUNK_BYTES
+            self._check(which, lambda peer: peer.one(TRIM, offset, length).error)
+            model[first:last] = bytes(max(0, last - first))
+        elif what < 0.92:
+            self._check(which, lambda peer: peer.one(ZERO, offset, length).error)
+            model[offset : offset + length] = bytes(length)
+        else:
+            self._check(which, lambda peer: peer.one(FLUSH).error)
+
+    def _check(self, which: int, ask: Callable[[NbdPeer], int]) -> None:
+        assert self._try(which, ask) == 0
+
+    def _try(self, which: int, ask: Callable[[NbdPeer], Any]) -> Any:
+        """Ask until there is an answer: to do the same twice does no harm."""
+        deadline = time.monotonic() + SECONDS_MAX
+        while True:
+            try:
+                peer = self._peers[which]
+                if peer is None:
+                    self._peers[which] = peer = self._served.connect()
+                    peer.go("volume")
+                return ask(peer)
+            except (AssertionError, OSError):
+                assert time.monotonic() < deadline, "there is no answer"
+                if (peer := self._peers[which]) is not None:
+                    peer.sock.close()
+                self._peers[which] = None
+
+
+class Here(dict[int, float]):
+    """A `rustord.layermover.Quota` that has what is moved off a device put on the same one."""
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("base", ["read", "deleted"])
+def test_whatever_happens_at_the_same_time(
+    make_image: Callable[[int], Path],
+    disk_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    seed: int,
+    base: str,
+) -> None:
+    chance = random.Random(seed)
+    monkeypatch.setattr(nbd_module, "_FOLLOW_S", 0.05)
+    monkeypatch.setattr(volume_module, "_PENDING_MAX", 100)
+    image = make_image(512 << 20)
+    served = NbdServed(image, disk_path / "nbd.sock", NbdLimits(), None)
+    try:
+        expected = _do_it_all(served, chance, monkeypatch, base)
+    finally:
+        served.stop()
+    monkeypatch.undo()
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    with rustord.open(image) as store:
+        writer = Writer(store)
+        volumes = Volumes(store, writer)
+        found = memoryview(bytearray(8 * MIB))
+        opened = volumes.open("volume")
+        opened.read(0, found)
+        opened.close()
+        assert found == expected.pop("volume")
+        for name, data in expected.items():
+            uuid = store.resolve(name)
+            assert uuid is not None
+            assert store.get(uuid) == data, name
+        volumes.close()
+        assert writer.close()
+        store.keystore.checkpoint()
+        run(store)
+        check_sound(store)
+
+
+def _do_it_all(
+    served: NbdServed, chance: random.Random, monkeypatch: pytest.MonkeyPatch, base: str
+) -> dict[str, bytes | bytearray]:
+    model = bytearray(served.data)
+    for name in ("volume", "clone"):
+        served.volumes.clone("disk", name)
+    merger, mover = LayerMerger(served.store, served.volumes), LayerMover(served.store, served.volumes)
+    workers = served.server._workers
+    assert workers is not None
+    enter = workers.enter
+
+    def enter_or_not(key: str) -> Worker:
+        if key == "volume" and chance.random() < 0.1:
+            raise OSError(errno.EAGAIN, "no process")
+        return enter(key)
+
+    monkeypatch.setattr(workers, "enter", enter_or_not)
+    bounds = [0, 2 * MIB + 1000, 4 * MIB - 777, 6 * MIB + CHUNK_BYTES, 8 * MIB]
+    owners = [Owner(served, random.Random(chance.random()), model, *bounds[i : i + 2]) for i in range(4)]
+    readers = [Reader(served, name, served.data) for name in ("clone", "disk")[: 1 + (base == "read")]]
+    for thread in (*owners, *readers):
+        thread.start()
+    snapshots: dict[str, bytes] = {}
+
+    def snapshot() -> None:
+        name = f"snapshot{len(served.store.names())}-{chance.random()}"
+        with ExitStack() as quiet:
+            for owner in owners:
+                quiet.enter_context(owner.quiet)
+            snapshots[name] = bytes(model)
+            served.volumes.snapshot("volume", name)
+
+    def snapshot_meanwhile() -> None:
+        """Of what, nobody knows, but it must stay that."""
+        name = f"unknown-{chance.random()}"
+        uuid = served.volumes.snapshot("volume", name).uuid
+        snapshots[name] = served.store.get(uuid)
+
+    def forget() -> None:
+        if snapshots:
+            name = chance.choice(list(snapshots))
+            uuid = served.store.resolve(name)
+            assert uuid is not None
+            data = snapshots.pop(name)
+            if chance.random() < 0.5:
+                with served.connect().go(name) as peer:
+                    assert content(peer, len(data)) == data, name
+                until(lambda: uuid not in served.store.pins._exports, "it is closed")
+            assert served.store.get(uuid) == data, name
+            ((_, outcome),) = served.writer.make([Delete(uuid)], SECONDS_MAX)
+            assert isinstance(outcome, Record)
+        merger.run()
+
+    def move_chunks() -> None:
+        mover.run(Here({0: chance.choice([100, 1000, 100_000])}), lambda length: None)
+        assert mover.problem is None
+
+    def move_base() -> None:
+        if (uuid := served.store.resolve("disk")) is None:
+            return
+        if base == "deleted" and chance.random() < 0.3:
+            ((_, outcome),) = served.writer.make([Delete(uuid)], SECONDS_MAX)
+            assert isinstance(outcome, Record)
+        else:
+            move(served, "disk")
+
+    def kill() -> None:
+        for worker in busy(served):
+            if chance.random() < 0.7:
+                with suppress(ProcessLookupError):
+                    os.kill(worker.pid, signal.SIGKILL)
+
+    def evict() -> None:
+        os.posix_fadvise(disk_of(served).fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    log: list[str] = []
+    try:
+        for _ in range(40):
+            act = chance.choice([snapshot, snapshot_meanwhile, forget, forget, move_chunks, move_base, kill, evict])
+            log.append(act.__name__)
+            act()
+            counts = [owner.count for owner in owners]
+            until(
+                lambda counts=counts: (
+                    any(owner.problem for owner in owners)  # type: ignore[misc]
+                    or sum(owner.count for owner in owners) >= sum(counts) + 30
+                ),
+                "they get on",
+            )
+            if problem := next((thread.problem for thread in (*owners, *readers) if thread.problem), None):
+                raise problem
+    except BaseException as error:
+        error.add_note(f"after {log}")
+        raise
+    finally:
+        for thread in (*owners, *readers):
+            thread.is_over = True
+        for thread in (*owners, *readers):
+            thread.join(SECONDS_MAX * 2)
+            assert not thread.is_alive()
+    for thread in (*owners, *readers):
+        if thread.problem:
+            raise thread.problem
+    monkeypatch.setattr(workers, "enter", enter)
+    with served.connect().go("volume") as peer:
+        assert content(peer, len(model)) == model
+        assert peer.one(FLUSH).error == 0
+        assert not served.volumes._volumes["volume"]._dirty
+    return {"volume": model, **snapshots}
+
+
+class Reader(threading.Thread):
+    """Compares what nobody writes to, again and again."""
+
+    def __init__(self, served: NbdServed, name: str, data: bytes) -> None:
+        super().__init__(name="reader")
+        self.problem: BaseException | None = None
+        self.is_over = False
+        self._served, self._name, self._data = served, name, data
+
+    def run(self) -> None:
+        try:
+            while not self.is_over:
+                with suppress(OSError), self._served.connect() as peer:
+                    self._compare(peer)
+        except BaseException as error:
+            self.problem = error
+
+    def _compare(self, peer: NbdPeer) -> None:
+        try:
+            peer.go(self._name)
+            got = content(peer, len(self._data))
+        except AssertionError:  # it was cut
+            return
+        assert got == self._data
