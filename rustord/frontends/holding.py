@@ -7,6 +7,7 @@ page cache, as in `rustord.objectreader`.
 
 from __future__ import annotations
 
+import errno
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -312,12 +313,14 @@ class Holding:
         handle = place >> _HANDLE_SHIFT
         at = (place >> _SECTOR_SHIFT & _SECTOR_MASK) * _SECTOR_BYTES + skip
         try:
-            return os.pwritev(self._fds[handle], (data,), at) == len(data)
-        except OSError:
-            return False
-        finally:
-            with self._dirtying:
-                self._dirty.add(handle)
+            is_whole = os.pwritev(self._fds[handle], (data,), at) == len(data)
+        except OSError as error:
+            if error.errno == errno.EBADF:  # the device has gone: nothing more has been written to it
+                return False
+            is_whole = False
+        with self._dirtying:
+            self._dirty.add(handle)
+        return is_whole
 
     def flush(self, channel: Channel) -> None:
         """Make durable all that was written through any session before. Raises OSError or RustordError."""
