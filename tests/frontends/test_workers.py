@@ -30,12 +30,15 @@ from rustord.frontends.channel import Order
 from rustord.frontends.workers import Worker
 from rustord.layermerger import LayerMerger
 from rustord.layermover import LayerMover
-from rustord.page import CHUNK_BYTES, PAGE_CHUNKS
+from rustord.membership import attach_device, detach_device
+from rustord.page import CHUNK_BYTES, PAGE_CHUNKS, device_of
 from rustord.record import Record
 from rustord.volumes import Volumes
 from rustord.wire.limits import NbdLimits
 from tests.conftest import FaultyLoop
 from rustord.writer import Writer
+from tests.daemon import make_pool
+from tests.frontends import nbdserved as nbdserved_module
 from tests.frontends.nbdserved import NbdPeer, NbdServed
 from tests.frontends.served import until
 from tests.simulation import check_sound, run
@@ -631,6 +634,59 @@ def test_what_is_done_for_a_dead_process_the_next_one_learns(
             assert next_one.read(0, 14).data == b"written behind"
 
 
+@pytest.fixture
+def two(make_image: Callable[[int], Path], disk_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NbdServed]:
+    """A server whose pool has two devices; its volume has chunk 0 on the second one, which can go without the map."""
+    images = [make_image(64 << 20) for _ in range(2)]
+    open_pool = rustord.open
+    monkeypatch.setattr(nbdserved_module, "make_pool", lambda image: make_pool(*images))
+    monkeypatch.setattr(rustord, "open", lambda image, **how: open_pool(images, **how))
+    server = NbdServed(images[0], disk_path / "nbd.sock", NbdLimits(), None)
+    server.volumes.create("volume", MIB)
+    home = server.store.layers.volumes["volume"].home
+    with server.connect().go("volume") as peer:
+        write(peer, 0, b"moved" + bytes(CHUNK_BYTES - 5))
+        assert peer.one(FLUSH).error == 0
+    LayerMover(server.store, server.volumes).run({home: 1e6}, lambda length: None, slots=False)
+    until(lambda: not busy(server), "it has gone")
+    yield server
+    server.stop()
+
+
+def away_and_back(served: NbdServed) -> None:
+    layer = served.store.layers.volumes["volume"]
+    index = device_of(layer.get(0))
+    assert index != layer.home
+    path = served.store.blocks.device(index).path
+    served.writer.call(lambda: detach_device(served.store, index))
+    served.writer.call(lambda: attach_device(served.store, path))
+
+
+def test_a_device_that_was_away_and_is_back_is_written_to(two: NbdServed) -> None:
+    with two.connect().go("volume") as peer, two.connect().go("volume") as other:
+        write(peer, 100, b"before")
+        assert peer.one(FLUSH).error == 0
+        for turn in range(3):
+            away_and_back(two)
+            assert other.read(0, 5).data == b"moved"
+            assert other.read(100, 6).data == b"before"
+            for offset in (200, 300):
+                write(peer, offset, bytes((turn,)) * 6)
+                assert other.read(offset, 6).data == bytes((turn,)) * 6
+            assert peer.one(FLUSH).error == 0
+
+
+def test_what_was_not_flushed_when_a_device_went_is_not_forgotten(two: NbdServed) -> None:
+    with two.connect().go("volume") as peer, two.connect().go("volume") as other:
+        write(peer, 0, b"data")
+        assert peer.one(FLUSH).error == 0
+        write(peer, 0, b"lost")
+        away_and_back(two)
+        write(other, 0, b"more")
+        for one in (peer, other):
+            assert one.one(FLUSH).error == errno.EIO
+
+
 class Owner(threading.Thread):
     """Does to a range that it has for itself whatever may be done, in two sessions that come again when they are cut.
 
@@ -736,7 +792,7 @@ def test_whatever_happens_at_the_same_time(
         served.stop()
     monkeypatch.undo()
     assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
-    with rustord.open(image) as store:
+    with rustord.open(image, directory=disk_path / "nbd.index") as store:
         writer = Writer(store)
         volumes = Volumes(store, writer)
         found = memoryview(bytearray(8 * MIB))
