@@ -12,6 +12,7 @@ the locks of the devices, so that no other daemon takes them while it may still 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -372,11 +373,14 @@ class Workers:
         self._by_key: dict[str, Worker] = {}
         self._all: set[Worker] = set()
         self._idle: Worker | None = None
+        self._is_closed = False
         self._lock = threading.Lock()
 
     def enter(self, key: str) -> Worker:
         """The worker for an export, until `leave`. Raises OSError if there can be none."""
         with self._lock:
+            if self._is_closed:  # somebody may have chosen an export at the last moment
+                raise OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
             worker = self._by_key.get(key)
             if worker is not None and not worker.is_alive:
                 worker.bury()
@@ -411,6 +415,6 @@ class Workers:
     def close(self) -> None:
         """End all of them, at once if they serve somebody still."""
         with self._lock:
-            workers, self._all, self._idle = self._all, set(), None
+            workers, self._all, self._idle, self._is_closed = self._all, set(), None, True
         for worker in workers:
             worker.close(at_once=worker.user_count > 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import random
@@ -22,12 +23,15 @@ from rustord import volume as volume_module
 from rustord.blockdevice import ImageFile
 from rustord.change import Change
 from rustord.errors import NoSpace, RustordError
+from rustord.blockdevice import ImageFile, openers
 from rustord.change import Change, Delete
 from rustord.errors import DeviceError, NoSpace
 from rustord.frontends import nbd as nbd_module
 from rustord.frontends import workers as workers_module
 from rustord.frontends.channel import Order
 from rustord.frontends.workers import Worker
+from rustord.frontends.exports import Exports
+from rustord.frontends.workers import Worker, Workers
 from rustord.layermerger import LayerMerger
 from rustord.layermover import LayerMover
 from rustord.membership import attach_device, detach_device
@@ -37,7 +41,7 @@ from rustord.volumes import Volumes
 from rustord.wire.limits import NbdLimits
 from tests.conftest import FaultyLoop
 from rustord.writer import Writer
-from tests.daemon import make_pool
+from tests.daemon import Daemon, make_pool
 from tests.frontends import nbdserved as nbdserved_module
 from tests.frontends.nbdserved import NbdPeer, NbdServed
 from tests.frontends.served import until
@@ -685,6 +689,48 @@ def test_what_was_not_flushed_when_a_device_went_is_not_forgotten(two: NbdServed
         write(other, 0, b"more")
         for one in (peer, other):
             assert one.one(FLUSH).error == errno.EIO
+
+
+def test_no_process_outlives_a_daemon_that_is_killed(
+    make_daemon: Callable[..., Daemon], make_image: Callable[[int], Path]
+) -> None:
+    make_pool(image := make_image(64 << 20))
+    daemon = make_daemon(image).start()
+    body = json.dumps({"name": "volume", "size": MIB})
+    assert daemon.request("POST", "/v1/volumes", body).status == 201
+    path = daemon.socket.with_name("nbd.sock")
+    with NbdPeer(path).go("volume") as peer:
+        write(peer, 0, bytes(MIB))
+        assert peer.one(FLUSH).error == 0
+        written, is_over = [b""], threading.Event()
+
+        def go_on() -> None:
+            with suppress(AssertionError, OSError):
+                for turn in range(1 << 30):
+                    data = turn.to_bytes(8, "big") * 512
+                    write(peer, 0, data)
+                    written[0] = data
+            is_over.set()
+
+        threading.Thread(target=go_on).start()
+        until(lambda: written[0] > bytes(7) + b"\x20", "it writes")
+        held = [one.pid for one in openers(str(image)) if one.name == "rustord-nbd"]
+        assert len(held) == 1
+        daemon.end()
+        assert is_over.wait(SECONDS_MAX)
+    until(lambda: not openers(str(image)), "the device is given back")
+    daemon.start()
+    with NbdPeer(path).go("volume") as peer:
+        assert peer.read(0, BLOCK).data >= written[0]
+
+
+def test_behind_the_end_there_are_no_more_processes(served: NbdServed) -> None:
+    workers = Workers()
+    workers.leave("volume", workers.enter("volume"))
+    workers.close()
+    with pytest.raises(OSError, match="shutdown"):
+        workers.enter("volume")
+    assert not workers._all
 
 
 class Owner(threading.Thread):
