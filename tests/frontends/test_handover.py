@@ -97,7 +97,8 @@ def test_a_payload_is_waited_for(served: NbdServed) -> None:
 
 def test_who_does_not_finish_his_request_is_cut(served: NbdServed) -> None:
     with opened(served, "volume") as stuck, opened(served) as idle:
-        stuck.send(request(WRITE, 0, MIB) + bytes(1000))
+        stuck.send(request(READ, 0, BLOCK) + request(WRITE, 0, MIB) + bytes(1000))
+        assert stuck.receive(16 + BLOCK)[4:8] == bytes(4)  # so that the next one has been begun
         assert idle.read(0, BLOCK).data == served.data[:BLOCK]
         assert served.restart() == 1
         assert stuck.is_ended()
