@@ -837,7 +837,8 @@ def test_whatever_happens_at_the_same_time(
     finally:
         served.stop()
     monkeypatch.undo()
-    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    faults = [record for record in caplog.records if record.levelno >= logging.ERROR and "frontends" in record.name]
+    assert not faults
     with rustord.open(image, directory=disk_path / "nbd.index") as store:
         writer = Writer(store)
         volumes = Volumes(store, writer)
