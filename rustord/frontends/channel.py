@@ -66,7 +66,7 @@ class Order(IntEnum):
     SERVE = 1
     """A connection. Its socket, the channel and the ledger come with it."""
     DEVICE = 2
-    """The device with the next handle. The two descriptors come with it."""
+    """The device with the next handle. The two descriptors come with it; how long it is, if it is a file, else 0."""
     GONE = 3
     """Let go of a device, and wait for nothing."""
     LEAVE = 4

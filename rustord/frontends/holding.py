@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import Lock
 from time import monotonic, perf_counter
 from typing import Final
@@ -122,10 +122,14 @@ class Question:
 
 
 class Holding:
-    """Shared by the sessions of an export, and by who recalls it. ``fds`` are the devices by handle."""
+    """Shared by the sessions of an export, and by who recalls it. ``fds`` are the devices by handle.
 
-    def __init__(self, fds: list[int]) -> None:
+    Those that are files have to be as long as ``sizes`` tell, where that is not 0.
+    """
+
+    def __init__(self, fds: list[int], sizes: Sequence[int] = ()) -> None:
         self._fds = fds
+        self._sizes = sizes
         self._gate = Gate()
         self._pages: dict[int, _Page] = {}
         self._questions: list[Question] = []
@@ -347,6 +351,8 @@ class Holding:
     def _sync(self, handle: int, channel: Channel) -> bool:
         began = perf_counter()
         try:
+            if self._sizes and os.fstat(self._fds[handle]).st_size < self._sizes[handle]:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))  # see `rustord.blockdevice.ImageFile.flush`
             os.fdatasync(self._fds[handle])
         except OSError as error:
             # To flush it once more would say that all is well: the kernel tells of a lost write only once.

@@ -35,6 +35,8 @@ class _Worker:
         """Of the devices, by handle."""
         self._locks: list[int] = []
         """The same, only to be kept: as long as they are there, the devices are locked."""
+        self._sizes: list[int] = []
+        """Of those that are files."""
         self._holdings: dict[int, Holding] = {}
         self._nothing = os.open(os.devnull, os.O_RDONLY)  # for reading: nobody may think that he has written
 
@@ -43,6 +45,7 @@ class _Worker:
         if order == Order.SERVE:
             self._serve(*arguments, *fds)
         elif order == Order.DEVICE:
+            self._sizes += arguments
             for kept, fd in zip((self._fds, self._locks), fds, strict=True):
                 kept.append(fd)
         elif order == Order.GONE:
@@ -72,7 +75,7 @@ class _Worker:
         ledger_fd: int,
     ) -> None:
         if number not in self._holdings:
-            self._holdings[number] = Holding(self._fds)
+            self._holdings[number] = Holding(self._fds, self._sizes)
         sock, channel = socket.socket(fileno=sock_fd), Channel(socket.socket(fileno=channel_fd))
         key, kind, size, read_only, rotational = shape
         export = HeldExport(

@@ -152,7 +152,7 @@ class Worker:
                 with ExitStack() as passed:
                     for fd in shared:
                         passed.callback(os.close, fd)
-                    self.order(Order.DEVICE, fds=shared)
+                    self.order(Order.DEVICE, device.size if isinstance(device, ImageFile) else 0, fds=shared)
             except OSError as error:
                 log.warning("NBD goes the long way to %s: %s", device.path, error)
                 return -1

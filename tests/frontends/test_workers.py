@@ -733,6 +733,33 @@ def test_behind_the_end_there_are_no_more_processes(served: NbdServed) -> None:
     assert not workers._all
 
 
+def test_a_session_for_which_there_is_no_thread_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    client, sock = socket.socketpair()
+    ours, theirs = socket.socketpair()
+    worker = _Worker()
+    with client, ours, closing(Ledger()) as ledger:
+        shape = "volume", "volume", MIB, False, False
+        arguments = 1, "somebody", "volume", (False, False, False), shape, b""
+        fds = sock.detach(), theirs.detach(), os.dup(ledger.fileno())
+        assert worker.obey(Order.SERVE, arguments, fds) == []
+        assert client.recv(1) == ours.recv(1) == b""
+    os.close(worker._nothing)
+
+
+def test_a_file_that_was_truncated_is_not_said_to_be_flushed(served: NbdServed) -> None:
+    with volume(served) as peer:
+        write(peer, 0, bytes(MIB))
+        assert peer.one(FLUSH).error == 0
+        os.truncate(disk_of(served).path, 1 << 20)
+        write(peer, 0, b"written in place")
+        assert peer.one(FLUSH).error == errno.EIO
+        assert disk_of(served).failed
+
+
 class Owner(threading.Thread):
     """Does to a range that it has for itself whatever may be done, in two sessions that come again when they are cut.
 
