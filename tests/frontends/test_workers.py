@@ -14,23 +14,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import rustord
 from rustord import volume as volume_module
-from rustord.blockdevice import ImageFile
-from rustord.change import Change
-from rustord.errors import NoSpace, RustordError
 from rustord.blockdevice import ImageFile, openers
 from rustord.change import Change, Delete
-from rustord.errors import DeviceError, NoSpace
+from rustord.errors import NoSpace, RustordError
 from rustord.frontends import nbd as nbd_module
 from rustord.frontends import workers as workers_module
 from rustord.frontends.channel import Order
-from rustord.frontends.workers import Worker
-from rustord.frontends.exports import Exports
 from rustord.frontends.workers import Worker, Workers
 from rustord.layermerger import LayerMerger
 from rustord.layermover import LayerMover
@@ -39,8 +35,8 @@ from rustord.page import CHUNK_BYTES, PAGE_CHUNKS, device_of
 from rustord.record import Record
 from rustord.volumes import Volumes
 from rustord.wire.limits import NbdLimits
-from tests.conftest import FaultyLoop
 from rustord.writer import Writer
+from tests.conftest import FaultyLoop
 from tests.daemon import Daemon, make_pool
 from tests.frontends import nbdserved as nbdserved_module
 from tests.frontends.nbdserved import NbdPeer, NbdServed
@@ -590,25 +586,6 @@ def test_once_nobody_else_changes_it_places_are_granted_again(
         assert peer.read(0, 4).data == b"data"
 
 
-def test_objects_are_followed_though_that_has_failed(
-    make_image: Callable[[int], Path], disk_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(nbd_module, "_FOLLOW_S", 0.01)
-    followed = []
-
-    def follow(exports: Exports) -> None:
-        followed.append(exports)
-        if len(followed) == 1:
-            raise DeviceError("the index cannot be read", hint="look at the disk")
-
-    monkeypatch.setattr(Exports, "follow", follow)
-    served = NbdServed(make_image(64 << 20), disk_path / "nbd.sock", NbdLimits(), None)
-    try:
-        until(lambda: len(followed) > 2, "it is tried again")
-    finally:
-        served.stop()
-
-
 def test_what_is_done_for_a_dead_process_the_next_one_learns(
     served: NbdServed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -731,23 +708,6 @@ def test_behind_the_end_there_are_no_more_processes(served: NbdServed) -> None:
     with pytest.raises(OSError, match="shutdown"):
         workers.enter("volume")
     assert not workers._all
-
-
-def test_a_session_for_which_there_is_no_thread_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    client, sock = socket.socketpair()
-    ours, theirs = socket.socketpair()
-    worker = _Worker()
-    with client, ours, closing(Ledger()) as ledger:
-        shape = "volume", "volume", MIB, False, False
-        arguments = 1, "somebody", "volume", (False, False, False), shape, b""
-        fds = sock.detach(), theirs.detach(), os.dup(ledger.fileno())
-        assert worker.obey(Order.SERVE, arguments, fds) == []
-        assert client.recv(1) == ours.recv(1) == b""
-    os.close(worker._nothing)
 
 
 def test_a_file_that_was_truncated_is_not_said_to_be_flushed(served: NbdServed) -> None:
