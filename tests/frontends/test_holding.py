@@ -440,27 +440,6 @@ def test_it_holds_no_more_than_so_many_pages(side: Side, monkeypatch: pytest.Mon
     assert len(side.holding._pages) == 1
 
 
-@pytest.mark.parametrize("length", [100, 3 * CHUNK_BYTES])
-@pytest.mark.parametrize("step", ["_fill", "_compare", "_are_verified"])
-def test_what_is_being_read_may_be_given_back_at_the_same_time(
-    side: Side, monkeypatch: pytest.MonkeyPatch, step: str, length: int
-) -> None:
-    """By another session, which waits for nobody to do so."""
-    data = bytes(range(256)) * 256
-    for chunk in range(4):
-        side.disk.write(at(chunk), (data,))
-        side.places[chunk] = Place(0, side.disk, at(chunk), checksum=xxh3_64_digest(data))
-    assert read(side, 3 * CHUNK_BYTES, 1) == data[:1]
-    do = getattr(side.holding, step)
-
-    def do_later(*arguments: object) -> object:
-        side.holding.drop(0, 1)
-        return do(*arguments)
-
-    monkeypatch.setattr(side.holding, step, do_later)
-    assert read(side, 0, length) in (b"r" * length, (data * 3)[:length])
-
-
 def test_a_device_that_has_gone_is_flushed_only_if_something_was_written_before(side: Side) -> None:
     """It may be back, and what is written now goes there by way of the other process."""
     own(side, 1)

@@ -504,7 +504,8 @@ def test_who_is_told_what_a_dead_process_could_write_to_minds_no_grant(
                 yield from look((0,))
 
         monkeypatch.setattr(tenancy.worker, "devices", grant_meanwhile)
-        tenancy.worker.kill()
+        os.kill(tenancy.worker.pid, signal.SIGKILL)
+        tenancy.worker.wait()
         assert peer.is_ended()
         tenancy._recall(last=False)
         monkeypatch.undo()
@@ -531,7 +532,8 @@ def test_a_process_that_ended_while_it_had_nothing_to_do_is_forgotten(served: Nb
         write(peer, 0, b"data")
     until(lambda: not busy(served), "they have gone")
     (idle,) = processes(served)
-    idle.kill()
+    os.kill(idle.pid, signal.SIGKILL)
+    idle.wait()
     with served.connect().go("volume") as peer:
         assert peer.read(0, 4).data == b"data"
         assert processes(served) == busy(served)
@@ -603,7 +605,8 @@ def test_what_is_done_for_a_dead_process_the_next_one_learns(
         peer.send(request(TRIM, 0, CHUNK_BYTES))
         assert is_begun.wait(SECONDS_MAX)
         (worker,) = busy(served)
-        worker.kill()
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.wait()
         assert other.is_ended()
         with served.connect().go("volume") as next_one:
             write(next_one, 0, b"held in place")
