@@ -452,3 +452,17 @@ def test_a_device_that_has_gone_is_flushed_only_if_something_was_written_before(
     side.export.flush()
     os.close(nothing)
     assert [(request.call, bytes(request.data)) for request in side.calls] == [(Call.WRITE, b"more"), (Call.FLUSH, b"")]
+
+
+def test_a_file_that_was_truncated_is_not_said_to_be_flushed(side: Side) -> None:
+    holding = Holding([side.disk.fileno()], [side.disk.size])
+    export = HeldExport(holding, side.export._channel, "volume", Kind.VOLUME, SIZE, read_only=False, rotational=False)
+    own(side, 1)
+    export.flush()
+    export.write(CHUNK_BYTES, memoryview(b"data"))
+    export.flush()
+    assert called(side) == [Call.FLUSH, Call.GRANT]
+    os.truncate(side.disk.path, at(0))
+    export.write(CHUNK_BYTES, memoryview(b"data"))
+    export.flush()
+    assert called(side) == [Call.FAIL, Call.FLUSH]

@@ -713,16 +713,6 @@ def test_behind_the_end_there_are_no_more_processes(served: NbdServed) -> None:
     assert not workers._all
 
 
-def test_a_file_that_was_truncated_is_not_said_to_be_flushed(served: NbdServed) -> None:
-    with volume(served) as peer:
-        write(peer, 0, bytes(MIB))
-        assert peer.one(FLUSH).error == 0
-        os.truncate(disk_of(served).path, 1 << 20)
-        write(peer, 0, b"written in place")
-        assert peer.one(FLUSH).error == errno.EIO
-        assert disk_of(served).failed
-
-
 class Owner(threading.Thread):
     """Does to a range that it has for itself whatever may be done, in two sessions that come again when they are cut.
 
