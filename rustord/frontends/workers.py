@@ -396,7 +396,12 @@ class Workers:
                     self._all.add(worker)
                 self._by_key[key] = worker
             worker.user_count += 1
-            return worker
+        try:
+            worker.order(Order.RECALL, 0, False)  # of nothing: whether it is there
+        except OSError:
+            self.leave(key, worker)
+            raise
+        return worker
 
     def leave(self, key: str, worker: Worker) -> None:
         """Undo one `enter`. One worker is kept for the next export, so that this need not wait for a process."""

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -318,13 +319,17 @@ def test_a_flush_that_failed_in_the_process_counts_for_all(served: NbdServed) ->
         assert peer.one(WRITE, 0, 4, payload=b"late").error == errno.EIO
 
 
+@pytest.mark.parametrize("why", ["it cannot be started", "it ends at once"])
 def test_without_another_process_it_goes_as_well(
-    served: NbdServed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    served: NbdServed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, why: str
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr(subprocess, "Popen", refuse)
+    if why == "it cannot be started":
+        monkeypatch.setattr(subprocess, "Popen", refuse)
+    else:
+        monkeypatch.setattr(sys, "executable", "/bin/false")
     with volume(served) as peer:
         write(peer, 0, b"data")
         assert peer.read(0, 4).data == b"data"
