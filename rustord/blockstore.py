@@ -73,7 +73,7 @@ class BlockStore:
         self.slots: Mapping[int, Slot] = {}
         """By index, in order; never changed but replaced, since any thread may go through it."""
         self.device_uuids: dict[int, bytes] = {}
-        """The uuid of each device, by index."""
+        """The uuid of each device, by index; of those removed, too: who has an older Record goes on with it."""
         self.erase_policy = erase_policy
         self.on_damage: Callable[[Record, int, int], None] = lambda record, start, end: None
         """Told by readers, on their threads, of bytes of an Object of which a copy was wrong or could not be read."""
@@ -97,7 +97,6 @@ class BlockStore:
     def remove(self, index: int) -> None:
         """Forget a device, which the caller closes."""
         self.slots = {other: slot for other, slot in self.slots.items() if other != index}
-        del self.device_uuids[index]
 
     def device(self, index: int) -> BlockDevice:
         """The device in slot ``index``. Raises DeviceError if it is missing."""
@@ -313,8 +312,9 @@ class BlockStore:
         return min(order, key=lambda i: (not self.is_there(copies[i]), (i - turn) % len(copies)))
 
     def is_there(self, copy: Copy) -> bool:
-        """Whether no device of the copy is missing."""
-        return all(self.slots[e.device].device is not None for e in copy if e.device in self.slots)
+        """Whether no device of the copy is missing, or was removed."""
+        slots = self.slots
+        return all(e.device in slots and slots[e.device].device is not None for e in copy if e.device != LAYERS)
 
     def read_copy_now(
         self, record: Record, number: int, offset: int, buffer: memoryview, *, verify: bool = False

@@ -212,7 +212,7 @@ class Relocation:
         A device that is away may come back with the right bytes, and one that cannot read now may do so once more:
         without `salvage` nothing is given up.
         """
-        away = any(self._blocks.slots[device].device is None for device in self.record.devices)
+        away = not all(map(self._blocks.is_there, self.record.copies))
         if away and not self._salvage:
             raise problem
         copies = self.record.copies

@@ -10,6 +10,7 @@ import pytest
 
 from rustord.errors import Damaged, DeviceError, NoSpace
 from rustord.extent import Extent, block_count
+from rustord.membership import remove_device
 from rustord.objectstore import ObjectStore
 from rustord.placer import Mirrored, Striped
 from rustord.record import Record
@@ -196,6 +197,23 @@ class TestDamage:
         assert new.devices == {1 - device}
         with pytest.raises(Damaged):
             store.read(new, 0, 10)
+
+    def test_a_device_that_is_removed_meanwhile(self, simulate: Callable[..., Simulation]) -> None:
+        """Somebody else has moved the Object; who still copies what it had is told so, and nothing else breaks."""
+        store = simulate(16 * MIB, 16 * MIB).open()
+        old = upload(store, DATA, declare=True)
+        (device,) = old.devices
+
+        def remove(length: int) -> None:
+            if device in store.blocks.slots:
+                move(store, old, old.extents, avoid={device})
+                remove_device(store, device)
+
+        with pytest.raises(DeviceError, match="of the pool is missing"):
+            store.relocations.prepare(old, old.extents, avoid={device}, pace=remove)
+        settle(store)
+        assert store.get(old.uuid) == DATA
+        check_sound(store)
 
     def test_a_damaged_object_survives_a_crash_right_after_its_move(self, simulation: Simulation) -> None:
         store = simulation.open()

@@ -14,6 +14,7 @@ from rustord.blockdevice import Buffer
 from rustord.errors import Damaged, DeviceError, NoSpace
 from rustord.extent import Extent
 from rustord.keystore.lmdb import LmdbBackend
+from rustord.membership import remove_device
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
 from rustord.placer import Mirrored
@@ -274,6 +275,23 @@ def test_a_missing_device_is_no_damage(mirrored: Bench) -> None:
     mirrored.store.blocks.retire(mirrored.store.blocks.slots[1], "it was taken out")
     health = mirrored.repairer.examine(record, [0, 1])
     assert (health.unread, health.mended, health.lost, health.waiting) == (1, [], [], [])
+
+
+def test_a_device_that_is_emptied_and_removed_meanwhile(simulate: Callable[..., Simulation]) -> None:
+    with at_work(simulate(16 * MIB, 16 * MIB)) as bench:
+        record = bench.put(DATA * 3)
+        (device,) = record.devices
+
+        def remove() -> None:
+            if device in bench.store.blocks.slots:
+                run(bench.store, bench.store.relocations.prepare(record, record.extents, [device]))
+                bench.store.keystore.checkpoint()
+                run(bench.store)
+                remove_device(bench.store, device)
+
+        health = bench.repairer.examine(record, [0], pace=lambda length: bench.writer.call(remove))
+        assert (health.lost, health.waiting, health.bad) == ([], [], [])
+        assert bench.store.get(record.uuid) == DATA * 3
 
 
 def test_a_pool_that_takes_no_changes_is_left_alone(mirrored: Bench) -> None:
