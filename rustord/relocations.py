@@ -79,6 +79,7 @@ class Relocations:
                 raise too_long(record.size, extent_count)
         except BaseException:
             relocation.abort()
+            self.forget(relocation)  # it may have got no block that would have to be given up
             self._keystore.stat(record.uuid)  # if it was deleted meanwhile, that is why
             raise
         return relocation

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from rustord.change import Delete, Put
-from rustord.errors import DeviceError, NotFound, PreconditionFailed
-from rustord.extent import block_count
+from rustord.errors import DeviceError, NoSpace, NotFound, PreconditionFailed
+from rustord.extent import Extent, block_count
 from rustord.keystore.lmdb import LmdbBackend
 from rustord.label import Standing
 from rustord.membership import attach_device, detach_device, remove_device, set_standing
@@ -50,6 +50,15 @@ class TestRaces:
         run(store)
         assert free_count(store) == free
         check_sound(store)
+
+    def test_who_finds_no_room_leaves_nothing_behind(self, simulation: Simulation) -> None:
+        store = simulation.open()
+        record = upload(store, DATA[:MIB])
+        for block, count in [*store.allocator.free_runs(0)]:
+            store.allocator.condemn([Extent(0, block, count)])
+        with pytest.raises(NoSpace):
+            store.relocations.place(record, record.extents)
+        assert store.relocations.take_back(record.uuid) == []
 
     def test_an_object_that_is_moved_meanwhile(self, simulation: Simulation) -> None:
         store = simulation.open()
