@@ -59,6 +59,8 @@ NBD_SOCKET = "rustord-nbd.socket"
 """The unit whose socket is that of NBD; any other is that of the object API."""
 _QUEUE_LENGTH_MAX = 4096
 """The longest queue of a socket (net.core.somaxconn), unless somebody has made it longer."""
+LOOK_AGAIN_S = 5.0
+"""When the devices are looked at again if that failed."""
 STUCK_S = 60.0
 """A writer that has not got on for longer than this is no sign of life: the watchdog may restart us."""
 
@@ -441,9 +443,13 @@ class _Daemon:
             self._look.clear()
             try:
                 await asyncio.to_thread(hotplug.follow)
-            except Exception:
-                log.exception("following the devices failed", extra=FAULT())
-                await asyncio.sleep(1)
+            except Exception as error:
+                fault = not isinstance(error, TimeoutError)  # which only says that the writer is busy
+                extra = FAULT() if fault else None
+                log.error("following the devices failed, and is tried again: %r", error, exc_info=fault, extra=extra)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._stop.wait(), LOOK_AGAIN_S)
+                continue
             loop.add_reader(hotplug, self._look.set)
             await self._look.wait()
             loop.remove_reader(hotplug)

@@ -129,6 +129,7 @@ class Hotplug:
         self._store = store
         self._writer = writer
         self._watcher = Watcher()
+        self._gone: list[Candidate] = []  # what has vanished, and may still be in its slot
         self._refusals: dict[str, str] = {}  # what was said about a path, so that it is not said at every event
 
     def fileno(self) -> int:
@@ -138,13 +139,15 @@ class Hotplug:
     def follow(self) -> None:
         """Let go of what has vanished, and look at everything that may be a device of the pool that is missing.
 
-        At everything, and not only at what has come: a link to a device may be made after it was seen first.
+        At everything, and not only at what has come: a link to a device may be made after it was seen first. Whatever
+        this raises, the next call goes on with what was left.
         """
         changes = self._watcher.wait(0)
         log.debug("%d devices have come, gone or changed", len(changes))
-        for change in changes:
-            if isinstance(change, DeviceRemoved):
-                self._removed(change.candidate)
+        self._gone += [change.candidate for change in changes if isinstance(change, DeviceRemoved)]
+        while self._gone:
+            self._removed(self._gone[0])
+            del self._gone[0]
         if any(slot.device is None for slot in self._slots()):
             for candidate in candidates():
                 self._appeared(candidate)

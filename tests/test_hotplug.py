@@ -443,6 +443,31 @@ def test_a_storm_of_events_ends_with_what_is_there(make_daemon: MakeDaemon, pair
     assert "following the devices failed" not in daemon.log
 
 
+def test_a_device_that_cannot_be_let_go_at_once_is_let_go_later(
+    make_daemon: MakeDaemon, disks: Disks, pair: list[Path]
+) -> None:
+    """A writer that waits for the very disk that was pulled has no time for that until the kernel gives up on it."""
+    patch = """
+from rustord import hotplug
+detach_device, busy = hotplug.detach_device, [True]
+def late(*arguments):
+    if busy:
+        busy.clear()
+        raise TimeoutError
+    detach_device(*arguments)
+hotplug.detach_device = late
+daemon.LOOK_AGAIN_S = 0.01
+"""
+    running = make_daemon(*pair, config=MIRRORED, patch=patch).start()
+    uuid = running.put(b"data")
+    plug = Plug(pair[1])
+    plug.pull()
+    until(lambda: states(running) == ["online", "missing"], "the device is let go")
+    plug.push()
+    until(lambda: states(running) == ["online", "online"], "the device is taken back")
+    assert running.get(uuid) == b"data"
+
+
 def test_names_that_move_do_not_matter(
     make_daemon: MakeDaemon, disks: Disks, pair: list[Path], make_loop: LoopDevices
 ) -> None:
