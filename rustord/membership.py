@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from dataclasses import replace
 
 from rustord.blockdevice import BlockDevice, open_device
@@ -55,27 +56,14 @@ def attach_device(store: ObjectStore, path: str) -> int:
 
     Raises PoolError if it is none, is there already, or holds changes that only an opening can replay; DeviceError.
     """
+    store.keystore.checkpoint()  # which knows how far it has got in the device's journal
+    # udev tells everybody to look again at what was open for writing: who refuses that each time is told so for ever.
+    with closing(open_device(path, read_only=True, exclusive=False)) as device:
+        store.keystore.remove_ring(_returned(store, device).index)
     device = open_device(path)
     try:
         require_ours(device)
-        label = read_label(device)
-        member = next((m for m in store.label.members if label and m.device_uuid == label.device_uuid), None)
-        if label is None or member is None:
-            raise PoolError(f"{path} is no device of this pool", hint="claim it with 'rustorctl device add'")
-        slot = store.blocks.slots[member.device_index]
-        if slot.device is not None:
-            raise PoolError(
-                f"{path} cannot stand in for device {slot.index}: that is there already",
-                hint="'rustorctl device list' shows the devices",
-            )
-        if problem := check_return(device, label, member, slot.geometry):
-            raise problem
-        store.keystore.checkpoint()  # which knows how far it has got in the device's journal
-        if store.keystore.add_ring(slot.index, Ring(device, slot.uuid, slot.geometry, store.label.secret)):
-            store.keystore.remove_ring(slot.index)
-            raise PoolError(
-                f"{path} holds changes that the index does not know", hint="restart rustord, which replays them"
-            )
+        slot = _returned(store, device)
         slot.bad = read_bad_blocks(device, slot)
         store.allocator.condemn(Extent(slot.index, run.block, run.count) for run in slot.bad.runs)
     except BaseException:
@@ -84,6 +72,28 @@ def attach_device(store: ObjectStore, path: str) -> int:
     slot.device, slot.why = device, ""
     renew_labels(store, store.label)
     return slot.index
+
+
+def _returned(store: ObjectStore, device: BlockDevice) -> Slot:
+    """The slot of a device that was missing; the KeyStore has its journal then. Raises as `attach_device`."""
+    label = read_label(device)
+    member = next((m for m in store.label.members if label and m.device_uuid == label.device_uuid), None)
+    if label is None or member is None:
+        raise PoolError(f"{device.path} is no device of this pool", hint="claim it with 'rustorctl device add'")
+    slot = store.blocks.slots[member.device_index]
+    if slot.device is not None:
+        raise PoolError(
+            f"{device.path} cannot stand in for device {slot.index}: that is there already",
+            hint="'rustorctl device list' shows the devices",
+        )
+    if problem := check_return(device, label, member, slot.geometry):
+        raise problem
+    if store.keystore.add_ring(slot.index, Ring(device, slot.uuid, slot.geometry, store.label.secret)):
+        store.keystore.remove_ring(slot.index)
+        raise PoolError(
+            f"{device.path} holds changes that the index does not know", hint="restart rustord, which replays them"
+        )
+    return slot
 
 
 def detach_device(store: ObjectStore, index: int) -> None:

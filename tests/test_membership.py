@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rustord.blockdevice import open_device
+from rustord.blockdevice import ImageFile, RawDevice, open_device
 from rustord.blockstore import BlockStore, Slot, read_label
 from rustord.change import Put
 from rustord.errors import DeviceError, InvalidRequest, PoolError
@@ -72,6 +72,33 @@ class TestReturning:
             store.put(b"x")
         with pytest.raises(PoolError, match="older state"):
             attach_device(store, str(pair.paths[1]))
+
+    @pytest.mark.parametrize("which", ["an older state", "a twin"])
+    def test_what_is_refused_is_not_opened_for_writing(
+        self, pair: Simulation, disk_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+    ) -> None:
+        """Where a udevd runs, to close it would be an event, upon which it would be tried again, without end."""
+        pair.open()
+        pair.close()
+        copy = shutil.copy(pair.paths[1], disk_path / "copy.img")
+        store = pair.open(without=[1])
+        if which == "an older state":
+            pair.close()
+            pair.open()
+            pair.close()
+            store = pair.open(without=[1])
+        else:
+            attach_device(store, str(pair.paths[1]))
+        opened: list[bool] = []
+
+        def open_and_tell(path: str, *, read_only: bool = False, exclusive: bool = True) -> RawDevice | ImageFile:
+            opened.append(read_only)
+            return open_device(path, read_only=read_only, exclusive=exclusive)
+
+        monkeypatch.setattr("rustord.membership.open_device", open_and_tell)
+        with pytest.raises(PoolError, match=r"is an older state of itself|cannot stand in for device 1"):
+            attach_device(store, copy)
+        assert opened == [True]
 
     def test_a_device_that_was_used_alone_is_left_out(self, pair: Simulation, disk_path: Path) -> None:
         pair.open().put(b"both")
