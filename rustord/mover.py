@@ -24,7 +24,7 @@ from rustord.objkey import uuid_text
 from rustord.page import ZEROS, device_of
 from rustord.record import Record
 from rustord.relocation import Relocation
-from rustord.task import Task
+from rustord.task import Task, keep_note
 from rustord.volumes import Volumes
 from rustord.writer import Writer
 
@@ -109,7 +109,7 @@ class Mover:
 
     def _note(self) -> None:
         if self._notes is not None:
-            self._notes.write_text(json.dumps(sorted(self._wanted)))
+            keep_note(self._notes, sorted(self._wanted))
 
     def status(self) -> dict[str, Any]:
         """What it does and how far it is, or how it ended."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ from rustord.objectstore import ObjectStore
 from rustord.objkey import ObjectId, uuid_text
 from rustord.record import Record
 from rustord.repair import Health, Repairer, Wound
-from rustord.task import Stopped, Task
+from rustord.task import Stopped, Task, keep_note
 
 log = logging.getLogger(__name__)
 
@@ -244,12 +243,7 @@ class Scrub:
             self._note()
 
     def _note(self) -> None:
-        new = self._notes.with_name(self._notes.name + ".new")
-        try:
-            new.write_text(json.dumps(asdict(self.report)))
-            os.replace(new, self._notes)
-        except OSError as error:
-            log.warning("where the scrub is cannot be noted in %s: %s", self._notes, error)
+        keep_note(self._notes, asdict(self.report))
 
 
 def _first(copy: Copy) -> Extent:

@@ -5,11 +5,14 @@ What it has done it says itself; what it has to remember over a restart it keeps
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from rustord.errors import RustordError
 
@@ -97,3 +100,13 @@ class Task:
             self.error = f"an internal error: {error!r}"
             log.exception("%s failed", self.name)
         self.state = state
+
+
+def keep_note(file: Path, note: Any) -> None:
+    """Keep in ``file``, as JSON, what some work has to remember over a restart. That it cannot be kept is logged."""
+    new = file.with_name(file.name + ".new")
+    try:
+        new.write_text(json.dumps(note))
+        os.replace(new, file)
+    except OSError as error:
+        log.warning("what is under way cannot be noted in %s: %s", file, error)

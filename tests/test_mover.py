@@ -309,6 +309,22 @@ class TestHealing:
         assert again.mover.job == "healing"
         assert all(0 not in store.stat(uuid).devices for uuid in contents)
 
+    def test_a_note_that_cannot_be_written_ends_nothing(
+        self,
+        simulate: Callable[..., Simulation],
+        moving: Callable[..., Moving],
+        disk_path: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        store = simulate(*[16 * MIB] * 3, placer=Mirrored(2)).open()
+        contents = fill(store)
+        one = moving(store, notes=disk_path / "absent" / "notes")
+        one.writer.call(lambda: detach_device(store, 0))
+        one.run("heal")
+        assert (one.mover.task.state, one.mover.task.error) == ("done", "")
+        assert all(0 not in store.stat(uuid).devices for uuid in contents)
+        assert "cannot be noted in" in caplog.text
+
 
 class TestRebalancing:
     def test_a_new_device_gets_its_share(
