@@ -155,7 +155,8 @@ class Mover:
         slot = store.blocks.slots.get(index)
         if slot is None:
             return
-        is_given_up = slot.standing is Standing.GIVEN_UP
+        standing = slot.standing
+        is_given_up = standing is Standing.GIVEN_UP
         job = _Job(
             f"emptying device {index}", lambda record: _on(record, {index}), lambda: {index}, salvage=is_given_up
         )
@@ -164,6 +165,8 @@ class Mover:
             store.check_changeable()
             check_volumes(store, index)
             found = self._move_layers({index: math.inf}) + self._pass(job)
+            if slot.standing is not standing:
+                return  # to begin with it anew: it has been given up meanwhile
             if slot.state != "online" and not is_given_up:
                 raise DeviceError(
                     f"device {index} is {slot.state}, and cannot be emptied: {slot.reason}",

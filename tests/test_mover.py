@@ -220,6 +220,29 @@ class TestEmptying:
         with pytest.raises(Exception, match="checksum"):
             store.get(next(reversed(contents)))
 
+    def test_one_that_is_given_up_while_it_is_emptied(
+        self, simulate: Callable[..., Simulation], moving: Callable[..., Moving], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB)
+        store = simulation.open()
+        record = store.stat(store.put(DATA[:100_000]).uuid)
+        (index,) = record.devices
+        simulation.devices[index].fail_reads = True
+        one = moving(store)
+        pass_ = Mover._pass
+
+        def give_up(mover: Mover, job: Any) -> int:
+            found = pass_(mover, job)
+            monkeypatch.undo()
+            one.writer.call(lambda: set_standing(store, index, Standing.GIVEN_UP))
+            one.mover.start()
+            return found
+
+        monkeypatch.setattr(Mover, "_pass", give_up)
+        one.leave(index)
+        assert (one.mover.task.state, one.mover.task.error) == ("done", "")
+        assert list(store.blocks.slots) == [1 - index]
+
     def test_a_missing_device_is_given_up_when_no_object_needs_it(
         self, simulate: Callable[..., Simulation], moving: Callable[..., Moving]
     ) -> None:
