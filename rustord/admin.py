@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from rustord.blockdevice import tell_udev
 from rustord.blockstore import Slot
 from rustord.claim import check, claim
 from rustord.devicemap import draw
-from rustord.errors import NoSpace, NotFound
+from rustord.errors import NoSpace, NotFound, Unavailable
 from rustord.event import DEVICE_JOINED, DEVICE_REMOVED, fields
 from rustord.inspection import inspect
 from rustord.label import Standing
@@ -26,6 +26,8 @@ from rustord.wire.api import NewDevice
 from rustord.writer import Writer
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _STANDINGS = {Standing.IN_USE: "in use", Standing.LEAVING: "leaving", Standing.GIVEN_UP: "given up"}
 
@@ -150,7 +152,7 @@ class Admin:
         device = claim(path, force=force, announce=lambda erasure: _announce(path, erasure))
         try:
             prepare_device(self._store, device)
-            member = self._writer.call(lambda: add_device(self._store, device))
+            member = self._call(lambda: add_device(self._store, device))
         except BaseException:
             if all(slot.device is not device for slot in self._store.blocks.slots.values()):
                 device.close()
@@ -191,7 +193,7 @@ class Admin:
         is_leaving = slot.standing is not Standing.IN_USE  # then it is the mover that lets go of it
         if not is_leaving and slot.state == "online" and self._store.allocator.is_empty(slot.index):
             entry = self._device(slot)
-            self._writer.call(lambda: remove_device(self._store, slot.index))
+            self._call(lambda: remove_device(self._store, slot.index))
             log.info("device %d was removed", slot.index, extra=DEVICE_REMOVED(device=entry["path"] or ""))
             return {**entry, "standing": "removed"}
         self._store.check_changeable()
@@ -200,7 +202,7 @@ class Admin:
             self._store.blocks.writable(slot.index)
             self._check_room(slot)
         standing = Standing.GIVEN_UP if give_up else Standing.LEAVING
-        self._writer.call(lambda: set_standing(self._store, slot.index, standing))
+        self._call(lambda: set_standing(self._store, slot.index, standing))
         self._mover.start()
         return self._device(slot)
 
@@ -220,9 +222,20 @@ class Admin:
         """Keep a device that was to leave; what has been moved off it stays where it is. Raises NotFound."""
         slot = self._find(which)
         self._mover.pause()
-        self._writer.call(lambda: set_standing(self._store, slot.index, Standing.IN_USE))
-        self._mover.start()
+        try:
+            self._call(lambda: set_standing(self._store, slot.index, Standing.IN_USE))
+        finally:
+            self._mover.start()
         return self._device(slot)
+
+    def _call(self, function: Callable[[], T]) -> T:
+        """Run ``function`` between two cycles. Raises Unavailable if it takes too long; it may go on all the same."""
+        try:
+            return self._writer.call(function)
+        except TimeoutError:
+            raise Unavailable(
+                "the pool is busy", hint="see 'rustorctl status', and look what has become of it"
+            ) from None
 
     def mover(self) -> dict[str, Any]:
         """What is being moved, and how far that is."""
@@ -260,7 +273,7 @@ class Admin:
 
     def check(self) -> list[dict[str, Any]]:
         """What is not as it has to be, as far as that can be told of a pool at work."""
-        return [finding.plain() for finding in inspect(self._store, self._writer.call)]
+        return [finding.plain() for finding in inspect(self._store, self._call)]
 
     def plugins(self) -> list[dict[str, Any]]:
         """What is loaded, and what is only installed."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 
@@ -26,6 +26,7 @@ from rustord.errors import (
     NotFound,
     ReadOnly,
     RustordError,
+    Unavailable,
 )
 from rustord.label import Standing
 from rustord.membership import set_standing
@@ -366,6 +367,24 @@ def test_a_device_that_was_to_leave_is_kept(admin: Admin, store: ObjectStore, ad
     assert admin.keep_device(str(leaving["index"]))["standing"] == "in use"
     assert ended(admin)["state"] == "stopped"
     assert store.get(key.uuid) == bytes(100_000)
+
+
+def test_a_pool_that_is_busy_says_so_and_goes_on(
+    admin: Admin, added: Path, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*_: object) -> NoReturn:
+        raise TimeoutError
+
+    for change in ("add_device", "set_standing"):
+        monkeypatch.setattr(f"rustord.admin.{change}", late)
+    started: list[bool] = []
+    monkeypatch.setattr(admin._mover, "start", lambda: started.append(True))
+    with pytest.raises(Unavailable, match="the pool is busy"):
+        admin.add_device(NewDevice(str(new := make_image(16 * MIB))))
+    assert not is_locked(new)
+    with pytest.raises(Unavailable, match="the pool is busy"):
+        admin.keep_device("1")
+    assert started
 
 
 def test_a_mover_is_told_what_to_do(admin: Admin) -> None:
