@@ -185,7 +185,10 @@ class Mover:
             if index in store.blocks.slots:  # who asks for it once more, when it is empty, has it removed at once
                 remove_device(store, index)
 
-        self._writer.call(let_go)
+        try:
+            self._writer.call(let_go, _COMMIT_S)
+        except TimeoutError as error:
+            raise _late() from error
         log.info("device %d has been emptied and removed", index, extra=DEVICE_REMOVED(device=path))
 
     def _heal(self) -> None:

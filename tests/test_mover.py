@@ -167,6 +167,21 @@ class TestEmptying:
         assert (one.mover.task.state, one.mover.task.error) == ("done", "")
         assert list(store.blocks.slots) == [0]
 
+    def test_a_writer_that_has_no_time_to_let_go_of_it(
+        self, simulate: Callable[..., Simulation], moving: Callable[..., Moving], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def late(*_: object) -> None:
+            raise TimeoutError
+
+        store = simulate(16 * MIB, 16 * MIB).open()
+        one = moving(store)
+        monkeypatch.setattr("rustord.mover.remove_device", late)
+        one.leave(1)
+        assert (one.mover.task.state, one.mover.task.error) == ("failed", "a cycle did not end in time")
+        monkeypatch.undo()
+        one.run()
+        assert list(store.blocks.slots) == [0]
+
     def test_what_comes_in_meanwhile_does_not_take_its_room(
         self, simulate: Callable[..., Simulation], moving: Callable[..., Moving]
     ) -> None:
