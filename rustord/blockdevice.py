@@ -166,7 +166,7 @@ class _OpenDevice:
         """Called when it takes no writes any more, or is given back: before anybody learns that."""
         self._absence = ""  # why we hold nothing any more
         self._zeroes_ranges = True
-        self._direct_fd = -1
+        self._fd = self._direct_fd = -1
         self._opening = threading.Lock()
         self._fd = _open_locked(path, read_only=read_only, exclusive=exclusive)
         try:
@@ -291,7 +291,10 @@ class _OpenDevice:
             tell()
 
     def let_go(self, why: str) -> None:
-        """Give the device back while others may be using it: they find nothing in its place."""
+        """Give the device back while others may be using it: they find nothing in its place.
+
+        It is closed when the last of them has forgotten it.
+        """
         self.failed = self.failed or why
         self._absence = why
         self._tell_lost()
@@ -308,6 +311,8 @@ class _OpenDevice:
                 os.close(fd)
         self._fd = self._direct_fd = -1
         self._absence = self._absence or "it was closed"
+
+    __del__ = close
 
     def _identify(self) -> None:
         raise NotImplementedError

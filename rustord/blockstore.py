@@ -83,7 +83,6 @@ class BlockStore:
         """The same from the page cache; False if that is not possible."""
         self.layer_place: Callable[[int], Place | None] = lambda offset: None
         """Where the chunk at such an offset is."""
-        self._retired: list[BlockDevice] = []
         self._condemning = threading.Lock()
         self._flushers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="flush")
         for slot in slots:
@@ -476,21 +475,18 @@ class BlockStore:
             number += 1
 
     def retire(self, slot: Slot, why: str) -> None:
-        """Do without a device from now on. It is closed at the end: a reader may be using it at this moment.
+        """Do without a device from now on. It is not closed: a reader may be using it at this moment.
 
         But the disk is let go of at once, so that it can be opened again when it comes back.
         """
         assert slot.device is not None
         if isinstance(slot.device, RawDevice | ImageFile):
             slot.device.let_go(why)
-        self._retired.append(slot.device)
         slot.device, slot.why = None, why
 
     def close(self) -> None:
         """Close every device, which lets go of them."""
         self._flushers.shutdown()
-        for device in self._retired:
-            device.close()
         for slot in self.slots.values():
             if slot.device is not None:
                 slot.device.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -348,3 +349,22 @@ class TestLabels:
         device.write(OFFSETS[2], (foreign.encode(),))
         with pytest.raises(FormatError, match="different devices or pools"):
             read_label(device)
+
+
+def test_a_device_that_comes_and_goes_takes_no_more_of_us_each_time(make_image: Callable[[int], Path]) -> None:
+    """But who reads from it at that moment finds nothing else in its place."""
+    image = make_image(SIZE)
+    slot = Slot(0, bytes(16), Geometry(SIZE // BLOCK, BLOCK), open_device(image))
+    store = BlockStore(BLOCK, [slot])
+    reader = store.device(0)
+    store.retire(slot, "it was removed")
+    with pytest.raises(DeviceError, match="it was removed"):
+        reader.read(0, [bytearray(BLOCK)])
+    del reader
+    open_files = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        slot.device = open_device(image)
+        slot.device.reread(0, [bytearray(BLOCK)])
+        store.retire(slot, "it was removed")
+    assert len(os.listdir("/proc/self/fd")) == open_files
+    store.close()
