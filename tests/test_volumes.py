@@ -903,3 +903,17 @@ def test_nobody_else_gets_the_slots_of_a_layer_that_only_some_journals_have(
     assert {uuid: bench.store.get(uuid) for uuid in stored} == stored
     assert content(bench, "disk") == b"x" * CHUNK_BYTES + bytes(SIZE - CHUNK_BYTES)
     bench.check()
+
+
+def test_nothing_is_kept_in_memory_of_what_is_deleted(bench: Bench) -> None:
+    store = bench.store
+    for _ in range(2):
+        bench.volumes.create("disk", 10 * MIB)
+        volume = bench.volumes.open("disk")
+        write(volume, 0, b"data")
+        volume.close()
+        bench.volumes.delete("disk")
+        run(store)
+        store.keystore.checkpoint()
+    assert not store.keystore._retired
+    bench.check()

@@ -106,7 +106,7 @@ class KeyStore:
         self._bases = {page.layer: decode_head(page.content).base for page in self.pages() if not page.number}
         """What each Layer builds on."""
         self._kept = {record.id for record in self.bases()}
-        self._retired: set[bytes] = set()
+        self._retired: set[bytes] = set()  # Layers that are being erased
         self._carry_due = False
         self._keep_pages: Callable[[list[Page]], None] | None = None
         self.indexed_sequence = 0
@@ -605,6 +605,7 @@ class KeyStore:
             self.indexed_sequence = sequence
             with self._learning:
                 self._draining = Overlay()
+                self._retired.intersection_update(self._bases)  # nothing names the pages of the others any more
                 for ring in self._rings.values():
                     number = int.from_bytes(overlay.positions.get(ring.device_uuid, bytes(8))[:8], "little")
                     ring.release(number, unerased - 1)
