@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from rustord.client.blocking import Client
-from rustord.client.connection import DEFAULT_SOCKET, EXPECT_BYTES, HEAD_BYTES_MAX, Connection
+from rustord.client.connection import DEFAULT_SOCKET, EXPECT_BYTES, HEAD_BYTES_MAX, Connection, SourceFailed
 from rustord.errors import Unavailable
 from rustord.manifest import Data
 from rustord.wire import request as ask
@@ -156,6 +156,8 @@ class AsyncClient(Connection):
             return await self._head()
         except OSError as error:
             raise self._unreachable(error) from error
+        except SourceFailed as failed:
+            raise failed.error from None
 
     async def _send_data(self, request: Request, data: memoryview) -> ReplyHead | None:
         length = f"Content-Length: {len(data)}"
@@ -172,7 +174,7 @@ class AsyncClient(Connection):
         return None
 
     async def _send_chunks(self, data: AsyncIterable[Data]) -> None:
-        async for piece in data:
+        async for piece in _pieces(data):
             if piece:
                 await self._send(b"%x\r\n" % len(piece))
                 await self._send(piece)
@@ -230,3 +232,15 @@ class AsyncClient(Connection):
         assert self._sock is not None
         async with asyncio.timeout(self._timeout_s):
             return await asyncio.get_running_loop().sock_recv(self._sock, _READ_BYTES)
+
+
+async def _pieces(data: AsyncIterable[Data]) -> AsyncIterator[Data]:
+    pieces = aiter(data)
+    while True:
+        try:
+            piece = await anext(pieces)
+        except StopAsyncIteration:
+            return
+        except OSError as error:
+            raise SourceFailed(error) from None
+        yield piece

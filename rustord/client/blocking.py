@@ -16,7 +16,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from rustord.client.connection import EXPECT_BYTES, HEAD_BYTES_MAX, Connection
+from rustord.client.connection import EXPECT_BYTES, HEAD_BYTES_MAX, Connection, SourceFailed
 from rustord.errors import InvalidRequest, Unavailable
 from rustord.manifest import Data
 from rustord.wire.http1 import ReplyHead, read_reply_head
@@ -269,6 +269,9 @@ class Client(Connection):
         except (ConnectionError, TimeoutError) as error:
             self.close()
             raise self._unreachable(error) from error
+        except SourceFailed as failed:
+            self.close()
+            raise failed.error from None
         except BaseException:  # such as an error of the file, in the middle of the request
             self.close()
             raise
@@ -305,7 +308,7 @@ class Client(Connection):
         sock.sendall(request.head("Transfer-Encoding: chunked"))
 
         def send() -> None:
-            while piece := file.read(_PIECE_BYTES):
+            while piece := _read(file):
                 _send_all(sock, [b"%x\r\n" % len(piece), piece, b"\r\n"])
                 progress(len(piece))
             sock.sendall(b"0\r\n\r\n")
@@ -454,6 +457,13 @@ def _size_left(file: BinaryIO) -> int | None:
         return found.st_size - file.tell() if stat_module.S_ISREG(found.st_mode) and found.st_size else None
     except OSError:  # not a file of the system, or one that cannot be sought
         return None
+
+
+def _read(file: BinaryIO) -> bytes:
+    try:
+        return file.read(_PIECE_BYTES)
+    except OSError as error:
+        raise SourceFailed(error) from None
 
 
 def _send_pieces(sock: socket.socket, data: memoryview, progress: Callable[[int], object]) -> None:

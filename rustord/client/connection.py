@@ -16,6 +16,14 @@ _STATUS = "'systemctl status rustord' says how the daemon is, and 'systemctl sta
 _STATUS_BY_HAND = f"start the daemon whose socket that is ('rustord --socket'), or name another ({DEFAULT_SOCKET})"
 
 
+class SourceFailed(Exception):
+    """Carries an error of what was to be sent past all that takes it for one of the connection."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 class Connection:
     """A connection to the daemon, made when it is needed, and again when it was lost."""
 
