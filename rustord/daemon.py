@@ -148,7 +148,7 @@ def _stderr_is_journal() -> bool:
     device, _, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
     try:
         status = os.fstat(sys.stderr.fileno())
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):  # it is closed, or was when we were started
         return False
     return (device, inode) == (str(status.st_dev), str(status.st_ino))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rustord.cli.output import print_json, say
+from rustord.cli.output import is_terminal, print_json, say
 from rustord.cli.parameters import connect, json_option
 from rustord.cli.pool import device, dry_run_option, force_option, pool, say_verdict
 from rustord.errors import RustordError
@@ -132,7 +132,7 @@ def _move(socket: Path | None, work: str, stop: bool, wait: bool, as_json: bool)
 
 def _follow(client: Client, as_json: bool) -> None:
     """Show how far it is until it has ended. Raises RustordError if it has failed."""
-    show = _progress() if sys.stderr.isatty() and not as_json else lambda status: None
+    show = _progress() if is_terminal(sys.stderr) and not as_json else lambda status: None
     status = client.mover()
     while status["state"] == "running":
         show(status)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from typing import TextIO
 
 import click
 
@@ -14,6 +15,11 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\
 def safe(text: str) -> str:
     """``text`` without control characters and such, shown as escapes: a name must not move somebody's cursor."""
     return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def is_terminal(output: TextIO | None) -> bool:
+    """Whether standard output, or standard error, is a terminal; it is None if whoever started us has closed it."""
+    return output is not None and output.isatty()
 
 
 def say(text: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from rustord.cli.output import print_json, safe
+from rustord.cli.output import is_terminal, print_json, safe
 from rustord.cli.parameters import connect, json_option
 from rustord.quantity import human_size
 
@@ -127,7 +127,7 @@ def top(socket: Path | None, interval: float, count: int | None, as_json: bool) 
             for told in pictures:
                 print_json(told)
                 sys.stdout.flush()
-        elif sys.stdout.isatty():
+        elif is_terminal(sys.stdout):
             _show_live(pictures)
         else:
             from rich.console import Console

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO, Protocol
 
 import click
 
+from rustord.cli.output import is_terminal
+
 STDOUT = "standard output"
 STDIN = "standard input"
 BAR_AFTER_S = 0.5
@@ -80,7 +82,8 @@ def _writer(descriptor: int) -> Write:
 def _replacement(path: Path) -> Iterator[int]:
     """A new file beside ``path``, of which it takes the place in the end; it goes away again if anything goes wrong."""
     target = Path(os.path.realpath(path))  # a link stays, and what it leads to is replaced
-    unfinished = target.with_name(f".{target.name[:200]}.{os.urandom(4).hex()}.part")
+    name = os.fsdecode(os.fsencode(target.name)[:200])
+    unfinished = target.with_name(f".{name}.{os.urandom(4).hex()}.part")
     try:
         descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except OSError as error:
@@ -109,7 +112,7 @@ class Bar:
         self._total = total
         self._done = 0
         self._since = time.monotonic()
-        self._wanted = sys.stderr.isatty()
+        self._wanted = is_terminal(sys.stderr)
         self._lock = threading.Lock()
         self._drawn: Any = None
 
@@ -153,7 +156,7 @@ class Bar:
     def say(self, text: str) -> None:
         """A line on standard output, above the bar if both are on a terminal."""
         with self._lock:
-            if self._drawn is not None and sys.stdout.isatty():
+            if self._drawn is not None and is_terminal(sys.stdout):
                 self._drawn.console.print(text, markup=False, highlight=False, soft_wrap=True)
             else:
                 click.echo(text)

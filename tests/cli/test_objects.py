@@ -98,6 +98,13 @@ def test_a_file_that_cannot_be_made(daemon: object, rustorctl: Command, files: P
     assert done.stderr.startswith(f"rustorctl: {files / target}: ")
 
 
+def test_a_file_may_have_as_long_a_name_as_there_can_be(daemon: object, rustorctl: Command, files: Path) -> None:
+    rustorctl.ok("put", "-", "--name", "new", input="new")
+    name = "\u6f22" * 85
+    rustorctl.ok("get", "new", "-o", files / name)
+    assert [(path.name, path.read_text()) for path in files.iterdir()] == [(name, "new")]
+
+
 def test_a_full_disk_leaves_the_file_as_it_was(daemon: object, rustorctl: Command, files: Path) -> None:
     rustorctl.ok("put", "-", "--name", "big", input="x" * 300_000)
     (files / "out").write_text("old")

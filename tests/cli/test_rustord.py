@@ -94,3 +94,9 @@ def test_a_stale_socket_is_replaced(pool_image: Path, start_daemon: Start, rusto
         stale.bind(str(socket_path))
     start_daemon("--device", pool_image)
     assert rustorctl.ok("ls") == ""
+
+
+def test_it_needs_no_standard_error(rustord: Command, config: Path, pool_image: Path) -> None:
+    pool_image.unlink()
+    script = f"{rustord.program} --config {config} 2>&-"
+    assert subprocess.run(["sh", "-c", script], env=rustord.environment).returncode == 11

@@ -9,7 +9,10 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from rustord.objkey import is_uuid
 
@@ -58,3 +61,17 @@ def test_there_is_no_bar_without_a_terminal(daemon: object, rustorctl: Any) -> N
     printed, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (0, b"")
     assert is_uuid(printed.decode().strip())
+
+
+@pytest.mark.parametrize(
+    "command", ["put {file} --name m 2>&-", "get n -o {file} 2>&-", "pool heal --wait 2>&-", "top --count 1 >&-"]
+)
+def test_closed_standard_output_and_error_are_no_terminals(
+    daemon: object, rustorctl: Any, tmp_path: Path, command: str
+) -> None:
+    rustorctl.ok("put", "-", "--name", "n", input="data")
+    (file := tmp_path / "file").write_text("data")
+    script = f"{rustorctl.program} {command.format(file=file)}"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, env=rustorctl.environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert file.read_text() == "data"
