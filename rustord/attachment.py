@@ -14,6 +14,7 @@ import socket
 import struct
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -207,6 +208,9 @@ class Kernel:
             self._socket.settimeout(_TIMEOUT_S)
             self._socket.bind((0, 0))
             self._sequence = 0
+            self._family = 0
+            self._lost: deque[int] = deque()
+            """Devices that have lost a connection, one after the other."""
             self._family, groups = self._find_family()
             for group in groups:
                 self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
@@ -266,14 +270,23 @@ class Kernel:
         """The number of the next device that loses a connection; None if none does within the time."""
         self._socket.settimeout(timeout_s)
         try:
-            for told in netlink.read_messages(self._socket.recv(65536)):
-                if told.family == self._family and told.command == netlink.LINK_DEAD:
-                    return netlink.read_u32(told.attributes[netlink.INDEX])
+            if not self._lost:
+                self._receive()
         except TimeoutError:
             pass
         finally:
             self._socket.settimeout(_TIMEOUT_S)
-        return None
+        return self._lost.popleft() if self._lost else None
+
+    def _receive(self) -> list[netlink.Message]:
+        """What the kernel says next; the news that a connection is lost is put aside, whatever else we wait for."""
+        answers = []
+        for told in netlink.read_messages(self._socket.recv(65536)):
+            if told.family == self._family and told.command == netlink.LINK_DEAD:
+                self._lost.append(netlink.read_u32(told.attributes[netlink.INDEX]))
+            else:
+                answers.append(told)
+        return answers
 
     @staticmethod
     def _sockets(link: Link) -> bytes:
@@ -293,12 +306,12 @@ class Kernel:
         self._socket.send(netlink.message(family, command, self._sequence, attributes))
         answer: dict[int, bytes] = {}
         while True:
-            for told in netlink.read_messages(self._socket.recv(65536)):
+            for told in self._receive():
                 if told.family == netlink.ERROR:
                     if told.error:
                         raise OSError(told.error, os.strerror(told.error))
                     return answer
-                if told.family == family and told.command != netlink.LINK_DEAD:
+                if told.family == family:
                     answer = dict(told.attributes)
 
 

@@ -15,6 +15,7 @@ from rustord import attachment
 from rustord.attachment import Attached, Kernel, Link, attach, attached, backend_of, find, keep, open_link
 from rustord.errors import DeviceError, Forbidden, InUse, InvalidRequest, NotFound, Unreachable, Unsupported
 from rustord.frontends.peer import Peer
+from rustord.wire import netlink
 from rustord.wire.api import Role
 from rustord.wire.limits import NbdLimits
 from rustord.wire.nbd import Flag
@@ -211,6 +212,46 @@ def test_what_is_not_mounted_may_go(tmp_path: Path) -> None:
     file = tmp_path / "device"
     file.touch()
     attachment.check_unused(Attached(str(file), "", 0, False))
+
+
+FAMILY = 30
+
+
+class KernelSocket(socket.socket):
+    """In place of one to the kernel."""
+
+    def bind(self, address: Any) -> None:
+        """It is connected."""
+
+
+@pytest.fixture
+def netlinked(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Kernel, socket.socket]]:
+    """A `Kernel`, and the other end of its socket."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    monkeypatch.setattr(Kernel, "_find_family", lambda self: (FAMILY, []))
+    with theirs:
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, "socket", lambda *_: KernelSocket(fileno=ours.detach()))
+            kernel = Kernel()
+        with kernel:
+            yield kernel, theirs
+
+
+def told(family: int, body: bytes) -> bytes:
+    return netlink.HEADER.pack(netlink.HEADER.size + len(body), family, 0, 0, 0) + body
+
+
+def test_a_connection_that_is_lost_while_others_are_made_is_not_forgotten(
+    netlinked: tuple[Kernel, socket.socket],
+) -> None:
+    kernel, theirs = netlinked
+    lost = [told(FAMILY, bytes([netlink.LINK_DEAD, 1, 0, 0]) + netlink.u32(netlink.INDEX, n)) for n in (3, 4)]
+    done = told(netlink.ERROR, bytes(4))
+    for said in (lost[0], lost[1], done):
+        theirs.send(said)
+    kernel.reconnect(3, Link([], MIB, 0), "rustord:socket:disk")
+    theirs.send(lost[0])
+    assert [kernel.wait_for_loss(0.01) for _ in range(4)] == [3, 4, 3, None]
 
 
 @pytest.mark.skipif(Path("/sys/module/nbd").exists(), reason="this kernel has nbd")
