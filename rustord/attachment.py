@@ -56,6 +56,7 @@ _NETLINK_GENERIC, _SOL_NETLINK, _ADD_MEMBERSHIP = 16, 270, 1
 """linux/netlink.h; Python has no names for them."""
 _SYSTEM = Path("/sys/block")
 _PAUSE_S = 0.5
+_LONG_PAUSE_S = 10.0  # when no request is held any more
 _OPTION_BYTES_MAX = 64 << 10
 
 
@@ -347,13 +348,13 @@ def keep(
         if kernel.wait_for_loss(1.0) != number:
             continue
         say(f"/dev/nbd{number} has lost a connection")
-        deadline = time.monotonic() + DEAD_S
-        while _is_attached(number, backend) and time.monotonic() < deadline:
+        dead_at = time.monotonic() + DEAD_S
+        while _is_attached(number, backend):
             try:
                 _reconnect(kernel, number, link, path, name)
             except RustordError as error:
                 say(f"{error.message}; trying again")
-                time.sleep(_PAUSE_S)
+                time.sleep(_PAUSE_S if time.monotonic() < dead_at else _LONG_PAUSE_S)
             else:
                 say(f"/dev/nbd{number} is connected again")
                 break

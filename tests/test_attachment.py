@@ -200,6 +200,18 @@ def test_it_is_tried_until_the_daemon_is_back(kernel: Any, serve: Serve, monkeyp
     assert said[1:3] == ["nobody is there; trying again"] * 2
 
 
+def test_a_daemon_that_comes_back_late_is_better_than_none(
+    kernel: Any, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was asked of the device has failed by then; what is asked from then on need not."""
+    served = serve()
+    number, link, _ = attach(kernel, served.path, "disk")
+    monkeypatch.setattr(attachment, "DEAD_S", 0)
+    kernel.losses = [3]
+    keep(kernel, number, link, served.path, "disk")
+    assert kernel.reconnected == [1]
+
+
 def test_another_disk_does_not_take_its_place(kernel: Any, serve: Serve) -> None:
     served = serve()
     number, link, _ = attach(kernel, served.path, "disk")
