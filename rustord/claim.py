@@ -264,7 +264,7 @@ def _mounts() -> Iterator[_Mount]:
     told = set()
     for pid in namespaces.values():
         try:
-            lines = Path(f"/proc/{pid or 'self'}/mountinfo").read_text(errors="surrogateescape").splitlines()
+            lines = _lines(f"/proc/{pid or 'self'}/mountinfo")
         except OSError:
             continue
         for line in lines:
@@ -282,8 +282,12 @@ def _parse_mount(line: str, pid: int) -> _Mount:
 
 
 def _swaps() -> list[str]:
-    lines = Path("/proc/swaps").read_text().splitlines()[1:]
-    return [_unescape(line.split()[0]) for line in lines]
+    return [_unescape(line.split(" ")[0]) for line in _lines("/proc/swaps")[1:]]
+
+
+def _lines(path: str) -> list[str]:
+    """Those of a file of the kernel. The names in it may have whatever else ends a line elsewhere."""
+    return Path(path).read_bytes().decode(errors="surrogateescape").split("\n")[:-1]
 
 
 def _unescape(field: str) -> str:

@@ -231,9 +231,10 @@ class TestContent:
 class TestUse:
     """What force never sets aside."""
 
-    def test_mounted(self, loop_device: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("name", ["with a space", "of a script with CRLF\r", "\f\x85\u2028"])
+    def test_mounted(self, loop_device: Path, tmp_path: Path, name: str) -> None:
         run("mkfs.ext4", "-q", loop_device)
-        where = tmp_path / "with a space"
+        where = tmp_path / name
         where.mkdir()
         run("mount", "-o", "ro", loop_device, where)
         try:
