@@ -92,8 +92,8 @@ def _tell_leaving(client: Client, entry: dict[str, Any], wait: bool, as_json: bo
     }
     if not as_json:
         say(told.get(entry["standing"], f"{name} is being emptied; 'rustorctl device list' shows when it has gone"))
-    if wait and entry["standing"] != "removed":
-        _follow(client, as_json)
+    if wait and entry["standing"] not in ("removed", "in use"):
+        wait_until_done(client, as_json=as_json)
 
 
 @pool.command()
@@ -123,15 +123,15 @@ def _move(socket: Path | None, work: str, stop: bool, wait: bool, as_json: bool)
     with connect(socket) as client:
         status = client.stop_mover() if stop else client.start_mover(work)
         if wait and not stop:
-            _follow(client, as_json)
+            wait_until_done(client, as_json=as_json)
         elif as_json:
             print_json(status)
         else:
             say("stopped" if stop else f"{work} has begun; 'rustorctl pool {work} --wait' shows how far it is")
 
 
-def _follow(client: Client, as_json: bool) -> None:
-    """Show how far it is until it has ended. Raises RustordError if it has failed."""
+def wait_until_done(client: Client, *, as_json: bool) -> None:
+    """Show how far it is until it has ended. Raises RustordError if it has failed, or was stopped."""
     show = _progress() if is_terminal(sys.stderr) and not as_json else lambda status: None
     status = client.mover()
     while status["state"] == "running":
@@ -144,6 +144,8 @@ def _follow(client: Client, as_json: bool) -> None:
         say(f"done: {status['moved']:,} Objects have been moved")
     if status["state"] == "failed":
         raise RustordError(f"{status['job']}: {status['error']}", hint="see 'rustorctl status', and rustord's log")
+    if status["state"] == "stopped":
+        raise RustordError(f"{status['job']}: somebody stopped it before it was done")
 
 
 def _progress() -> Callable[[dict[str, Any]], None]:

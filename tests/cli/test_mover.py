@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from rustord.cli.mover import wait_until_done
+from rustord.client import Client
+from rustord.errors import RustordError
 from tests.cli.conftest import Command
 
 
@@ -64,3 +68,15 @@ def test_what_cannot_be_done_is_told(daemon: object, rustorctl: Command, image: 
     assert rustorctl("device", "fail", "7").returncode == 3
     assert rustorctl.ok("device", "remove", "--stop", "0").endswith("stays\n")
     assert rustorctl.ok("get", "name") == "hello"
+
+
+class Stopped:
+    """A client of a daemon whose mover somebody else has stopped."""
+
+    def mover(self) -> dict[str, Any]:
+        return {"state": "stopped", "job": "healing", "moved": 7}
+
+
+def test_who_waits_is_told_that_somebody_stopped_it() -> None:
+    with pytest.raises(RustordError, match="healing: somebody stopped it before it was done"):
+        wait_until_done(cast(Client, Stopped()), as_json=False)
