@@ -508,8 +508,9 @@ def _read_fields(body: Data, kinds: Mapping[str, type], hint: str) -> dict[str, 
     """A JSON object with fields of these kinds, all of which may be missing. Raises InvalidRequest."""
     try:
         given = json.loads(bytes(body))
+        json.dumps(given, ensure_ascii=False).encode()  # it may have half a character in it, as an escape
     except (ValueError, RecursionError):
-        raise InvalidRequest("the body is not JSON", hint=hint) from None
+        raise InvalidRequest("the body is not JSON in UTF-8", hint=hint) from None
     if not isinstance(given, dict) or any(type(value) is not kinds.get(name) for name, value in given.items()):
         raise InvalidRequest("the body does not have the right fields", hint=hint)
     return given

@@ -314,6 +314,10 @@ def test_volumes_are_made_and_become_objects(served: Served) -> None:
     assert ask("DELETE", "/v1/volumes/clone").status == 204
     for wrong in ({}, {"name": "x"}, {"name": 5, "size": 1}, {"name": "x", "size": True}, {"name": "x", "more": 1}):
         assert ask("POST", "/v1/volumes", **wrong).code == "invalid-request"
+    ask("POST", "/v1/volumes", name="disk", size=1)
+    assert ask("POST", "/v1/volumes", name="half", source="\ud800").code == "invalid-request"
+    assert ask("POST", "/v1/volumes/disk/snapshot", name="\ud800").code == "invalid-request"
+    assert ask("POST", "/v1/volumes/disk/freeze", name="\ud800").code == "invalid-request"
     for path in ("/v1/volumes/a/b", "/v1/volumes/", "/v1/volumes/x/melt"):
         assert ask("POST", path).code == "not-found"
 
