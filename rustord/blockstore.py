@@ -148,6 +148,11 @@ class BlockStore:
         slot = self.slots[index]
         return slot.standing is Standing.GIVEN_UP and slot.state != "online"
 
+    def can_erase(self, index: int) -> bool:
+        """Whether nothing keeps `erase` from what it has to do to blocks of this device, which may be nothing."""
+        slot = self.slots.get(index)
+        return slot is None or slot.state == "online" or self.is_given_up(index)
+
     def refusals(self) -> list[str]:
         """Why the other devices take no new data, one line for each."""
         return [

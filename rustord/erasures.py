@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterable
 
 from rustord.change import Change, Erase
+from rustord.extent import Extent, extend
 from rustord.keystore.store import KeyStore
 from rustord.objkey import ObjectId
 from rustord.pins import Pins
+from rustord.record import RecordId
 
 
 class Erasures:
@@ -18,6 +21,8 @@ class Erasures:
         self._pins = pins
         self._new: deque[Erase] = deque()
         self._held: list[Erase] = []
+        self._put_off: dict[frozenset[int], tuple[list[Extent], list[RecordId]]] = {}
+        """What could not be erased, by the devices that it is on: the blocks, and whose they were."""
 
     def add(self, erase: Erase) -> None:
         """Have a later cycle take it."""
@@ -34,6 +39,22 @@ class Erasures:
         if erase.after > self._keystore.indexed_sequence:
             return True
         return erase.cause is None and self._pins.are_on(erase.ids)
+
+    def put_off(self, extents: Iterable[Extent], ids: Iterable[RecordId]) -> None:
+        """Keep blocks that could not be erased, since one of their devices takes no writes, until `try_again`."""
+        extents = list(extents)
+        kept, owners = self._put_off.setdefault(frozenset(extent.device for extent in extents), ([], []))
+        extend(kept, extents)
+        owners.extend(ids)
+
+    def try_again(self, can_erase: Callable[[int], bool]) -> None:
+        """Have a later cycle take what was put off, as far as all of its devices can be erased now."""
+        for devices in [devices for devices in self._put_off if all(map(can_erase, devices))]:
+            self._new.append(Erase(*self._put_off.pop(devices)))
+
+    def others_on(self, device: int) -> set[int]:
+        """The devices that have a part of what was put off and is on this one, too."""
+        return {other for devices in [*self._put_off] if device in devices for other in devices} - {device}
 
     def are_due(self) -> bool:
         """Whether `take` would return any."""

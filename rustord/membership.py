@@ -71,6 +71,7 @@ def attach_device(store: ObjectStore, path: str) -> int:
         raise
     slot.device, slot.why = device, ""
     renew_labels(store, store.label)
+    store.erase_again()
     return slot.index
 
 
@@ -118,6 +119,7 @@ def set_standing(store: ObjectStore, index: int, standing: Standing) -> None:
         slot.standing = standing
         members = (replace(m, standing=standing) if m.device_index == index else m for m in store.label.members)
         renew_labels(store, replace(store.label, members=tuple(members)))
+        store.erase_again()
 
 
 def _slot(store: ObjectStore, index: int) -> Slot:
@@ -147,6 +149,7 @@ def remove_device(store: ObjectStore, index: int) -> None:
         store.keystore.remove_ring(index)
     store.keystore.forget_device(index)
     renew_labels(store, replace(store.label, members=members))
+    store.erase_again()
     if device is None:
         return
     try:

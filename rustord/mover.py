@@ -179,6 +179,8 @@ class Mover:
             if store.allocator.is_empty(index) or (slot.state != "online" and not found):
                 break
             if not found:
+                if away := [other for other in store.erasures.others_on(index) if not store.blocks.can_erase(other)]:
+                    self.job += f", which is empty once device {away[0]} is back or given up"
                 self._wait(lambda: store.allocator.is_empty(index) or slot.state != "online")
 
         def let_go() -> None:

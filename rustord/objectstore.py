@@ -398,7 +398,7 @@ class ObjectStore:
         return devices & set(self.blocks.writable_indices())
 
     def erase(self, erase: Erase) -> None:
-        """Write over the blocks; a cycle makes it durable. What a device cannot do is done at the next start."""
+        """Write over the blocks; a cycle makes it durable. What a device cannot do now is put off."""
         self.layers.leave(erase.ids)
         try:
             self.blocks.erase(erase.extents)
@@ -492,7 +492,7 @@ class ObjectStore:
         return [(Grave(undo.record.id, undo.extents), sequence) for undo, sequence in batch.undos]
 
     def _bury(self, erase: Erase, failed: dict[int, RustordError], batch: _Batch) -> list[RecordId]:
-        """Give back erased blocks, if that is durable, and answer the DELETE; otherwise the next start erases them.
+        """Give back erased blocks, if that is durable, and answer the DELETE; otherwise they are erased another time.
 
         Returns what is gone now.
         """
@@ -507,6 +507,8 @@ class ObjectStore:
                 following[-1].cause, following[-1].finished = erase.cause, erase.finished
                 batch.following += following
                 return gone
+        elif not (erase.layer or erase.layers):  # which the next start sees to
+            self.erasures.put_off(erase.extents, erase.ids)
         if erase.cause is not None:
             assert erase.cause.record is not None
             batch.outcomes.append((erase.cause, error or erase.cause.record))
@@ -548,6 +550,10 @@ class ObjectStore:
     def sweep_base(self, record: Record) -> None:
         """Erase a deleted Object on which nothing builds any more, in later cycles. Called between cycles."""
         self.erasures.add(Erase(record.extents, (record.id,), layer=record.layer))
+
+    def erase_again(self) -> None:
+        """Erase in later cycles what could not be, once a device is back or is given up. Called between cycles."""
+        self.erasures.try_again(self.blocks.can_erase)
 
     def condemn(self, extents: Sequence[Extent]) -> None:
         """Never use these blocks again, in this life or another; what is on them stays there. Called between cycles.

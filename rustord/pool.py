@@ -149,10 +149,12 @@ def open_pool(
         blocks.read_layer, blocks.read_layer_now = layers.read_object, layers.read_object_now
         blocks.layer_place = layers.object_place
         stock, graves, stale, problem = take_stock(allocator, blocks, keystore, layers, progress)
-        erased = []
+        erased: list[Grave] = []
+        certain: Sequence[Grave] = ()
         if not problem:
             keystore.begin_to_keep(partial(blocks.keep_pages, label.secret), layers.by_uuid)
-            erased = _finish_erasures(allocator, blocks, keystore, _certain(graves, blocks, layers), stale)
+            certain = _certain(graves, blocks, layers)
+            erased = _finish_erasures(allocator, blocks, keystore, certain, stale)
     except BaseException:
         if backend_open:
             backend.close()
@@ -165,6 +167,10 @@ def open_pool(
     store = ObjectStore(label, blocks, allocator, keystore, keygen, layers, stock, sequence, _close, read_only)
     for grave in erased:
         store.journals.remember_erased(grave.extents, [grave.id])
+    done = {grave.id for grave in erased}
+    for grave in certain:
+        if grave.id not in done:
+            store.erasures.put_off(grave.extents, [grave.id])
     if not read_only:
         _finish_freezing(store)
     return store

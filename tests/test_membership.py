@@ -100,6 +100,31 @@ class TestReturning:
             attach_device(store, copy)
         assert opened == [True]
 
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_what_could_not_be_erased_without_it_is_then(self, simulate: Callable[..., Simulation], when: str) -> None:
+        """An Object was moved while it was missing: what that left is erased and free without a restart."""
+        simulation = simulate(*[16 * MIB] * 3, placer=Mirrored(2))
+        store = simulation.open()
+        record = store.stat(store.put(bytes(100_000)).uuid)
+        missing = min(record.devices)
+        detach_device(store, missing)
+        move = store.relocations.prepare(record, [e for e in record.extents if e.device == missing], [missing])
+        stored(run(store, move)[0])
+        store.keystore.checkpoint()
+        run(store)
+        assert store.keystore.graves()
+        if when == "after":
+            simulation.close()
+            store = simulation.open(without=[missing])
+        else:
+            simulation.devices[missing].close()
+        attach_device(store, str(simulation.paths[missing]))
+        run(store)
+        store.keystore.checkpoint()
+        assert not store.keystore.graves()
+        assert store.allocator.is_empty(missing)
+        check_sound(store)
+
     def test_a_device_that_was_used_alone_is_left_out(self, pair: Simulation, disk_path: Path) -> None:
         pair.open().put(b"both")
         pair.close()

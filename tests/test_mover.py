@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from rustord.change import Put
 from rustord.errors import DeviceError, FormatError, NoSpace, PoolError
 from rustord.label import Standing
-from rustord.membership import detach_device, remove_device, set_standing
+from rustord.membership import attach_device, detach_device, remove_device, set_standing
 from rustord.mover import Mover
 from rustord.objectstore import ObjectStore
 from rustord.objkey import ObjectId
@@ -57,6 +58,13 @@ def moving(simulate: Callable[..., Simulation]) -> Iterator[Callable[..., Moving
     yield open_again
     for one in opened:
         one.end()
+
+
+def until(met: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not met():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.005)
 
 
 def fill(store: ObjectStore, sizes: tuple[int, ...] = SIZES) -> dict[ObjectId, bytes]:
@@ -257,6 +265,31 @@ class TestEmptying:
         one.leave(index)
         assert (one.mover.task.state, one.mover.task.error) == ("done", "")
         assert list(store.blocks.slots) == [1 - index]
+
+    @pytest.mark.parametrize("fate", ["back", "given up"])
+    def test_what_was_moved_is_erased_when_a_missing_device_is(
+        self, simulate: Callable[..., Simulation], moving: Callable[..., Moving], fate: str
+    ) -> None:
+        """A copy that stays on the missing device gets another footer all the same, and has to be erased with it."""
+        simulation = simulate(*[16 * MIB] * 4, placer=Mirrored(2))
+        store = simulation.open()
+        contents = fill(store, (5000,) * 40)
+        one = moving(store)
+        one.writer.call(lambda: detach_device(store, 1))
+        one.run("heal")
+        one.writer.call(lambda: set_standing(store, 0, Standing.LEAVING))
+        one.mover.start()
+        until(lambda: one.mover.job == "emptying device 0, which is empty once device 1 is back or given up")
+        if fate == "back":
+            simulation.devices[1].close()
+            one.writer.call(lambda: attach_device(store, str(simulation.paths[1])))
+        else:
+            one.writer.call(lambda: set_standing(store, 1, Standing.GIVEN_UP))
+        assert one.mover.task.wait(60)
+        assert (one.mover.task.state, one.mover.task.error) == ("done", "")
+        one.end()
+        check(store, contents)
+        assert list(store.blocks.slots) == ([1, 2, 3] if fate == "back" else [2, 3])
 
     def test_a_missing_device_is_given_up_when_no_object_needs_it(
         self, simulate: Callable[..., Simulation], moving: Callable[..., Moving]
