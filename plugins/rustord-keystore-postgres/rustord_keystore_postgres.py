@@ -246,8 +246,10 @@ def _value(connection: psycopg.Connection[Any], query: str, *parameters: object)
 
 def _is_alive(connection: psycopg.Connection[Any]) -> bool:
     """Whether the server still holds its end, as far as is known here without asking it."""
+    poll = select.poll()
     with suppress(psycopg.Error):
-        while not connection.closed and select.select([connection.fileno()], [], [], 0)[0]:
+        poll.register(connection.fileno(), select.POLLIN)
+        while not connection.closed and poll.poll(0):
             connection.pgconn.consume_input()  # a notice, or the news that it is closed
     return not connection.closed
 

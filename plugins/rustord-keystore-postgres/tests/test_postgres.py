@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import pwd
+import resource
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,23 @@ def test_server_that_was_away_is_found_again(server: Server, backend: PostgresBa
     assert backend.get(b"key") == b"value"
     backend.commit({b"key": b"another"}, ())
     assert backend.get(b"key") == b"another"
+
+
+def test_a_daemon_with_many_open_files_reads_and_commits(backend: PostgresBackend, tmp_path: Path) -> None:
+    """A descriptor may be too high for select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    try:
+        with ExitStack() as many:
+            for _ in range(1100):
+                many.enter_context(Path(os.devnull).open())
+            backend.close()
+            backend.open(tmp_path)
+            for number in range(3):
+                backend.commit({b"key": bytes([number])}, ())
+                assert backend.get(b"key") == bytes([number])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_lock_is_held_again_after_the_server_was_away(
