@@ -415,6 +415,11 @@ class RawDevice(_OpenDevice):
             raise DeviceError(f"{self.path} does not say what it is: {error.strerror}", hint=_HEALTH_HINT) from error
         return int(struct.unpack(form, answer)[0])
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether there is no disk any more, as far as the kernel tells."""
+        return bool(self._why_absent())
+
     def _diskseq(self) -> int:
         try:
             return int.from_bytes(fcntl.ioctl(self._fd, BLKGETDISKSEQ, bytes(8)), sys.byteorder)

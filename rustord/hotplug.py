@@ -144,10 +144,13 @@ class Hotplug:
         """
         changes = self._watcher.wait(0)
         log.debug("%d devices have come, gone or changed", len(changes))
-        self._gone += [change.candidate for change in changes if isinstance(change, DeviceRemoved)]
-        while self._gone:
-            self._removed(self._gone[0])
-            del self._gone[0]
+        for change in changes:
+            if isinstance(change, DeviceRemoved):
+                self._refusals.pop(change.candidate.path, None)
+                self._gone.append(change.candidate)
+        for slot in self._slots():
+            self._let_go_if_gone(slot)
+        self._gone.clear()
         if any(slot.device is None for slot in self._slots()):
             for candidate in candidates():
                 self._appeared(candidate)
@@ -186,14 +189,14 @@ class Hotplug:
             matches(rule, candidate) for rule in self.config.device
         )
 
-    def _removed(self, candidate: Candidate) -> None:
-        self._refusals.pop(candidate.path, None)
-        for slot in self._slots():
-            if _is_in(slot, candidate):
-                path = candidate.path
-                log.error("device %d has gone: %s", slot.index, path, extra=DEVICE_GONE(device=path))
-                index = slot.index
-                self._writer.call(lambda index=index: detach_device(self._store, index))  # type: ignore[misc]
+    def _let_go_if_gone(self, slot: Slot) -> None:
+        """What went before it was ever listed, while the pool was being opened, is known by itself alone."""
+        paths = [candidate.path for candidate in self._gone if _is_in(slot, candidate)]
+        if isinstance(slot.device, RawDevice) and slot.device.is_gone:
+            paths.append(slot.device.path)
+        if paths:
+            log.error("device %d has gone: %s", slot.index, paths[0], extra=DEVICE_GONE(device=paths[0]))
+            self._writer.call(lambda: detach_device(self._store, slot.index))
 
     def close(self) -> None:
         """Follow nothing any more."""

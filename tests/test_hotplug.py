@@ -468,6 +468,22 @@ daemon.LOOK_AGAIN_S = 0.01
     assert running.get(uuid) == b"data"
 
 
+def test_a_device_that_is_pulled_while_the_pool_is_opened_is_let_go(pair: list[Path], tmp_path: Path) -> None:
+    """It is open by then, and not among those that are there when they are listed for the first time."""
+    with rustord.open(pair, directory=tmp_path / "index") as store:
+        writer = Writer(store)
+        plug = Plug(pair[1])
+        plug.pull()
+        hotplug = Hotplug(store, writer, Config(pool=PoolTable(devices=tuple(pair))))
+        hotplug.follow()
+        assert store.blocks.writable_indices() == [0]
+        plug.push()
+        hotplug.follow()
+        assert store.blocks.writable_indices() == [0, 1]
+        hotplug.close()
+        assert writer.close()
+
+
 def test_names_that_move_do_not_matter(
     make_daemon: MakeDaemon, disks: Disks, pair: list[Path], make_loop: LoopDevices
 ) -> None:
