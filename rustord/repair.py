@@ -157,7 +157,7 @@ class Repairer:
             health = Health()
             wounds: list[Wound] = []
             for number in copies:
-                if not self._store.blocks.is_there(record.copies[number]):
+                if self._store.blocks.has_gone(record.copies[number]):
                     health.unread += 1
                     continue
                 wounds += (
@@ -217,7 +217,7 @@ class Repairer:
         try:
             data = self._store.blocks.reread_copy(record.copies[number], start, end - start)
         except DeviceError:
-            return not self._store.blocks.is_there(record.copies[number])
+            return self._store.blocks.has_gone(record.copies[number])
         return chunk_sums(data) == record.sums(start // CHUNK_BYTES, -(-end // CHUNK_BYTES))
 
     def _footer_wounds(self, record: Record, number: int, health: Health, pace: Pace) -> Iterable[Wound]:
@@ -227,7 +227,7 @@ class Repairer:
             try:
                 found = blocks.reread_copy(copy, record.size, len(footer))
             except DeviceError:
-                if not blocks.is_there(copy):
+                if blocks.has_gone(copy):
                     return
                 continue
             if found == footer:

@@ -22,6 +22,8 @@ from rustord.config import Config, PoolTable
 from rustord.discovery import DeviceRemoved, Watcher, candidates
 from rustord.hotplug import Hotplug
 from rustord.label import label_offsets
+from rustord.placer import Mirrored
+from rustord.repair import Repairer
 from rustord.writer import Writer
 from tests.conftest import FaultyLoop, LoopDevices
 from tests.daemon import MIB, Daemon, make_pool, until
@@ -481,6 +483,18 @@ def test_a_device_that_is_pulled_while_the_pool_is_opened_is_let_go(pair: list[P
         hotplug.follow()
         assert store.blocks.writable_indices() == [0, 1]
         hotplug.close()
+        assert writer.close()
+
+
+def test_a_device_that_was_pulled_a_moment_ago_is_not_damaged(pair: list[Path], tmp_path: Path) -> None:
+    with rustord.open(pair, directory=tmp_path / "index", placer=Mirrored(2)) as store:
+        writer = Writer(store)
+        repairer = Repairer(store, writer)
+        record = store.stat(store.put(os.urandom(300_000)).uuid)
+        Plug(pair[1]).pull()  # and nobody has let go of it yet
+        health = repairer.examine(record, [0, 1])
+        assert (health.lost, health.waiting, health.mended, health.bad) == ([], [], [], [])
+        repairer.close()
         assert writer.close()
 
 
