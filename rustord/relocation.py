@@ -99,7 +99,9 @@ class Relocation:
         tail_count = self._tail_count(sum(map(len, plans)) + len(plans))
         tail = (self.body_block_count, self.body_block_count + tail_count)
         stays = [{piece.device for piece, leaves in cut(copy, leave) if not leaves} for copy in self.record.copies]
-        for number, plan in enumerate(plans):
+        # First the copies that stay somewhere: so their ends do, and what moves as a whole goes elsewhere as a whole.
+        for number in sorted(range(len(plans)), key=lambda number: not stays[number]):
+            plan = plans[number]
             best = stays[number] - {*avoid}
             if self.record.layout == Striped.name:
                 best = {*self._blocks.accepting_indices()} - stays[number] - {*avoid}

@@ -101,16 +101,24 @@ class TestMoving:
         check_sound(store)
 
     @pytest.mark.parametrize("size", SIZES)
-    def test_copies_stay_on_devices_of_their_own(self, simulate: Callable[..., Simulation], size: int) -> None:
+    @pytest.mark.parametrize("leaves", [0, 1])
+    @pytest.mark.parametrize("is_full", [False, True], ids=["more room", "less room"])
+    def test_copies_stay_on_devices_of_their_own(
+        self, simulate: Callable[..., Simulation], size: int, leaves: int, is_full: bool
+    ) -> None:
+        """Whether there is more room on the one that is new, or on the one where a copy stays."""
         simulation = simulate(16 * MIB, 16 * MIB, 16 * MIB, placer=Mirrored(2))
         store = simulation.open()
         old = upload(store, DATA[:size], declare=True)
-        leaving, staying = (copy[0].device for copy in old.copies)
-        new = move(store, old, on(old, leaving))
-        first, second = ({extent.device for extent in copy} for copy in new.copies)
-        assert second == {staying}
-        assert first == {0, 1, 2} - {leaving, staying}
+        leaving, staying = (copy[0].device for copy in (old.copies if not leaves else old.copies[::-1]))
+        (new_one,) = {0, 1, 2} - {leaving, staying}
+        taken = store.allocator.place_on(1500, lambda device: device == new_one) if is_full else []
+        new = move(store, old, on(old, leaving), avoid={leaving} if is_full else ())
+        devices = [{extent.device for extent in copy} for copy in new.copies]
+        assert devices[1 - leaves] == {staying}
+        assert devices[leaves] == {new_one}
         assert store.get(old.uuid) == DATA[:size]
+        store.allocator.release(taken)
         check_sound(store)
         simulation.cut_power()
         check_sound(simulation.open())
