@@ -220,9 +220,9 @@ class BlockStore:
             slot.bad = replace(bad, number=bad.number + 1)
             write_bad_blocks(device, slot)
 
-    def keep_pages(self, secret: bytes, pages: Iterable[Page]) -> None:
-        """Write pages of Layers to their slots, durably. What a device does not take, it has as it was before."""
-        touched = set()
+    def keep_pages(self, secret: bytes, pages: Iterable[Page]) -> bool:
+        """Write pages of Layers to their slots, durably; whether all are. What a device does not take is as before."""
+        touched, failed = set(), dict[int, DeviceError]()
         for page in pages:
             slot = slot_of(page)
             data = encode_slot(page.encode(), self.device_uuids[slot.device], slot.block, secret, self.block_size)
@@ -230,8 +230,11 @@ class BlockStore:
                 self.write(slot, (data,))
                 touched.add(slot.device)
             except DeviceError as error:
-                log.error("the map of a volume is written no more: %s", error)
-        self.flush(touched)
+                failed[slot.device] = error
+        failed |= self.flush(touched)
+        for problem in failed.values():
+            log.error("the map of a volume is written no more: %s", problem)
+        return not failed
 
     def erase(self, extents: Iterable[Extent]) -> None:
         """Do to the blocks of deleted Objects what the policy says. The last block of an extent is always zeroed.

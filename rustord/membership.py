@@ -70,6 +70,7 @@ def attach_device(store: ObjectStore, path: str) -> int:
         device.close()
         raise
     slot.device, slot.why = device, ""
+    store.keystore.keep_all(store.layers.by_uuid)  # what it did not take when it failed
     renew_labels(store, store.label)
     store.erase_again()
     return slot.index

@@ -108,7 +108,7 @@ class KeyStore:
         self._kept = {record.id for record in self.bases()}
         self._retired: set[bytes] = set()  # Layers that are being erased
         self._carry_due = False
-        self._keep_pages: Callable[[list[Page]], None] | None = None
+        self._keep_pages: Callable[[list[Page]], bool] | None = None
         self.indexed_sequence = 0
         """Every change up to this one is in the index."""
         self.batch_bytes_max = 0
@@ -237,13 +237,20 @@ class KeyStore:
         """All pages of Layers in the index."""
         return (decode_page(raw) for _, raw in self._backend.scan(PAGE, successor(PAGE)))
 
-    def begin_to_keep(self, keep_pages: Callable[[list[Page]], None], layers: Collection[bytes]) -> None:
+    def begin_to_keep(self, keep_pages: Callable[[list[Page]], bool], layers: Collection[bytes]) -> None:
         """From now on have pages written to their slots by ``keep_pages``, before the journal that has them is let go.
 
-        While a pool is opened they are not: of a Layer that was erased the slots may be somebody else's by now. If that
-        was put off, or a rebuild has made the pages, all those of ``layers`` are written at once.
+        While a pool is opened they are not: of a Layer that was erased the slots may be somebody else's by now. See
+        `keep_all` for ``layers``.
         """
         self._keep_pages = keep_pages
+        self.keep_all(layers)
+
+    def keep_all(self, layers: Collection[bytes]) -> None:
+        """Write all pages of ``layers``, which the index has, to their slots, if that was put off or not possible.
+
+        So it was while the pool was opened, or if a rebuild has made the pages, or a device did not take one.
+        """
         if self._backend.get(UNKEPT) is None:
             return
         with self._learning:
@@ -591,10 +598,10 @@ class KeyStore:
             sequence = max(overlay.sequence, self.indexed_sequence)
             puts, deletes = overlay.changes()
             pages = map(decode_page, filter(None, overlay.pages.values()))
-            if self._keep_pages is not None:
-                self._keep_pages([page for page in pages if page.layer not in self._retired])
-            elif any(pages):
+            wanted = [page for page in pages if page.layer not in self._retired]
+            if wanted and not (self._keep_pages and self._keep_pages(wanted)):
                 puts[UNKEPT] = b""
+                deletes = [key for key in deletes if key != UNKEPT]
             try:
                 self._commit(puts, deletes, sequence)
             except BaseException:
