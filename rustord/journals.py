@@ -6,7 +6,8 @@ is durable when a method here returns: changes of Layers, and which blocks are a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 from rustord.blockstore import BlockStore
 from rustord.change import Erase
@@ -59,22 +60,31 @@ class Journals:
         devices = {device for grave in graves for device in grave.devices}
         for device in devices:
             self._blocks.writable(device)
-        self._note(list(map(grave_entry, graves)), devices, ())
+        entries = list(map(grave_entry, graves))
+        _, failed = self._note(entries, devices, ())
+        for error in failed.values():
+            raise error
+        self._learn(entries, ())
         return [grave.id for grave in graves]
 
+    @contextmanager
     def note(
         self,
         notes: Sequence[LayerEntry | MapEntry],
         copied: Sequence[RecordId] = (),
         left: Sequence[Extent] = (),
-    ) -> list[RecordId]:
-        """Make changes of Layers durable and known.
+    ) -> Iterator[list[RecordId]]:
+        """Make changes of Layers durable and known; within, have the Layers in memory be so, too.
 
-        A MAP is in the journals of the Layer's home and of all devices that it speaks of when this returns, so that a
+        A MAP is in the journals of the Layer's home and of all devices that it speaks of then, so that a
         replay can tell one that was cut short. A LAYER goes to all journals: who has a MAP has to know whose it is.
         With it, the blocks of the graves ``copied`` become the Layer's, and those that are ``left`` a grave, to be
-        erased, whose id is returned. Raises ReadOnly, or DeviceError if a device that has to take it does not; the
-        journals may have it all the same then.
+        erased, whose id is yielded.
+
+        Raises ReadOnly, DeviceError or Unavailable before anything has changed. If a device fails in the midst of it,
+        some journal may have the change, and nobody can take it back there: so it has happened, for the index and for
+        what is done within, and the error is raised in the end. What it leaves, the next opening erases: as long as the
+        Layer's pages are not in their slots, the devices may tell of it as it was before.
         """
         self.check_changeable()
         writable = self._blocks.writable_indices()
@@ -94,8 +104,20 @@ class Journals:
         runs: list[Extent] = []
         extend(runs, sorted(left))  # a trim may leave many chunks, most of them in a row
         graves = self._graves([(notes[0].layer, runs)] if left else [])
-        self._note([*entries, *map(grave_entry, graves)], devices, copied)
-        return [grave.id for grave in graves]
+        entries += map(grave_entry, graves)
+        written, failed = self._note(entries, devices, copied)
+        if failed and not written and not any(isinstance(error, DeviceError) for error in failed.values()):
+            raise next(iter(failed.values()))  # no journal had room for it, so that none can have it
+        slots = self._learn(entries, copied)
+        if failed:
+            with suppress(RustordError):  # then the next commit has it
+                self._keystore.checkpoint()
+        else:
+            for grave in slots:  # the new ones are not written yet
+                self._erasures.add(Erase(grave.extents, (grave.id,), after=grave.id.sequence))
+        yield [grave.id for grave in graves]
+        for error in failed.values():
+            raise error
 
     def _graves(self, places: Iterable[tuple[bytes, Sequence[Extent]]]) -> list[Grave]:
         """Graves of blocks that an Object or Layer is going to have, or has left, with new ids."""
@@ -105,7 +127,10 @@ class Journals:
             graves.append(Grave(RecordId(uuid, self.sequence), extents))
         return graves
 
-    def _note(self, entries: Sequence[Entry], devices: Iterable[int], copied: Sequence[RecordId]) -> None:
+    def _note(
+        self, entries: Sequence[Entry], devices: Iterable[int], copied: Sequence[RecordId]
+    ) -> tuple[set[int], dict[int, RustordError]]:
+        """Returns the devices whose journals were written, and those that failed, in that or in the flush."""
         writable = self._blocks.writable_indices()
         ended = {device: [*self._erased.get(device, ()), *copied] for device in set(devices) & set(writable)}
         written, failed = self._keystore.journal_notes(
@@ -115,11 +140,14 @@ class Journals:
         self.flushed(written - failed.keys())
         if failed:
             self._all_flushed = False
-            raise next(iter(failed.values()))
-        for grave in self._keystore.learn_notes(entries, copied, self.sequence):  # the new slots are not written yet
-            self._erasures.add(Erase(grave.extents, (grave.id,), after=grave.id.sequence))
+        return written, failed
+
+    def _learn(self, entries: Sequence[Entry], copied: Sequence[RecordId]) -> list[Grave]:
+        """Have the KeyStore learn what was noted. Returns the slots that pages have left."""
+        left = self._keystore.learn_notes(entries, copied, self.sequence)
         if self._all_flushed:
             self._durable = self.sequence
+        return left
 
     # In a cycle
 

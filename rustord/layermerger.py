@@ -117,8 +117,8 @@ class LayerMerger:
             return False
         pages = self._take_slots(upper, {page_of(chunk) for chunk, _ in chunks} - upper.places.keys())
         self._layers.torn.add(lower.uuid)
-        self._store.journals.note([MapEntry(upper.uuid, sorted(pages.items()), chunks)])
-        upper.places |= pages  # not before: the volume says where a page is only if the Layer has none yet
+        with self._store.journals.note([MapEntry(upper.uuid, sorted(pages.items()), chunks)]):
+            upper.places |= pages  # not before: the volume says where a page is only if the Layer has none yet
         return True
 
     def _take_slots(self, upper: Layer, numbers: Iterable[int]) -> dict[int, int]:
@@ -137,11 +137,13 @@ class LayerMerger:
         if not self._layers.is_mergeable(upper, lower):
             return False
         head = upper.head._replace(base=lower.head.base)
-        self._store.journals.note([LayerEntry(upper.uuid, upper.address, head.encode())])
-        for chunk, address in chunks.items():
-            upper.set(chunk, address)
-        lower.drop(chunks)
-        self._layers.torn.discard(lower.uuid)
-        self._layers.rebase(upper, head)
+        with self._store.journals.note([LayerEntry(upper.uuid, upper.address, head.encode())]):
+            self._layers.users[lower.uuid] += 1  # it stays, if it is in doubt that it may go
+            for chunk, address in chunks.items():
+                upper.set(chunk, address)
+            lower.drop(chunks)
+            self._layers.torn.discard(lower.uuid)
+            self._layers.rebase(upper, head)
+        self._layers.let_go(lower.uuid)
         self._store.sweep()
         return True

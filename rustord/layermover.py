@@ -95,8 +95,8 @@ class LayerMover:
         if self._leaves(layer.address, quota):
             self._store.keystore.checkpoint()  # the old home's journal need not tell of the map then
             slots = self._store.allocator.run(SLOT_COUNT, avoid=quota)
-            self._store.journals.note([LayerEntry(layer.uuid, address_of(slots), layer.head.encode())])
-            layer.address = address_of(slots)
+            with self._store.journals.note([LayerEntry(layer.uuid, address_of(slots), layer.head.encode())]):
+                layer.address = address_of(slots)
             count = 1
         places = [*layer.places.items()]  # the volume that is written in the Layer may get pages meanwhile
         leaving = iter([number for number, place in places if self._leaves(place, quota)])
@@ -119,8 +119,8 @@ class LayerMover:
                 break
             places[number] = address_of(slots)
         if places:
-            self._store.journals.note([MapEntry(layer.uuid, sorted(places.items()), ())])
-            layer.places |= places
+            with self._store.journals.note([MapEntry(layer.uuid, sorted(places.items()), ())]):
+                layer.places |= places
         return len(places)
 
     # Chunks
@@ -199,7 +199,7 @@ class LayerMover:
             return [*moved.values()], copied
         old = {chunk: extent_at(layer.get(chunk), extent.count) for chunk, extent in moved.items()}
         changes = [(chunk, address_of(extent)) for chunk, extent in sorted(moved.items())]
-        graves = self._store.journals.note([MapEntry(layer.uuid, (), changes)], copied, [*old.values()])
-        for chunk, address in changes:
-            layer.set(chunk, address)
+        with self._store.journals.note([MapEntry(layer.uuid, (), changes)], copied, [*old.values()]) as graves:
+            for chunk, address in changes:
+                layer.set(chunk, address)
         return [*old.values()], graves

@@ -305,17 +305,20 @@ def _finish_freezing(store: ObjectStore) -> None:
     for layer in list(store.layers.volumes.values()):
         if store.layers.is_frozen(layer):
             head = layer.head._replace(name="")
-            store.journals.note([LayerEntry(layer.uuid, layer.address, head.encode())])
-            store.layers.rename(layer, head)
+            with store.journals.note([LayerEntry(layer.uuid, layer.address, head.encode())]):
+                store.layers.rename(layer, head)
 
 
 def _certain(graves: Sequence[Grave], blocks: BlockStore, layers: Layers) -> Sequence[Grave]:
-    """Without those of blocks that a Layer was to have, or has left, if its home is missing: that alone can tell."""
+    """Without those of blocks that a Layer was to have, or has left, if its home is missing: that alone can tell.
+
+    Nor those if it takes no writes: its slots may have the Layer as it was when these blocks were the Layer's.
+    """
 
     def is_open(grave: Grave) -> bool:
         layer = layers.by_uuid.get(grave.id.uuid) if grave.id.sequence else None
         home = blocks.slots.get(layer.home) if layer else None
-        return home is not None and home.device is None
+        return home is not None and home.state != "online"
 
     return [grave for grave in graves if not is_open(grave)]
 

@@ -148,15 +148,18 @@ class Volume:
         self._chain = self._layers.chain(self.layer)
         self._base_size = self._layers.base_size(self._chain)
 
-    def split(self, split: Callable[[Layer], Layer]) -> Layer:
+    def split(self, split: Callable[[Layer], object]) -> Layer:
         """Have ``split`` put a new Layer on top of the present one, which is returned and not written any more.
 
-        What the volume has at this moment is durable then. Raises what ``split`` raises; nothing has changed then.
+        What the volume has at this moment is durable then. Raises what ``split`` raises, which may have done it.
         """
         with self.still():
-            left = self.layer
-            self.layer = split(left)
-            self.give_back_spare()  # it is the other Layer's
+            left, name = self.layer, self.key
+            try:
+                split(left)
+            finally:
+                self.layer = self._layers.volumes[name]
+                self.give_back_spare()  # it is the other Layer's
         return left
 
     def move(self, layer: Layer, places: Mapping[int, Extent]) -> int:
@@ -195,16 +198,21 @@ class Volume:
 
     @contextmanager
     def ending(self) -> Iterator[None]:
-        """Make durable what can be, and change nothing of the Layer from then on, unless what is done here raises."""
-        with self._flushing:
-            with suppress(RustordError):
-                self._flush()
-            self.give_back_spare()
-            yield
-            self._ended = True
-            if self._pending is not None:
-                self._pending.close()
-        self._layers.unwatch(self._gate)
+        """Make durable what can be, and change nothing of the Layer from then on, unless it has its name thereafter."""
+        try:
+            with self._flushing:
+                with suppress(RustordError):
+                    self._flush()
+                self.give_back_spare()
+                try:
+                    yield
+                finally:
+                    self._ended = not self.key
+                    if self._ended and self._pending is not None:
+                        self._pending.close()
+        finally:
+            if self._ended:
+                self._layers.unwatch(self._gate)
 
     # Of `rustord.lease.Grantor`
 

@@ -73,7 +73,8 @@ class Info(NamedTuple):
 class Volumes:
     """Any thread may call any method; all of them may wait for devices.
 
-    One operation at a time works on a volume. A volume that is open is neither made shorter, frozen nor deleted.
+    One operation at a time works on a volume. A volume that is open is neither made shorter, frozen nor deleted. What a
+    device fails to flush has happened all the same, though it raises DeviceError; see `Journals.note`.
     """
 
     def __init__(self, store: ObjectStore, writer: Writer, directory: Path | None = None) -> None:
@@ -218,7 +219,11 @@ class Volumes:
     def _note(
         self, notes: Sequence[MapEntry], copied: Sequence[RecordId], left: Sequence[Extent]
     ) -> Sequence[RecordId]:
-        ids = self.call(lambda: self._store.journals.note(notes, copied, left))
+        def note() -> Sequence[RecordId]:
+            with self._store.journals.note(notes, copied, left) as ids:
+                return ids
+
+        ids = self.call(note)
         warning = self.warning()
         if warning and not self._warned:
             log.warning("%s", warning)
@@ -304,13 +309,15 @@ class Volumes:
         enable_layers(self._store)
         self._add(Head(size, time.time_ns(), base, self._layers.new_number(self._store.journals.sequence + 1), name))
 
-    def _add(self, head: Head, home: int = -1, *others: LayerEntry) -> Layer:
-        """Put a new Layer into the pool, together with ``others`` of a Layer on ``home``; there if that has room."""
-        slots = self._store.allocator.run(SLOT_COUNT, home)
+    def _add(self, head: Head, left: Layer | None = None) -> Layer:
+        """Put a new Layer into the pool. One that is ``left`` gives it its name, and its home if that has room."""
+        slots = self._store.allocator.run(SLOT_COUNT, left.home if left else -1)
         layer = Layer(self._store.keygen.uuid(), address_of(slots), head)
-        # If this raises, the slots stay taken until the next start: some journal may have them all the same.
-        self._store.journals.note([_entry(layer, head), *others])
-        self._layers.add(layer)
+        nameless = [(left, left.head._replace(name=""))] if left else []
+        with self._store.journals.note([_entry(*one) for one in ((layer, head), *nameless)]):
+            self._layers.add(layer)
+            for other, other_head in nameless:
+                other.head = other_head
         return layer
 
     def _check_depth(self, layer: Layer) -> None:
@@ -339,15 +346,17 @@ class Volumes:
                 )
             volume = self._volume(name)
             volume.flush()
-            self._set_head(layer, lambda head: head._replace(size=size))
-            volume.size = size
+            try:
+                self._set_head(layer, lambda head: head._replace(size=size))
+            finally:
+                volume.size = layer.head.size
         return self.stat(name)
 
     def _set_head(self, layer: Layer, renew: Callable[[Head], Head]) -> None:
         def change() -> None:
             head = renew(layer.head)  # of now: a merge may have changed what the Layer builds on
-            self._store.journals.note([_entry(layer, head)])
-            self._layers.rename(layer, head)
+            with self._store.journals.note([_entry(layer, head)]):
+                self._layers.rename(layer, head)
 
         self.call(change)
 
@@ -378,8 +387,9 @@ class Volumes:
         try:
             with volume.ending() if volume else nullcontext():
                 self._set_head(layer, lambda head: head._replace(name=""))
-            self._volumes.pop(name, None)
         finally:
+            if not layer.head.name:
+                self._volumes.pop(name, None)
             self._ending.discard(name)
 
     def adopt(self, base: Record, pace: Callable[[int], None]) -> None:
@@ -393,9 +403,11 @@ class Volumes:
             try:
                 self._fill(layer, base, pace)
                 with self._layers.still():
-                    self.call(lambda: self._replace(base, layer))
-                    for volume in [*self._volumes.values()]:
-                        volume.look()
+                    try:
+                        self.call(lambda: self._replace(base, layer))
+                    finally:
+                        for volume in [*self._volumes.values()]:
+                            volume.look()
             finally:
                 self.call(lambda: self._let_go(layer))
 
@@ -432,9 +444,9 @@ class Volumes:
             return
         heads = [upper.head._replace(base=layer.uuid) for upper in above]
         entries = [_entry(upper, head) for upper, head in zip(above, heads, strict=True)]
-        self._store.journals.note(entries)
-        for upper, head in zip(above, heads, strict=True):
-            self._layers.rebase(upper, head)
+        with self._store.journals.note(entries):
+            for upper, head in zip(above, heads, strict=True):
+                self._layers.rebase(upper, head)
         self._store.sweep_base(base)
 
     # Freezing
@@ -476,11 +488,9 @@ class Volumes:
 
     def _cover(self, left: Layer) -> Layer:
         """Put a new Layer on top of that of a volume. Called between cycles."""
-        nameless = left.head._replace(name="")
         number = self._layers.new_number(self._store.journals.sequence + 1)
         head = Head(left.head.size, time.time_ns(), left.uuid, number, left.head.name)
-        top = self._add(head, left.home, _entry(left, nameless))
-        left.head = nameless
+        top = self._add(head, left)
         self._layers.users[left.uuid] += 1  # as long as it takes to make it an Object
         return top
 

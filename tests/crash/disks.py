@@ -195,6 +195,10 @@ class Disks:
         yield volume
         volume.close()
 
+    def settle(self) -> None:
+        """What failed has happened, as is known by now."""
+        self._stage.tell(self._stage.told._replace(unsure={}))
+
     def newest(self, name: str) -> bytes:
         """What it has, if all that was written stays."""
         return self._stage.told.disks[name].versions()[-1]

@@ -86,7 +86,7 @@ def _compiled(source: str, function: FunctionType) -> CodeType:
     tree.body.insert(0, ast.parse("from __future__ import annotations").body[0])
     scope: dict[str, Any] = {}
     exec(compile(tree, f"<mutant of {function.__qualname__}>", "exec"), function.__globals__, scope)
-    mutant = scope[function.__name__]
+    mutant = inspect.unwrap(scope[function.__name__])
     assert isinstance(mutant, FunctionType)
     return mutant.__code__
 
@@ -214,7 +214,8 @@ def _mutants() -> Iterator[Mutant]:
         "the journal does not say which blocks are being filled with a copy",
         (
             Journals.announce,
-            "self._note(list(map(grave_entry, graves)), devices, ())",
+            "_, failed = self._note(entries, devices, ())",
+            "failed = {}",
         ),
         by=(s.moving,),
     )
@@ -486,7 +487,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "blocks are erased that only a home which is missing can tell of",
-        (pool._certain, "return home is not None and home.device is None", "return False"),
+        (pool._certain, 'return home is not None and home.state != "online"', "return False"),
         by=between,
     )
     yield mutant(
@@ -524,6 +525,16 @@ def _mutants() -> Iterator[Mutant]:
         "of two Objects that took one name on different devices, both stay",
         (KeyStore._replay_put, "self._learn_delete(overlay, other, record.sequence)"),
         by=(s.failing_to_take_back,),
+    )
+    yield mutant(
+        "a change of a Layer that failed in the flush is left to the journals",
+        (Journals.note, "if failed and not written and not any(", "if failed or any("),
+        by=(s.failing_to_make_a_volume,),
+    )
+    yield mutant(
+        "pages that a device did not take are not written again",
+        (BlockStore.keep_pages, "return not failed", "return True"),
+        by=(s.failing_to_make_a_volume,),
     )
     yield mutant(
         "blocks are free though the flush of their erasure failed",

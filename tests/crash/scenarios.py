@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from typing import Any, NamedTuple
 
+from rustord.errors import DeviceError
 from rustord.extent import Extent
 from rustord.page import CHUNK_BYTES
 from rustord.placer import Contiguous, FreeView, Mirrored, Placer, Striped
@@ -446,6 +448,28 @@ def keeping_a_map(stage: Stage) -> None:
         story.checkpoint()
 
 
+def failing_to_make_a_volume(stage: Stage) -> None:
+    """The pool goes on with it all the same; later the journal does not tell of it any more."""
+    story = opened(stage)
+    disks = Disks(story)
+    disks.create("disk", 2)
+    stage.devices[0].fail_flushes = 1
+    with suppress(DeviceError):
+        disks.create("other", 2)
+    story.reopen()
+    disks = Disks(story)
+    disks.write("other", 70_000, some(1, 3000).data)
+    disks.flush("other")
+    disks.settle()
+    story.put(*(some(number, 3000) for number in range(2, 6)))  # on blocks that seem to be free
+    fill_journal(story, indexing=True)
+    stage.recording.mark()
+    disks.write("other", 1000, some(7, 3000).data)
+    disks.flush("other")
+    story.put(some(8, 5000, "last"))
+    story.checkpoint()
+
+
 def opened(stage: Stage) -> Story:
     """A Story on a new pool, which is not itself to be cut."""
     stage.create()
@@ -484,6 +508,7 @@ def _scenarios() -> Any:
     yield Scenario(cloning_an_object, 2, Mirrored(2))
     yield Scenario(deleting_a_clone_after_a_crash)
     yield Scenario(keeping_a_map)
+    yield Scenario(failing_to_make_a_volume)
     yield Scenario(deleting_and_putting_at_once, 1, OnFirst())
     yield Scenario(filling_the_journal, 1, OnFirst())
     yield Scenario(failing_flush, 2, Mirrored(2))
