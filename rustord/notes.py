@@ -45,6 +45,8 @@ class Notes:
         """The sequences of those that do not count. ``home_of`` tells the homes before these changes, as far as known.
 
         ``reaches`` tells whether the journal of a device has all from a sequence on: what it has not, was not to be.
+        A Layer that is not known, and of whose head the home has overwritten a change, had that in its slots by then.
+        It has been erased since, even if another device, which was away, still tells of it.
         """
         homes: dict[ObjectId, int | None] = {}
         found: set[int] = set()
@@ -55,12 +57,20 @@ class Notes:
             known = homes[note.layer]
             return note.home if known is None and isinstance(note, LayerEntry) else known
 
+        erased = {
+            note.layer
+            for sequence, note in self.changes.items()
+            if isinstance(note, LayerEntry) and note.home in there and note.home not in self._devices[sequence]
+            if not reaches(note.home, sequence) and home_of(note.layer) is None
+        }
         for sequence, note in sorted(self.changes.items()):
             devices = self._devices[sequence]
             if isinstance(note, MapEntry):
                 at = home(note)
                 if at is not None and at not in devices and reaches(at, sequence):
                     found.add(sequence)
+            elif note.layer in erased:
+                found.add(sequence)
             elif sequence not in found:
                 needed = {home(self.changes[other]) for other in self._together[sequence]} & {*there}
                 is_late = label.is_void(sequence)

@@ -31,6 +31,7 @@ from rustord.record import Record
 from rustord.testing.device import SECTOR_BYTES
 from rustord.volume import Volume
 from rustord.volumes import Volumes
+from tests.crash.scenarios import OnDevice
 from tests.simulation import MIB, Direct, PowerCut, Simulation, check_sound, free_count, live, run
 
 T = TypeVar("T")
@@ -651,6 +652,28 @@ def test_what_was_a_volume_long_ago_is_not_written_when_the_index_is_lost(disk_p
     assert bench.volumes.names() == []
     bench.check()
     bench.simulation.close()
+
+
+def test_a_volume_that_only_the_journal_of_another_device_tells_of_is_gone(bench: Bench) -> None:
+    """That was away when the volume was deleted; the home's journal has gone around since, and the index is lost."""
+    bench.volumes.create("disk", SIZE)
+    home = bench.store.layers.volumes["disk"].home
+    bench.simulation.close()
+    bench.store = bench.simulation.open(without=[1 - home])
+    bench.volumes = Volumes(bench.store, Direct(bench.store))
+    bench.volumes.delete("disk")
+    bench.simulation.placer = OnDevice(home)
+    bench.reopen()
+    for _ in range(1200):
+        bench.store.put(b"x", name="filler", text="t" * 7500)
+    stored = {bench.store.put(bytes((number,)) * 3000).uuid: bytes((number,)) * 3000 for number in range(50)}
+    bench.simulation.close()
+    rebuild_index(bench.simulation)
+    bench.store = bench.simulation.open()
+    assert not bench.store.read_only
+    assert not bench.store.layers.by_uuid
+    assert {uuid: bench.store.get(uuid) for uuid in stored} == stored
+    bench.check()
 
 
 def test_a_page_that_is_torn_has_another_slot(disk_path: Path) -> None:
