@@ -305,7 +305,8 @@ class _OpenDevice:
         os.close(nothing)
 
     def close(self) -> None:
-        self._tell_lost()
+        if self._fd >= 0:
+            self._tell_lost()
         for fd in (self._fd, self._direct_fd):
             if fd >= 0:
                 os.close(fd)

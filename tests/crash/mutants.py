@@ -431,7 +431,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "maps that are marked are not kept",
-        (KeyStore.begin_to_keep, "if self._backend.get(UNKEPT) is None:", "if True:"),
+        (KeyStore.keep_all, "if self._backend.get(UNKEPT) is None:", "if True:"),
         by=(s.keeping_a_map,),
     )
     yield mutant(
