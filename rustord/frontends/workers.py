@@ -1,9 +1,10 @@
 """Workers: the processes that serve NBD connections once they have chosen an export, one process for each export.
 
 The threads of one process share the interpreter's lock, so several exports in one process would share one CPU: two
-used 1.05 CPUs in reads of 4 KiB, and with a process for each they go 1.4 times as fast, one alone as fast as before. A
-worker has the client's socket, and the places on the devices that the export has granted (see `rustord.lease`): there it
-reads, writes and flushes by itself, and for all else it calls the thread of ours that has negotiated. What it has
+used 1.05 CPUs in reads of 4 KiB, and with a process for each they go 1.4 times as fast, one alone as fast as before.
+
+A worker has the client's socket, and the places on the devices that the export has granted (see `rustord.lease`): there
+it reads, writes and flushes by itself, and for all else it calls the thread of ours that has negotiated. What it has
 written is in the page cache, and does not end with it: it tells which devices have to be flushed when it is recalled;
 and if it is killed, all that it could write to have to be.
 
