@@ -679,6 +679,14 @@ def received(journal: socket.socket) -> Iterator[dict[str, str]]:
         yield dict(line.split("=", 1) for line in lines if "=" in line)
 
 
+def test_no_disk_takes_the_place_of_an_output_that_is_closed(daemon: Daemon) -> None:
+    daemon.prefix = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    daemon.start()
+    assert daemon.process is not None
+    assert {os.readlink(f"/proc/{daemon.process.pid}/fd/{number}") for number in range(3)} == {os.devnull}
+    assert daemon.get(daemon.put(b"data")) == b"data"
+
+
 # NBD
 
 

@@ -59,6 +59,7 @@ class Commands(click.Group):
 
 def run(command: click.Command, program: str) -> NoReturn:
     """Run a command line to its end. Never shows a traceback, except for a fault of rustord with RUSTORD_TRACEBACK."""
+    _open_what_is_closed()
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -67,6 +68,21 @@ def run(command: click.Command, program: str) -> NoReturn:
     status = _status(command, program)
     _let_go_of_output()
     sys.exit(status)
+
+
+def _open_what_is_closed() -> None:
+    """Leave no number of standard input, output or error free that whoever started us has closed.
+
+    Else the next file that is opened would have it, which may be a disk, and be told what is said there. To read from
+    or write to what is closed stays an error, but for standard error.
+    """
+    for number, how in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, how), True)  # it gets the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:
