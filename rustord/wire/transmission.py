@@ -330,6 +330,7 @@ class Transmission:
         """Do the flush that this batch asked for, and answer all who did."""
         if not self._unflushed:
             return
+        yield from self._send()  # what is done already: its client may go on, and ask for the next flush meanwhile
         waiting, self._unflushed = self._unflushed, []
         if self._beside is not None:
             self._beside.wait()

@@ -146,6 +146,16 @@ def test_a_batch_has_one_flush(talk: Talk) -> None:
     assert [call[0] for call in talk.export.log] == ["write"] * 20 + ["flush"]
 
 
+def test_who_did_not_ask_for_the_flush_does_not_wait_for_it(talk: Talk) -> None:
+    batch = talk.write(0, b"data", cookie=1) + talk.request(FLUSH, cookie=2) + talk.write(4, b"more", cookie=3)
+    talk.transmission.space()[: len(batch)] = batch
+    answered = []
+    for part in talk.transmission.received(len(batch)):
+        cookies = [reply.cookie for reply in replies(bytes(part), {}, extended=talk.extended)]
+        answered.append((cookies, ("flush",) in talk.export.log))
+    assert answered == [([1, 3], False), ([2], True)]
+
+
 def test_whoever_asked_for_a_flush_that_failed_is_told(talk: Talk) -> None:
     talk.export.flush_failure = DeviceError("it is gone")
     answered = talk.ask(talk.write(0, b"a", cookie=1) + talk.write(1, b"b", cookie=2, flags=FUA) + talk.request(FLUSH))
