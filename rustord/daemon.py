@@ -78,8 +78,8 @@ def run(configure: Callable[[], Config]) -> None:
         set_up_logging(config)
         store, plugins = _open(config, supervisor)
         try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})  # who sees us listen may send one
             with listen(config, supervisor, passed) as listeners:
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
                 gc.collect()
                 gc.freeze()  # what is there by now stays: to look through it stops everything for 10 ms each time
                 asyncio.run(_serve(config, configure, store, plugins, listeners, supervisor))
