@@ -10,7 +10,7 @@ from rustord.blockdevice import tell_udev
 from rustord.blockstore import Slot
 from rustord.claim import check, claim
 from rustord.devicemap import draw
-from rustord.errors import NoSpace, NotFound, Unavailable
+from rustord.errors import NoSpace, NotFound
 from rustord.event import DEVICE_JOINED, DEVICE_REMOVED, fields
 from rustord.inspection import inspect
 from rustord.label import Standing
@@ -23,7 +23,7 @@ from rustord.quantity import human_size
 from rustord.scrub import Scrub
 from rustord.volumes import Volumes
 from rustord.wire.api import NewDevice
-from rustord.writer import Writer
+from rustord.writer import Writer, busy
 
 log = logging.getLogger(__name__)
 
@@ -233,9 +233,7 @@ class Admin:
         try:
             return self._writer.call(function)
         except TimeoutError:
-            raise Unavailable(
-                "the pool is busy", hint="see 'rustorctl status', and look what has become of it"
-            ) from None
+            raise busy() from None
 
     def mover(self) -> dict[str, Any]:
         """What is being moved, and how far that is."""

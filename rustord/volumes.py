@@ -28,7 +28,7 @@ from rustord.pending import PENDING, Pending, circumstances
 from rustord.pool import renew_labels
 from rustord.record import Metadata, Record, RecordId
 from rustord.volume import Volume
-from rustord.writer import stopping
+from rustord.writer import busy, stopping
 
 T = TypeVar("T")
 
@@ -206,7 +206,7 @@ class Volumes:
         try:
             return self._writer.call(function, _CHANGE_S)
         except TimeoutError:
-            raise _busy() from None
+            raise busy() from None
 
     def announce(self, layer: Layer, places: Iterable[Sequence[Extent]]) -> Sequence[RecordId]:
         """Make graves of blocks that are about to be filled with what a Layer has. Raises ReadOnly or DeviceError.
@@ -503,7 +503,7 @@ class Volumes:
         try:
             ((_, outcome),) = self._writer.make([put], _CHANGE_S)
         except TimeoutError:
-            raise _busy() from None
+            raise busy() from None
         if isinstance(outcome, RustordError):
             raise outcome
         return outcome
@@ -522,10 +522,6 @@ class Volumes:
             hasher.update(piece)
             sums.append(chunk_sums(piece))
         return Frozen(layer, hasher.digest(), b"".join(sums))
-
-
-def _busy() -> Unavailable:
-    return Unavailable("the pool is busy", hint="see 'rustorctl status', and look what has become of it")
 
 
 def _entry(layer: Layer, head: Head) -> LayerEntry:

@@ -34,6 +34,11 @@ CHECKPOINT_S = 0.25
 _CHECKPOINT_COUNT = 8192
 
 
+def busy() -> Unavailable:
+    """Why somebody waits no longer for a change, which may be made all the same."""
+    return Unavailable("the pool is busy", hint="see 'rustorctl status', and look what has become of it")
+
+
 def stopping() -> Unavailable:
     """For whoever asks for something that has to wait for the next start."""
     return Unavailable("rustord is stopping", hint="try again when it has started")

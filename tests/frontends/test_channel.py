@@ -6,6 +6,7 @@ import errno
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -77,15 +78,9 @@ def test_calls_of_many_threads_are_not_mixed_up(answering: Answering) -> None:
         for turn in range(100):
             offset = number << 32 | turn
             assert channel.call(Call.READ, offset) == offset.to_bytes(8, "little")
-        done.append(number)
 
-    done: list[int] = []
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(done) == [*range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        assert len([*threads.map(work, range(8))]) == 8
 
 
 def test_who_calls_is_told_if_nobody_is_there_any_more() -> None:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -411,15 +412,9 @@ def test_many_sessions_flush_side_by_side(served: NbdServed) -> None:
                 write(peer, offset, bytes((number + turn,)) * BLOCK)
                 assert peer.one(FLUSH).error == 0
                 assert peer.read(offset, BLOCK).data == bytes((number + turn,)) * BLOCK
-            done.append(number)
 
-    done: list[int] = []
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(done) == [*range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        assert len([*threads.map(work, range(8))]) == 8
 
 
 def test_nothing_is_left_of_it(served: NbdServed, caplog: pytest.LogCaptureFixture) -> None:
@@ -443,6 +438,23 @@ def tenancy_of(served: NbdServed) -> Any:
     return tenancy
 
 
+def recall_and_tell_later(grantor: Any, monkeypatch: pytest.MonkeyPatch) -> threading.Thread:
+    """A thread that recalls, and has the answer, of which it has told nobody yet."""
+    tell, is_told = grantor.dirtied, threading.Event()
+
+    def tell_later(devices: Any) -> None:
+        monkeypatch.setattr(grantor, "dirtied", tell)
+        is_told.set()
+        threading.Event().wait(0.5)  # for who does not wait for this
+        tell(devices)
+
+    monkeypatch.setattr(grantor, "dirtied", tell_later)
+    recalling = threading.Thread(target=grantor.gates[0].recall)
+    recalling.start()
+    assert is_told.wait(SECONDS_MAX)
+    return recalling
+
+
 def test_a_flush_is_for_what_somebody_is_about_to_be_told(served: NbdServed, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread recalls at the same time, and has the answer, of which it has told nobody yet."""
     with volume(served) as peer:
@@ -450,18 +462,7 @@ def test_a_flush_is_for_what_somebody_is_about_to_be_told(served: NbdServed, mon
         assert peer.one(FLUSH).error == 0
         write(peer, 0, b"written in place")
         grantor = tenancy_of(served).grantor
-        tell, is_told, flushed = grantor.dirtied, threading.Event(), []
-
-        def tell_later(devices: Any) -> None:
-            monkeypatch.setattr(grantor, "dirtied", tell)
-            is_told.set()
-            threading.Event().wait(0.5)  # for who does not wait for this
-            tell(devices)
-
-        monkeypatch.setattr(grantor, "dirtied", tell_later)
-        recalling = threading.Thread(target=grantor.gates[0].recall)
-        recalling.start()
-        assert is_told.wait(SECONDS_MAX)
+        recalling, flushed = recall_and_tell_later(grantor, monkeypatch), []
         flush = disk_of(served).flush
         monkeypatch.setattr(disk_of(served), "flush", lambda: (flushed.append(True), flush()))
         assert peer.one(FLUSH).error == 0
@@ -477,18 +478,7 @@ def test_who_recalls_second_knows_what_the_first_one_was_told(
         assert peer.one(FLUSH).error == 0
         write(peer, 0, b"written in place")
         grantor = tenancy_of(served).grantor
-        tell, is_told, dirty = grantor.dirtied, threading.Event(), []
-
-        def tell_later(devices: Any) -> None:
-            monkeypatch.setattr(grantor, "dirtied", tell)
-            is_told.set()
-            threading.Event().wait(0.5)
-            tell(devices)
-
-        monkeypatch.setattr(grantor, "dirtied", tell_later)
-        recalling = threading.Thread(target=grantor.gates[0].recall)
-        recalling.start()
-        assert is_told.wait(SECONDS_MAX)
+        recalling, dirty = recall_and_tell_later(grantor, monkeypatch), []
         with grantor.gates[0].shut():
             dirty += grantor._dirty
         assert dirty
