@@ -23,7 +23,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -103,6 +103,9 @@ class Client:
         self.directory = directory
 
 
+_REFUSING = RustordError, OSError, RuntimeError
+"""RuntimeError: the system has no more threads."""
+
 Left = tuple[Handover, socket.socket]
 """A connection that this process has left."""
 
@@ -137,11 +140,12 @@ class _Connection:
         self._on_chosen = on_chosen
 
     def resume(self, handover: Handover) -> None:
-        """Take up what another process has left, in place of the negotiation. Raises RustordError."""
+        """Take up what another process has left, in place of the negotiation. Raises OSError, RustordError."""
         export = self.client.directory.open_again(handover.key)
         agreed = handover.structured, handover.extended, handover.allocation
         self.agreement = Agreement(handover.key, export, *agreed)
         self._rest = handover.rest
+        self.ledger = Ledger()  # now: until there is one, `leave` would cut the connection off
 
     def serve(self) -> None:
         """Negotiate, then serve requests until the client goes, breaks the rules, or `cut` or `leave` is called."""
@@ -159,7 +163,7 @@ class _Connection:
         except Exception:
             log.exception("the connection of %s has failed", self.client.text)
         finally:
-            self._close()
+            self.close()
 
     def _negotiate(self) -> bytes | None:
         """What has come of the first request; None if none follows. Raises OSError, of which TimeoutError is one."""
@@ -196,10 +200,9 @@ class _Connection:
 
     def _transmit(self, agreement: Agreement, rest: bytes) -> None:
         log.info("%s has opened %r", self.client.text, agreement.name)
-        with closing(Ledger()) as ledger:
-            self.ledger = ledger
-            self._on_chosen()
-            left = self._serve(cast(OpenExport, agreement.export), agreement, rest, ledger)
+        self.ledger = ledger = self.ledger or Ledger()
+        self._on_chosen()
+        left = self._serve(cast(OpenExport, agreement.export), agreement, rest, ledger)
         if left is not None:
             self.left = Handover.of(agreement, left), self._sock
 
@@ -233,9 +236,12 @@ class _Connection:
         with suppress(OSError):
             self._sock.shutdown(how)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Let go of everything; for its thread, or who cannot give it one."""
         if self.agreement is not None:
             self.agreement.export.close()
+        if self.ledger is not None:
+            self.ledger.close()
         if self.left is None:
             self.cut()  # whoever else has it
             self._sock.close()
@@ -301,7 +307,7 @@ class NbdServer:
     def _admit_or_refuse(self, tls: ssl.SSLContext | None, sock: socket.socket) -> None:
         try:
             self._admit(sock, tls)
-        except (RustordError, OSError) as error:
+        except _REFUSING as error:
             log.warning("a connection was refused: %s", error)
             sock.close()
 
@@ -310,7 +316,7 @@ class NbdServer:
         for handover, sock in left:
             try:
                 self._admit(sock, None, handover)
-            except (RustordError, OSError) as error:
+            except _REFUSING as error:
                 log.warning("a connection that was kept cannot be taken up: %s", error)
                 sock.close()
 
@@ -324,16 +330,17 @@ class NbdServer:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         deadline = time.monotonic() + self._limits.handshake_s
         connection = _Connection(sock, client, tls, deadline, self._workers, self._tell_whether_alone)
-        if handover:
-            connection.resume(handover)
         thread = threading.Thread(target=self._run, args=(connection,), name="nbd", daemon=True)
-        with self._lock:
-            self._connections[connection] = thread
         try:
+            if handover:
+                connection.resume(handover)
+            with self._lock:
+                self._connections[connection] = thread
             thread.start()
-        except RuntimeError as error:  # the system has no more threads
+        except _REFUSING:
+            connection.close()
             self._forget(connection)
-            raise OSError(str(error)) from error
+            raise
 
     def _tell_whether_alone(self) -> None:
         with self._lock:

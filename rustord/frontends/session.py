@@ -77,7 +77,8 @@ class Session:
             self._answer(len(part))
         while not transmission.ended:
             space = transmission.space()
-            if ledger.leaving:
+            if ledger.leaving and (transmission.requests or not self._arrival.poll(0)):
+                # Not before it has done some of what waits: processes that follow each other fast would do none of it.
                 if not transmission.lacking:
                     return self._leave()
                 space = space[: transmission.lacking]  # what comes behind it is for the next process

@@ -342,9 +342,14 @@ def test_a_restart_drops_no_client_of_a_block_device(machine: Machine) -> None:
     job += ["--iodepth=16", "--rate_iops=1200", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0"]
     before = machine.show("MainPID")
     restarts = 0
+
+    def is_busy(name: str) -> bool:
+        exports = json.loads(machine.rustorctl("exports", "--json"))
+        return any(export["name"] == name and export["requests"] for export in exports)
+
     with subprocess.Popen(["fio", *job], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as fio:
-        machine.container.until(lambda: "disk" in machine.rustorctl("exports"), "fio has opened it")
         while fio.poll() is None:
+            machine.container.until(lambda: fio.poll() is not None or is_busy("disk"), "fio is served")
             machine.container.ok("systemctl", "restart", "rustord")
             restarts += 1
         assert fio.returncode == 0, fio.stdout and fio.stdout.read()

@@ -7,13 +7,13 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import rustord
 from rustord.frontends.exports import Exports
 from rustord.frontends.handover import Handover
-from rustord.frontends.nbd import NbdServer
+from rustord.frontends.nbd import Left, NbdServer
 from rustord.frontends.peer import Peer
 from rustord.frontends.workers import Workers
 from rustord.volumes import Volumes
@@ -152,11 +152,32 @@ class NbdServed:
 
     async def _restart(self) -> int:
         left = await self.server.close(2.0, leave=True)
+        await self._start()
+        return await self._resume(left)
+
+    async def _resume(self, left: Sequence[Left]) -> int:
         # The manager that keeps them in between knows no more of them than a name.
         known = [(Handover.named(handover.name), sock) for handover, sock in left]
-        await self._start()
         await asyncio.to_thread(self.server.resume, [(handover, sock) for handover, sock in known if handover])
         return len(known)
+
+    def restart_at_once(self, before: Callable[[], object], after: Callable[[], object]) -> None:
+        """Let a server take up the connections of this one, and leave them at once for a third.
+
+        Only the server in between is there from ``before`` to ``after``.
+        """
+        restarting = self._restart_at_once(before, after)
+        asyncio.run_coroutine_threadsafe(restarting, self._loop).result(SECONDS_MAX)
+
+    async def _restart_at_once(self, before: Callable[[], object], after: Callable[[], object]) -> None:
+        left = await self.server.close(2.0, leave=True)
+        await asyncio.to_thread(before)
+        await self._start()
+        await self._resume(left)
+        left = await self.server.close(2.0, leave=True)
+        await asyncio.to_thread(after)
+        await self._start()
+        await self._resume(left)
 
     def listen(self, tls: ssl.SSLContext | None) -> int:
         """Serve on the loopback's TCP, too; the port."""

@@ -84,6 +84,35 @@ def test_a_request_may_be_on_its_way(served: NbdServed) -> None:
         assert told["name"] == "volume"
 
 
+@pytest.mark.parametrize("size", [BLOCK, 3 * MIB])
+def test_who_leaves_at_once_has_done_something_before(served: NbdServed, size: int) -> None:
+    """Or servers that follow each other fast would never do anything."""
+    with opened(served, "volume") as peer:
+        served.restart_at_once(
+            before=lambda: peer.send(request(READ, 0, size, cookie=1) * 2),
+            after=lambda: peer.receive(16 + size),
+        )
+        assert served.restart() == 1
+        peer.receive(16 + size)
+
+
+def test_who_cannot_be_served_lets_go_of_the_export(served: NbdServed, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def start_no_more(thread: threading.Thread) -> None:
+        if thread.name == "nbd":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with opened(served, "volume") as peer:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start_no_more)
+            served.restart()
+        assert peer.is_ended()
+        assert not list(served.server.exports())
+    served.volumes.delete("volume")
+
+
 def test_a_payload_is_waited_for(served: NbdServed) -> None:
     data = random.Random(2).randbytes(3 * MIB)
     with opened(served, "volume") as peer:
