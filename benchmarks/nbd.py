@@ -48,6 +48,7 @@ def nbd(subject: Rustord, device: str, place: Path, effort: Effort) -> Iterator[
                 fio(uri, "read", seconds=0.0, block="1m", depth=4)
         yield from rows(targets, effort)
         program = build(CLIENT, place)
+        yield beside_flushes(targets, program, effort)
         yield from receiving(subject, targets, program, effort, order="sequential", length=MIB, depth=8)
         yield from receiving(subject, targets, program, effort, order="random", length=4096, depth=16)
     yield busy_memory(subject, targets["rustord"], effort)
@@ -145,6 +146,16 @@ def receiving(
         figures = in_turns(targets, effort.rounds, turn)
         yield Row(f"NBD {work} read of {exports}, only received, depth {depth}", unit, figures)
     yield Row(f"CPUs for the {work} reads of two exports", "CPUs", {SUBJECT: cpus})
+
+
+def beside_flushes(targets: dict[str, Target], program: Path, effort: Effort) -> Row:
+    seconds = min(effort.seconds, SECONDS_MAX)
+
+    def turn(target: Target) -> float:
+        return receive(program, target.writing, depth=1, length=4096, seconds=seconds, order="flushing")
+
+    work = "NBD 4 KiB random read, depth 1, beside writes and flushes on the same connection"
+    return Row(work, "op/s", in_turns(targets, effort.rounds, turn))
 
 
 def receive(program: Path, uri: str, *, depth: int, length: int, seconds: float, order: str) -> float:

@@ -3,8 +3,10 @@
  * It asks for `depth` pieces in one send, takes all replies, and asks again.
  *
  * usage: nbdclient SOCKET EXPORT DEPTH BYTES SECONDS SIZE ORDER
- *   BYTES  of each read; SIZE: of the export, in bytes; ORDER: random or sequential
- * Prints: operations seconds
+ *   BYTES  of each read; SIZE: of the export, in bytes
+ *   ORDER  random or sequential; or flushing: random, one piece after the other, while on the same connection pieces are
+ *          written and flushed, also one after the other, as a file system's journal does
+ * Prints: reads seconds
  */
 #include <endian.h>
 #include <errno.h>
@@ -17,6 +19,7 @@
 #include <time.h>
 #include <unistd.h>
 
+enum { READ, WRITE, FLUSH = 3 };
 enum { GO = 7, ACK = 1, DEPTH_MAX = 1024, READ_MAX = 32 << 20 };
 
 struct __attribute__((packed)) option { uint64_t magic; uint32_t number, length; };
@@ -72,28 +75,73 @@ static double now(void)
     return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
+static uint64_t random_piece(uint64_t pieces)
+{
+    static uint64_t seed = 88172645463325252u;
+    seed ^= seed << 13, seed ^= seed >> 7, seed ^= seed << 17; /* xorshift64 */
+    return seed % pieces;
+}
+
+/* The cookie of the next reply. */
+static uint64_t take_reply(int fd)
+{
+    struct reply head;
+    take(fd, &head, sizeof head);
+    if (be32toh(head.magic) != 0x67446698 || head.error) { errno = EPROTO; fail("a reply"); }
+    return head.cookie;
+}
+
+/* One request, whose cookie is its kind. */
+static void ask(int fd, uint16_t kind, uint64_t offset, uint32_t length)
+{
+    struct request asked = {htobe32(0x25609513), 0, htobe16(kind), kind, htobe64(offset), htobe32(length)};
+    say(fd, &asked, sizeof asked);
+}
+
+/* How many reads were answered beside writes that are flushed. */
+static uint64_t read_beside_flushes(int fd, char *data, uint32_t length, uint64_t pieces, double end)
+{
+    uint64_t count = 0;
+    ask(fd, READ, random_piece(pieces) * length, length);
+    ask(fd, FLUSH, 0, 0);
+    while (now() < end) {
+        switch (take_reply(fd)) {
+        case READ:
+            take(fd, data, length);
+            count++;
+            ask(fd, READ, random_piece(pieces) * length, length);
+            break;
+        case WRITE:
+            ask(fd, FLUSH, 0, 0);
+            break;
+        default:
+            ask(fd, WRITE, random_piece(pieces) * length, length);
+            say(fd, data, length);
+        }
+    }
+    return count;
+}
+
 int main(int argc, char **argv)
 {
     static struct request requests[DEPTH_MAX];
     if (argc != 8) { fprintf(stderr, "usage: see nbdclient.c\n"); return 2; }
     unsigned depth = (unsigned)atoi(argv[3]), length = (unsigned)atoi(argv[4]);
-    uint64_t pieces = strtoull(argv[6], NULL, 10) / length, piece = 0, count = 0, seed = 88172645463325252u;
+    uint64_t pieces = strtoull(argv[6], NULL, 10) / length, piece = 0, count = 0;
     int in_order = !strcmp(argv[7], "sequential");
     if (depth > DEPTH_MAX || length > READ_MAX) { fprintf(stderr, "too much\n"); return 2; }
-    char *data = malloc(length);
+    char *data = calloc(1, length);
     int fd = open_export(argv[1], argv[2]);
     double start = now(), end = start + atof(argv[5]);
+    if (!strcmp(argv[7], "flushing")) count = read_beside_flushes(fd, data, length, pieces, end);
     while (now() < end) {
         for (unsigned i = 0; i < depth; i++) {
-            seed ^= seed << 13, seed ^= seed >> 7, seed ^= seed << 17; /* xorshift64 */
-            piece = (in_order ? piece + 1 : seed) % pieces;
-            requests[i] = (struct request){htobe32(0x25609513), 0, 0, i, htobe64(piece * length), htobe32(length)};
+            piece = in_order ? (piece + 1) % pieces : random_piece(pieces);
+            requests[i] = (struct request){htobe32(0x25609513), 0, READ, i, htobe64(piece * length), htobe32(length)};
         }
         say(fd, requests, depth * sizeof *requests);
         for (unsigned i = 0; i < depth; i++) {
-            struct reply head;
-            take(fd, &head, sizeof head);
-            if (be32toh(head.magic) != 0x67446698 || head.error) { errno = EPROTO; fail("a reply"); }
+            take_reply(fd);
             take(fd, data, length);
         }
         count += depth;

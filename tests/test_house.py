@@ -26,7 +26,6 @@ TESTED_ELSEWHERE = {
     "rustord/client/connection.py": "tests/client/test_blocking.py",
     "rustord/lease.py": "tests/frontends/test_holding.py",
     "rustord/frontends/exchange.py": "tests/frontends/test_connection.py",
-    "rustord/frontends/session.py": "tests/frontends/test_nbd.py",
     "rustord/frontends/traffic.py": "tests/frontends/test_http.py",
     "rustord/frontends/worker.py": "tests/frontends/test_workers.py",
 }

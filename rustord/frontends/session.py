@@ -13,16 +13,18 @@ import logging
 import select
 import socket
 import struct
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 
+from rustord.frontends.flusher import Flusher
 from rustord.frontends.ledger import Ledger
 from rustord.frontends.pipeline import Pipeline
 from rustord.wire.nbd import EXTENDED_REQUEST
 from rustord.wire.negotiation import Agreement
-from rustord.wire.transmission import Transmission
+from rustord.wire.transmission import Transmission, Waiting
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,12 @@ class Session:
         self._is_plain = is_plain
         self._transmission = Transmission(agreement, self)
         self._pipeline = Pipeline()
+        self._flusher = Flusher(self._flush)
+        self._sending, self._counting = threading.Lock(), threading.Lock()
+        self._is_flushing = False
+        """In the thread that receives, which sends the replies next."""
+        self._overlaps = False
+        """Requests have come during the last flush."""
         self._arrival = select.poll()
         self._arrival.register(sock, select.POLLIN)
         self._is_brisk = False
@@ -63,6 +71,7 @@ class Session:
             return self._run(rest)
         finally:
             self._pipeline.close()
+            self._flusher.close()
             self._transmission.close()
             self._count()
 
@@ -94,13 +103,20 @@ class Session:
     def _answer(self, count: int) -> None:
         """Work on what has come, and send the replies. Raises OSError."""
         for reply in self._transmission.received(count):
+            if self._is_flushing:
+                self._is_flushing, self._overlaps = False, bool(self._arrival.poll(0))
             self._count()  # now: once it has its reply, a client may look
             self.wait()
+            self._send(reply)
+
+    def _send(self, reply: memoryview) -> None:
+        with self._sending:
             self._sock.sendall(reply)
 
     def _count(self) -> None:
         done = self._transmission
-        self._ledger.count(done.requests, done.errors, done.read_bytes, done.written_bytes)
+        with self._counting:
+            self._ledger.count(done.requests, done.errors, done.read_bytes, done.written_bytes)
 
     # Of `rustord.wire.transmission.Beside`
 
@@ -118,9 +134,36 @@ class Session:
     def wait(self) -> None:
         self._pipeline.wait()
 
+    def flush(self, waiting: list[Waiting]) -> bool:
+        """Not if the client seems to do nothing meanwhile."""
+        if self._is_plain and (self._overlaps or self._flusher.is_busy):
+            with suppress(RuntimeError):  # as above
+                self._flusher.put(waiting)
+                return True
+        self._is_flushing = True
+        return False
+
+    def finish(self) -> None:
+        self._flusher.wait()
+
+    def _flush(self, waiting: list[Waiting]) -> None:
+        self._go_on(lambda: self._flushed(waiting))
+
+    def _flushed(self, waiting: list[Waiting]) -> Iterator[memoryview]:
+        before = self._transmission.requests
+        for reply in self._transmission.flushed(waiting):
+            self._overlaps = self._transmission.requests > before
+            self._count()
+            yield reply
+
     def _do(self, job: Callable[[], memoryview]) -> None:
+        self._go_on(lambda: (job(),))
+
+    def _go_on(self, work: Callable[[], Iterable[memoryview]]) -> None:
+        """Send what ``work`` yields, in whichever thread; if that fails, nothing more can be sent."""
         try:
-            self._sock.sendall(job())
+            for reply in work():
+                self._send(reply)
         except OSError:
             self._cut()
         except Exception:

@@ -11,7 +11,7 @@ reply read, piece by piece. There are two so that one can be sent, or written to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from mmap import mmap
@@ -41,6 +41,7 @@ BUFFER_BYTES = PIECE_BYTES + (64 << 10)
 """Either buffer: a piece with what is around it, or a great many small requests."""
 LONG_BYTES = 512 << 10
 """From here on it takes longer to copy something than to have another thread do it."""
+_FLUSH_REPLY_BYTES = 16 << 10
 RUN_COUNT_MAX = 4096
 """Runs in one reply to BLOCK_STATUS; the client asks again from there."""
 
@@ -73,14 +74,24 @@ class _Payload:
         """It may be written while others are."""
 
 
+Waiting = tuple[int, int]
+"""Cookie and offset of a request that is done but for the flush."""
+
+
 class Beside(Protocol):
-    """Another thread, which does one thing at a time."""
+    """Another thread, which does one thing at a time; and one more for flushes."""
 
     def take(self, job: Callable[[], memoryview]) -> bool:
         """Have it do ``job``, once it has done the last one, and send the reply that this returns; or False."""
 
     def wait(self) -> None:
-        """Return when it has nothing to do."""
+        """Return when it has nothing to do but flushes."""
+
+    def flush(self, waiting: list[Waiting]) -> bool:
+        """Have `Transmission.flushed` done for these, beside all else; or False."""
+
+    def finish(self) -> None:
+        """Return when it has no flushes to do, either."""
 
 
 class Transmission:
@@ -111,8 +122,8 @@ class Transmission:
         self._at = self._end = 0
         """What has been received and not been looked at lies between them."""
         self._payload: _Payload | None = None
-        self._unflushed: list[tuple[int, int]] = []
-        """Cookie and offset of requests that are done but for the flush."""
+        self._flush_replies = Replies(agreement, memoryview(bytearray(_FLUSH_REPLY_BYTES)))
+        self._unflushed: list[Waiting] = []
 
     def close(self) -> None:
         """Nothing is received any more: let go of who is beside, and so of the memory."""
@@ -121,7 +132,8 @@ class Transmission:
     @property
     def errors(self) -> int:
         """Requests that were answered with an error."""
-        return self._replies.errors + self._other_replies.errors + self._beside_replies.errors
+        replies = self._replies, self._other_replies, self._beside_replies, self._flush_replies
+        return sum(each.errors for each in replies)
 
     @property
     def written_bytes(self) -> int:
@@ -327,22 +339,32 @@ class Transmission:
             self._replies.put(cookie, offset)
 
     def _flush(self) -> Iterator[memoryview]:
-        """Do the flush that this batch asked for, and answer all who did."""
+        """Do the flush that this batch asked for, and answer all who did; or have it done."""
         if not self._unflushed:
             return
         yield from self._send()  # what is done already: its client may go on, and ask for the next flush meanwhile
         waiting, self._unflushed = self._unflushed, []
         if self._beside is not None:
             self._beside.wait()
+            if self._beside.flush(waiting):
+                return
+        yield from self.flushed(waiting)
+
+    def flushed(self, waiting: Iterable[Waiting]) -> Iterator[memoryview]:
+        """Flush the export, and yield the replies to all who wait for that. For one thread at a time, whichever."""
         failure: RustordError | None = None
         try:
             self._export.flush()
         except RustordError as error:
             failure = error
+        replies = self._flush_replies
+        replies.filled = 0
         for cookie, offset in waiting:
-            if self._replies.is_full:
-                yield from self._send()
-            self._replies.put(cookie, offset, failure)
+            if replies.is_full:
+                yield replies.buffer[: replies.filled]
+                replies.filled = 0
+            replies.put(cookie, offset, failure)
+        yield replies.buffer[: replies.filled]
 
     # Reading
 
@@ -353,7 +375,10 @@ class Transmission:
             if self._structured and flags & CmdFlag.DF:
                 raise TooLarge(f"{length} bytes in one chunk; the most is {PIECE_BYTES}")
             if not self._structured:
-                # A simple reply has no way to tell of an error once it has begun, so that is looked for first.
+                # Nothing may come in between the parts of a simple reply.
+                if self._beside is not None:
+                    self._beside.finish()
+                # It has no way to tell of an error once it has begun, so that is looked for first.
                 for at in range(offset, offset + length, PIECE_BYTES):
                     self._export.read(at, self._replies.buffer[: min(PIECE_BYTES, offset + length - at)])
         if not length:

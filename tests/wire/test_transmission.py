@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rustord.errors import DeviceError
 from rustord.export import Run, State
 from rustord.wire.negotiation import Agreement
-from rustord.wire.transmission import BUFFER_BYTES, LONG_BYTES, PIECE_BYTES, Transmission
+from rustord.wire.transmission import BUFFER_BYTES, LONG_BYTES, PIECE_BYTES, Transmission, Waiting
 from tests.wire.peer import MIB, Chunk, MemoryExport, replies, request, write
 
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS = range(8)
@@ -24,16 +24,21 @@ Mode = tuple[bool, bool]
 
 
 class Talk:
-    """A transmission, and what it has answered. Whatever may be done late is, at the last moment that is allowed."""
+    """A transmission, and what it has answered.
+
+    Whatever may be done late is, at the last moment that is allowed; flushes are when something else has been sent.
+    """
 
     def __init__(self, mode: Mode = SIMPLE, size: int = 1 << 16, *, read_only: bool = False, split: int = 0) -> None:
         self.export = MemoryExport(size, read_only=read_only)
         self.extended = mode[1]
         self.transmission = Transmission(Agreement("disk", self.export, *mode, allocation=mode[0]), self)
         self.taken = 0
+        self.flushes_beside = True
         self._split = split or 1 << 30
         self._said = b""
         self._begun: Callable[[], memoryview] | None = None
+        self._waiting: list[Waiting] = []
 
     def take(self, job: Callable[[], memoryview]) -> bool:
         self.wait()
@@ -45,6 +50,17 @@ class Talk:
         begun, self._begun = self._begun, None
         if begun:
             self._said += bytes(begun())
+
+    def flush(self, waiting: list[Waiting]) -> bool:
+        assert not self._begun
+        if self.flushes_beside:
+            self._waiting += waiting
+        return self.flushes_beside
+
+    def finish(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for part in self.transmission.flushed(waiting) if waiting else ():
+            self._said += bytes(part)
 
     def say(self, data: bytes) -> bytes:
         """Hand it over in pieces; what it answers."""
@@ -59,7 +75,9 @@ class Talk:
                 assert 0 < len(part) <= BUFFER_BYTES
                 self.wait()
                 self._said += bytes(part)
+                self.finish()
         self.wait()
+        self.finish()
         said, self._said = self._said, b""
         return said
 
@@ -147,6 +165,7 @@ def test_a_batch_has_one_flush(talk: Talk) -> None:
 
 
 def test_who_did_not_ask_for_the_flush_does_not_wait_for_it(talk: Talk) -> None:
+    talk.flushes_beside = False
     batch = talk.write(0, b"data", cookie=1) + talk.request(FLUSH, cookie=2) + talk.write(4, b"more", cookie=3)
     talk.transmission.space()[: len(batch)] = batch
     answered = []
@@ -340,6 +359,23 @@ def test_no_other_reply_comes_in_the_middle_of_a_long_one(mode: Mode, rest: int,
     assert talk.taken >= 2
     assert b"".join(reply.data for reply in answered if reply.cookie == 1) == data[: 2 * MIB + rest]
     assert [reply.error for reply in answered if reply.cookie == 2] == [0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_reply_to_a_flush_comes_in_the_middle_of_a_long_one(mode: Mode, seed: int) -> None:
+    talk = Talk(mode, size=4 * MIB)
+    talk.export.data[:] = data = random.Random(seed).randbytes(4 * MIB)
+    talk._split = len(talk.request(FLUSH))
+    answered = talk.ask(talk.request(FLUSH, cookie=2) + talk.request(READ, 0, 3 * MIB, cookie=1), {1: 3 * MIB})
+    assert b"".join(reply.data for reply in answered if reply.cookie == 1) == data[: 3 * MIB]
+    assert [reply.error for reply in answered if reply.cookie == 2] == [0]
+
+
+def test_flushes_that_come_during_one_are_done_together(talk: Talk) -> None:
+    other = Talk((talk.transmission._structured, talk.extended), split=len(talk.request(FLUSH)))
+    answered = other.ask(b"".join(other.request(FLUSH, cookie=cookie) for cookie in range(3000)))
+    assert [reply.cookie for reply in answered] == [*range(3000)]
+    assert other.export.log == [("flush",)]
 
 
 def test_a_flush_comes_after_the_writes_before_it(talk: Talk) -> None:
