@@ -2,11 +2,12 @@
 
 What a client has sent is taken as a batch: every request in the buffer is worked on, and the replies are gathered in
 one buffer, so that many small requests cost one receive and one send. The flushes that a batch asks for (FLUSH, and
-FUA of writes) are done as one at its end; replies may be in any order.
+FUA of writes) are done as one at its end, by somebody beside if there is more to do meanwhile (see `Beside`); replies
+may be in any order.
 
 Two buffers each way, of a fixed size, are all the memory that a connection takes: a long payload is written, and a long
-reply read, piece by piece. There are two so that one can be sent, or written to the export, by somebody beside (see
-`Beside`) while the other is filled; of which only what is used takes memory.
+reply read, piece by piece. There are two so that one can be sent, or written to the export, by somebody beside while
+the other is filled; of which only what is used takes memory.
 """
 
 from __future__ import annotations
