@@ -225,7 +225,7 @@ class ObjectStore:
         times.append(perf_counter())
         failed |= self.blocks.flush((committed | erased) - failed.keys())
         times.append(perf_counter())
-        cycle = self._settle(batch, failed, refused, committed - failed.keys())
+        cycle = self._settle(batch, failed, refused, committed)
         times.append(perf_counter())
         self.last_phase_s = [ended - began for began, ended in pairwise(times)]
         for phase, seconds in zip(self.phase_s.values(), self.last_phase_s, strict=True):
@@ -418,16 +418,18 @@ class ObjectStore:
         return self.journals.append(puts, deletes, undone, copied)
 
     def _settle(
-        self, batch: _Batch, failed: dict[int, RustordError], refused: dict[int, RustordError], durable: set[int]
+        self, batch: _Batch, failed: dict[int, RustordError], refused: dict[int, RustordError], committed: set[int]
     ) -> Cycle:
-        """After the flush: know what is durable (on which devices), free what is erased, and answer.
+        """After the flush of those devices that have ``committed``: free what is erased, and answer.
 
         What has been erased needs no journal: a device whose journal is full has not failed.
         """
+        durable = committed - failed.keys()
+        perhaps = committed | (refused.keys() - set(self.blocks.writable_indices()))
         self.journals.flushed(durable)
         missing = refused | failed if refused else failed
         puts = self._settle_puts(batch, missing)
-        deletes = self._settle_deletes(batch, missing, durable)
+        deletes = self._settle_deletes(batch, missing, durable, perhaps)
         undone = self._settle_undos(batch)
         gone = [id for erase in batch.erases for id in self._bury(erase, failed, batch)]
         gone += [copy for placed, copy in batch.moves if not placed.failure(missing)]
@@ -466,26 +468,40 @@ class ObjectStore:
         return puts
 
     def _settle_deletes(
-        self, batch: _Batch, failed: dict[int, RustordError], durable: set[int]
+        self, batch: _Batch, failed: dict[int, RustordError], durable: set[int], perhaps: set[int]
     ) -> list[tuple[Record, int]]:
+        """A tombstone that is ``perhaps`` in a journal counts as well, though it is answered with an error.
+
+        Nobody can take it back there, and who has lost the index would believe it.
+        """
         deletes = []
         for change, record, sequence in batch.deletes:
-            if not record.devices & durable and not (durable and all(map(self.blocks.is_given_up, record.devices))):
+            cause: Delete | None = change
+            if not self._has_tombstone(record, durable):
                 device = min(record.devices)
                 lost = failed.get(device) or DeviceError(f"device {device} did not take the tombstone")
                 batch.outcomes.append((change, lost))
-                continue
+                if not self._has_tombstone(record, perhaps):
+                    continue
+                cause = None
             self.stock.remove(record)
             if record.uuid in self.layers.users:  # a Layer builds on it: it is erased with the last one
-                batch.outcomes.append((change, record))
+                if cause is not None:
+                    batch.outcomes.append((cause, record))
             else:
                 copies = self.relocations.take_back(record.uuid)
                 left = copies + self.erasures.take_left_behind(record.uuid)
                 extents = [*record.extents, *(extent for erase in left for extent in erase.extents)]
                 ids = (record.id, *(id for erase in left for id in erase.ids))
-                batch.following.append(Erase(extents, ids, change, layer=record.layer))
+                batch.following.append(Erase(extents, ids, cause, layer=record.layer))
             deletes.append((record, sequence))
         return deletes
+
+    def _has_tombstone(self, record: Record, devices: set[int]) -> bool:
+        """Whether the tombstone of an Object is in a journal of ``devices``."""
+        if record.devices & devices:
+            return True
+        return bool(devices) and all(map(self.blocks.is_given_up, record.devices))
 
     def _settle_undos(self, batch: _Batch) -> list[tuple[Grave, int]]:
         batch.following += [Erase(undo.extents, undo.ids) for undo, _ in batch.undos]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 import rustord
+from rustord.audit import Audit
 from rustord.change import Change, Delete, Erase, Put
 from rustord.errors import (
     Damaged,
@@ -29,8 +30,10 @@ from rustord.errors import (
 )
 from rustord.extent import Extent, block_count
 from rustord.keygen import HASHES, find_hash
+from rustord.keystore.lmdb import LmdbBackend
 from rustord.objectstore import ObjectStore
 from rustord.placer import Contiguous, FirstFit, FreeView, Mirrored, Placer, Striped
+from rustord.pool import open_devices
 from rustord.record import Metadata, Record
 from rustord.upload import Upload
 from tests.simulation import (
@@ -765,6 +768,43 @@ class TestFailingDevices:
         store = simulation.open()
         assert live(store) == []
         assert simulation.read(0, record.extents[0].block, 3) == bytes(3 * BLOCK)
+        check_sound(store)
+
+    @pytest.mark.parametrize("reached", [False, True])
+    def test_a_deletion_that_fails_counts_and_goes_on_to_count(self, simulation: Simulation, *, reached: bool) -> None:
+        store = simulation.open()
+        record = store.stat(store.put(DATA[:9000], name="name").uuid)
+        simulation.devices[0].strict = False
+        simulation.devices[0].fail_flushes = 1
+        assert isinstance(run(store, Delete(record.uuid))[0], DeviceError)
+        assert live(store) == []
+        assert store.stock.count == 0
+        store.keystore.checkpoint()
+        simulation.cut_power(lambda offset: reached)
+        store = simulation.open()
+        assert (live(store), store.resolve("name")) == ([], None)
+        assert simulation.read(0, record.extents[0].block, 3) == bytes(3 * BLOCK)
+        check_sound(store)
+        simulation.close()
+        with Audit(
+            open_devices(simulation.paths, read_only=True), backend=LmdbBackend(), directory=simulation.index
+        ) as audit:
+            assert audit.findings == []
+
+    def test_a_deletion_that_no_journal_has_does_not_count(
+        self, simulation: Simulation, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = simulation.open()
+        key = store.put(DATA[:9000])
+
+        def refuse(*arguments: object) -> None:
+            raise DeviceError("the index cannot be reached")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store.keystore, "_append", refuse)
+            assert isinstance(run(store, Delete(key.uuid))[0], DeviceError)
+        assert store.get(key.uuid) == DATA[:9000]
+        store.delete(key.uuid)
         check_sound(store)
 
     def test_a_failed_replacement_leaves_the_old_object_in_its_place(self, simulate: Callable[..., Simulation]) -> None:
