@@ -104,7 +104,8 @@ class Audit:
             self._own = {slot.index: read_label(slot.device) for slot in self._blocks.slots.values() if slot.device}
             self._check_devices()
             self._contents = self._open_index(directory)
-            self._survey = take_survey(self._label, self._blocks, progress)
+            indexed = self._contents.objects.values() if self._contents else ()
+            self._survey = take_survey(self._label, self._blocks, progress, {record.sequence for record in indexed})
             self._pending = self._check_journals()
             self._live = self._check_objects()
             self._pages = self._check_pages()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
@@ -125,15 +125,20 @@ class Survey:
         return sorted(left)
 
 
-def take_survey(label: Label, blocks: BlockStore, progress: Progress = lambda size: None) -> Survey:
-    """Look at all devices that are there, from end to end. ``label`` is the pool's newest. Raises FormatError."""
+def take_survey(
+    label: Label, blocks: BlockStore, progress: Progress = lambda size: None, known: Collection[int] = ()
+) -> Survey:
+    """Look at all devices that are there, from end to end. ``label`` is the pool's newest. Raises FormatError.
+
+    ``known`` are the sequences of Records that an index has as live: they were committed, whatever is damaged since.
+    """
     survey = Survey(label)
     journals = _Journals(label, blocks)
     with ThreadPoolExecutor(max_workers=8, thread_name_prefix="scan") as pool:
         scans = [_Scan(slot, label, blocks) for slot in blocks.slots.values() if slot.device is not None]
         for _ in pool.map(lambda scan: scan.run(progress), scans):
             pass
-    verdict = _Verdict(survey, journals, blocks)
+    verdict = _Verdict(survey, journals, blocks, known)
     verdict.judge(scans)
     found = [page for scan in scans for page in scan.pages]
     survey.pages = journals.layers(found)
@@ -422,8 +427,9 @@ def trailers(data: memoryview, block_size: int, magic: bytes) -> Iterator[int]:
 class _Verdict:
     """Decides what became of each Object that left a trace."""
 
-    def __init__(self, survey: Survey, journals: _Journals, blocks: BlockStore) -> None:
+    def __init__(self, survey: Survey, journals: _Journals, blocks: BlockStore, known: Collection[int]) -> None:
         self._survey = survey
+        self._known = known
         self._journals = journals
         self._blocks = blocks
         self._label = survey.label
@@ -454,7 +460,8 @@ class _Verdict:
                 raw[_UUID] == record.uuid and _sequence(raw) < sequence for raw in footers
             )
             if record.id not in journals.undone and (
-                journals.was_flushed(sequence)
+                sequence in self._known
+                or journals.was_flushed(sequence)
                 or journals.ended.get(record.uuid, 0) > sequence
                 or self._may_be_whole(record, unless=stays)
             ):

@@ -428,3 +428,47 @@ def test_what_is_stored_is_not_changed_by_an_audit(filled: Filled) -> None:
     assert stored(run(filled.pool.open(), Put(b"more"))[0]).size == 4
     filled.pool.close()
     assert findings(filled.pool) == []
+
+
+# Damage to what no later batch of the journal shows to have been flushed
+
+
+def damage_data(pool: Simulation, record: Record) -> None:
+    write(pool.paths[0], record.extents[0].block * BLOCK, b"damage")
+
+
+@pytest.mark.parametrize("started_since", [False, True])
+def test_an_object_that_a_crash_came_behind_is_damaged_and_not_deleted(
+    disk_path: Path, *, started_since: bool
+) -> None:
+    pool = Simulation(disk_path)
+    store = pool.open()
+    record = store.stat(store.put(b"x" * 200_000, name="name").uuid)
+    store.keystore.checkpoint()
+    pool.cut_power()
+    if started_since:
+        pool.open()
+        pool.close()
+    damage_data(pool, record)
+    found = [finding for finding in findings(pool, data=True) if not finding.harmless]
+    assert [finding.kind for finding in found] == ["data"]
+    pool.change_index({b"nnobody": bytes(16)})
+    assert Mend.INDEX in mend(pool)
+    store = pool.open()
+    assert live(store)[0].raw == record.raw
+    assert store.read(record, 65536, 65536) == b"x" * 65536
+    pool.close()
+
+
+def test_a_damaged_object_that_was_moved_before_a_crash_is_where_it_is_now(disk_path: Path) -> None:
+    pool = Simulation(disk_path)
+    store = pool.open()
+    record = store.stat(store.put(b"x" * 200_000, name="name").uuid)
+    damage_data(pool, record)
+    moved = stored(run(store, store.relocations.prepare(record, record.extents, salvage=True))[0])
+    store.keystore.checkpoint()
+    pool.cut_power()
+    found = [finding for finding in findings(pool, data=True) if not finding.harmless]
+    assert [finding.kind for finding in found] == ["data"]
+    assert live(pool.open())[0].raw == moved.raw
+    pool.close()
