@@ -151,7 +151,7 @@ def _is_believed(
         return False
     is_whole = _is_whole(record, blocks, label)
     if not is_whole and is_move and (earlier := _before(entry, ordered, keystore)):
-        return not any(_has_footer(old, blocks, label) for old in earlier)
+        return not any(has_footer(old, blocks, label) for old in earlier)
     return is_whole is not False
 
 
@@ -164,7 +164,7 @@ def _before(move: Entry, ordered: Sequence[Entry], keystore: KeyStore) -> list[R
     return [*earlier, indexed] if indexed and indexed.sequence < move.sequence else earlier
 
 
-def _has_footer(record: Record, blocks: BlockStore, label: Label) -> bool:
+def has_footer(record: Record, blocks: BlockStore, label: Label) -> bool:
     """Whether a copy still has its footer, so that its blocks have not been erased; True if it is on a device that
     cannot be asked."""
     if not record.devices <= blocks.slots.keys():

@@ -39,7 +39,7 @@ from rustord.page import (
     slots_at,
 )
 from rustord.record import Grave, Record, RecordId
-from rustord.replay import VOID_LENGTH, copy_is_whole, was_flushed
+from rustord.replay import VOID_LENGTH, copy_is_whole, has_footer, was_flushed
 
 log = logging.getLogger(__name__)
 
@@ -186,16 +186,20 @@ class _Journals:
         for slot in blocks.slots.values():
             if slot.device is not None:
                 self._read(slot, Ring(slot.device, slot.uuid, slot.geometry, label.secret))
-        self._closed_from = self._since_the_last_crash(blocks)
+        self._closed_from, self._decided_before = self._openings(blocks)
         self._flushed = sorted(self._durable)
 
-    def _since_the_last_crash(self, blocks: BlockStore) -> int:
-        """The sequence from which on all PUTs are known to be durable, if all devices took part in an orderly close."""
+    def _openings(self, blocks: BlockStore) -> tuple[int, int]:
+        """The sequence from which on all PUTs are known to be durable, if all devices took part in an orderly close.
+
+        And the one up to which an opening with all devices has gone through them, after a crash, and has finished.
+        """
         own = [read_label(slot.device) if slot.device else None for slot in blocks.slots.values()]
-        closed = all(label and label.generation == self._label.generation for label in own)
-        if self._label.state is State.OPEN or not closed:
-            return 1 << 64
-        return self._label.voids[-1][1] if self._label.voids else 0
+        together = all(label and label.generation == self._label.generation for label in own)
+        closed = together and self._label.state is not State.OPEN
+        end = self._label.voids[-1][1] if self._label.voids else 0
+        has_finished = closed or (together and max(self._durable, default=0) >= end - 1)
+        return end if closed else 1 << 64, end if has_finished else 0
 
     def _read(self, slot: Slot, ring: Ring) -> None:
         batches = []
@@ -285,6 +289,10 @@ class _Journals:
     def was_flushed(self, sequence: int) -> bool:
         """Whether a PUT is known to have been durable: by a later batch, or because the pool was closed in order."""
         return sequence >= self._closed_from or was_flushed(sequence, self._flushed, self._label)
+
+    def was_decided(self, sequence: int) -> bool:
+        """Whether an opening has decided of a PUT, and has not put it into a void."""
+        return sequence < self._decided_before and not self._label.is_void(sequence)
 
     def settled(self, live: Iterable[bytes], pages: Iterable[Page]) -> int:
         """The sequence up to which everything is known.
@@ -463,6 +471,7 @@ class _Verdict:
                 sequence in self._known
                 or journals.was_flushed(sequence)
                 or journals.ended.get(record.uuid, 0) > sequence
+                or self._was_kept(record)
                 or self._may_be_whole(record, unless=stays)
             ):
                 committed.append(record)
@@ -508,6 +517,10 @@ class _Verdict:
             log.info("Object %s cannot be verified: %s", uuid_text(record.uuid), error)
             return not unless
         return False
+
+    def _was_kept(self, record: Record) -> bool:
+        """Whether an opening has let a Record count, be it damaged since: the others it erases, with their footers."""
+        return self._journals.was_decided(record.sequence) and has_footer(record, self._blocks, self._label)
 
     def _judge_footer(self, record: Record, ended: set[ObjectId]) -> None:
         survey, journals = self._survey, self._journals

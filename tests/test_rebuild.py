@@ -325,6 +325,32 @@ def test_what_was_absent_after_a_crash_stays_absent(pool: Simulation) -> None:
     pool.close()
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_an_object_that_a_crash_came_behind_is_not_lost_for_a_chunk_that_decays(pool: Simulation, closed: bool) -> None:
+    store = pool.open()
+    old = store.put(b"old", name="name")
+    record = store.stat(store.put(b"x" * 200_000, name="name").uuid)
+    pool.cut_power()
+    store = pool.open()
+    if closed:
+        pool.close()
+    else:
+        store.put(b"later")
+        pool.cut_power()
+    with pool.paths[0].open("r+b") as file:
+        file.seek(record.extents[0].block * 4096)
+        file.write(b"damage")
+    for _ in range(2):
+        pool.lose_index()
+        rebuilt(pool)
+        store = pool.open()
+        assert store.stat(record.uuid).raw == record.raw
+        assert store.read(record, 65536, 65536) == b"x" * 65536
+        assert store.keystore.get(old.uuid) is None
+        fill_journals(store)
+        pool.close()
+
+
 def test_a_put_that_failed_with_its_only_device_does_not_return(pair: Simulation) -> None:
     store = pair.open()
     pair.devices[0].fail_flushes = 1

@@ -197,7 +197,7 @@ def _mutants() -> Iterator[Mutant]:
     # Moving
     yield mutant(
         "a move that was torn is believed",
-        (replay._is_believed, "return not any(_has_footer(old, blocks, label) for old in earlier)", "return True"),
+        (replay._is_believed, "return not any(has_footer(old, blocks, label) for old in earlier)", "return True"),
         by=(s.moving,),
     )
     yield mutant(
