@@ -438,9 +438,7 @@ def damage_data(pool: Simulation, record: Record) -> None:
 
 
 @pytest.mark.parametrize("started_since", [False, True])
-def test_an_object_that_a_crash_came_behind_is_damaged_and_not_deleted(
-    disk_path: Path, *, started_since: bool
-) -> None:
+def test_an_object_that_a_crash_came_behind_is_damaged_and_not_deleted(disk_path: Path, *, started_since: bool) -> None:
     pool = Simulation(disk_path)
     store = pool.open()
     record = store.stat(store.put(b"x" * 200_000, name="name").uuid)
