@@ -87,8 +87,8 @@ class Relocations:
     def announce(self, relocations: Sequence[Relocation]) -> None:
         """Say in the journals, durably, which blocks are about to be filled. Called between cycles.
 
-        Those whose Objects are gone, or elsewhere, get no ``id``, and are aborted. Raises ReadOnly or DeviceError; the
-        caller has to abort all of them then.
+        Those whose Objects are gone, or elsewhere, get no ``id``, and are aborted. Raises ReadOnly, DeviceError or what
+        the index raises; the caller has to abort all of them then.
         """
         there = []
         for relocation in relocations:
@@ -97,6 +97,10 @@ class Relocations:
                 there.append(relocation)
             else:
                 relocation.abort()
+        if any(relocation.record.sequence > self._keystore.indexed_sequence for relocation in there):
+            # What becomes of them is in the journals of other devices from now on: one that is away at the next opening
+            # must not tell later of where they were before, when nobody knows any more that they are gone.
+            self._keystore.checkpoint()
         ids = self._journals.announce([(relocation.record.uuid, relocation.new) for relocation in there])
         for relocation, id in zip(there, ids, strict=True):
             relocation.id = id

@@ -399,6 +399,32 @@ class TestDeviceThatIsAway:
         assert found == (MIB // BLOCK if fate == "kept" else 0)
 
 
+class TestDeviceThatWasLeft:
+    """The Object had been stored on it, which the index does not know yet, and was moved to another one."""
+
+    @pytest.mark.parametrize("fate", ["deleted", "deleted meanwhile", "kept"])
+    def test_does_not_bring_back_what_was_there(self, simulate: Callable[..., Simulation], fate: str) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB)
+        store = simulation.open()
+        record = upload(store, DATA[:MIB], Put(b"", Metadata("a")), declare=True)
+        (old,) = record.devices
+        moved = stored(run(store, store.relocations.prepare(record, record.extents, {old}))[0])
+        assert moved.devices == {1 - old}
+        other = store.put(DATA[: 2 * MIB])  # its journal shows that the Object had been durable
+        assert store.stat(other.uuid).devices == {old}
+        if fate == "deleted":
+            store.delete(record.uuid)
+        simulation.cut_power()
+        store = simulation.open(without={old})
+        if fate == "deleted meanwhile":
+            store.delete(record.uuid)
+        simulation.close()
+        store = simulation.open()
+        found = [one.raw for one in live(store) if one.uuid != other.uuid]
+        assert found == ([moved.raw] if fate == "kept" else [])
+        check_sound(store)
+
+
 class TestDeviceThatIsLost:
     """What a copy that was cut short has left on other devices is erased all the same."""
 
