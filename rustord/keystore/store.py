@@ -94,8 +94,7 @@ class KeyStore:
         self._directory = directory
         self.verify(progress)
         self._rings: dict[int, Ring] = {}
-        self._fresh = Overlay()
-        self._draining = Overlay()
+        self._overlays = Overlay(), Overlay()  # what was learnt last, and what a commit is about to put into the index
         self._learning = threading.Lock()  # held while the overlay changes hands, and for each `learn`
         self._checkpointing = threading.Lock()
         self._commit_since = 0.0  # monotonic time, 0 if none is under way
@@ -124,6 +123,14 @@ class KeyStore:
                     f"the index belongs to pool {uuid_text(owner)}, not to {uuid_text(pool_uuid)}",
                     hint="give each pool a directory of its own",
                 )
+
+    @property
+    def _fresh(self) -> Overlay:
+        return self._overlays[0]
+
+    @property
+    def _draining(self) -> Overlay:
+        return self._overlays[1]
 
     # Opening
 
@@ -472,7 +479,7 @@ class KeyStore:
         return head.device if head else None
 
     def _page(self, key: bytes) -> bytes | None:
-        for overlay in (self._fresh, self._draining):
+        for overlay in self._overlays:
             if key in overlay.pages:
                 return overlay.pages[key]
         return self._backend.get(key)
@@ -593,7 +600,7 @@ class KeyStore:
                 overlay = self._fresh
                 if not overlay.positions:
                     return
-                self._draining, self._fresh = overlay, Overlay()
+                self._overlays = Overlay(), overlay
                 unerased = min(self._unerased.values(), default=overlay.sequence + 1)
             sequence = max(overlay.sequence, self.indexed_sequence)
             puts, deletes = overlay.changes()
@@ -606,12 +613,11 @@ class KeyStore:
                 self._commit(puts, deletes, sequence)
             except BaseException:
                 with self._learning:
-                    self._fresh = overlay.under(self._fresh)
-                    self._draining = Overlay()
+                    self._overlays = overlay.under(self._fresh), Overlay()
                 raise
             self.indexed_sequence = sequence
             with self._learning:
-                self._draining = Overlay()
+                self._overlays = self._fresh, Overlay()
                 self._retired.intersection_update(self._bases)  # nothing names the pages of the others any more
                 for ring in self._rings.values():
                     number = int.from_bytes(overlay.positions.get(ring.device_uuid, bytes(8))[:8], "little")
@@ -632,11 +638,10 @@ class KeyStore:
     # Reading
 
     def _raw(self, uuid: ObjectId) -> bytes | None:
-        # In this order: what moves on meanwhile is then looked at twice, never missed.
-        if uuid in (fresh := self._fresh.objects):
-            return fresh[uuid]
-        if uuid in (draining := self._draining.objects):
-            return draining[uuid]
+        # Both at once, then the index: what moves on, or back, meanwhile is then looked at twice, never missed.
+        for overlay in self._overlays:
+            if uuid in overlay.objects:
+                return overlay.objects[uuid]
         return self._backend.get(OBJECT + uuid)
 
     def get(self, uuid: ObjectId) -> Record | None:
@@ -655,7 +660,7 @@ class KeyStore:
         """The Record of an Object that is live, or was deleted and is kept because a Layer builds on it; or None."""
         raw = self._raw(uuid)
         if raw is None:
-            for overlay in (self._fresh, self._draining):
+            for overlay in self._overlays:
                 if uuid in overlay.bases:
                     raw = overlay.bases[uuid]
                     break
@@ -674,7 +679,7 @@ class KeyStore:
         return None if value is None else value[:16]
 
     def _name_value(self, key: bytes) -> bytes | None:
-        for overlay in (self._fresh, self._draining):
+        for overlay in self._overlays:
             if key in overlay.names:
                 return overlay.names[key]
         return self._backend.get(key)
@@ -706,8 +711,7 @@ class KeyStore:
         """The index with the overlays laid over it. The overlays are copied before the index is looked at."""
         prefix = OBJECT if what == "objects" else b""
         laid: dict[bytes, bytes | None] = {}
-        overlays = (self._fresh, self._draining)  # this order: what moves on meanwhile is then seen twice, never missed
-        for overlay in reversed(overlays):
+        for overlay in reversed(self._overlays):
             table: dict[bytes, bytes | None] = getattr(overlay, what)
             laid.update((prefix + key, value) for key, value in list(table.items()))
         over = sorted((item for item in laid.items() if first <= item[0] < end), key=lambda item: item[0])
@@ -718,7 +722,7 @@ class KeyStore:
 
     def lag(self) -> int:
         """How many changes wait for the index."""
-        return len(self._fresh) + len(self._draining)
+        return sum(map(len, self._overlays))
 
     def journal_used(self) -> float:
         """The fullest journal's used part, 0.0 to 1.0."""

@@ -466,6 +466,53 @@ class TestListing:
             changer.join()
 
 
+class TestRaces:
+    def test_who_reads_while_a_commit_fails_misses_nothing(self, keys: Keys) -> None:
+        """What it had in hand is with what is new again, where the reader has looked already."""
+        record = keys.put("name")
+        keys.store.checkpoint()
+        keys.delete(record)
+        moved = keys.put("name")
+        failing, fail = threading.Event(), threading.Event()
+
+        def meanwhile() -> None:
+            failing.set()
+            fail.wait()
+
+        def commit() -> None:
+            with pytest.raises(NoSpace):
+                keys.store.checkpoint()
+
+        class Fresh(dict[bytes, bytes | None]):
+            """Looked at just before the commit fails."""
+
+            def __contains__(self, key: object) -> bool:
+                found = super().__contains__(key)
+                fail.set()
+                thread.join()
+                return found
+
+        for look in (
+            lambda: keys.store.get(moved.uuid),
+            lambda: keys.store.get(record.uuid) is None,
+            lambda: keys.store.resolve("name") == moved.uuid,
+        ):
+            failing.clear()
+            fail.clear()
+            keys.backend.error, keys.backend.meanwhile = NoSpace("the disk of the index is full"), meanwhile
+            thread = threading.Thread(target=commit)
+            thread.start()
+            failing.wait()
+            fresh = keys.store._fresh
+            fresh.objects, fresh.names = Fresh(fresh.objects), Fresh(fresh.names)
+            assert look()
+        keys.backend.error, keys.backend.meanwhile = None, lambda: None
+        assert keys.store.lag() == 3
+        keys.store.checkpoint()
+        assert keys.store.lag() == 0
+        assert uuids(keys.store) == [moved.uuid]
+
+
 class TestHanging:
     def test_nobody_waits_for_ever_for_a_commit_that_hangs(
         self, keys: Keys, open_keys: Callable[[], Keys], monkeypatch: pytest.MonkeyPatch
