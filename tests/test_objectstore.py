@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,10 @@ from rustord.placer import Contiguous, FirstFit, FreeView, Mirrored, Placer, Str
 from rustord.pool import open_devices
 from rustord.record import Metadata, Record
 from rustord.upload import Upload
+from rustord.volumes import Volumes
 from tests.simulation import (
     MIB,
+    Direct,
     Simulation,
     check_sound,
     free_blocks,
@@ -832,6 +834,121 @@ class TestFailingDevices:
             store.delete(store.put(b"x").uuid)
         two.cut_power()
         check_sound(two.open())
+
+
+class Remote(LmdbBackend):
+    """An index on a server that may be away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.away = False
+
+    def _check(self) -> None:
+        if self.away:
+            raise DeviceError("the index cannot be reached")
+
+    def get(self, key: bytes) -> bytes | None:
+        self._check()
+        return super().get(key)
+
+    def scan(self, first: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
+        self._check()
+        yield from super().scan(first, end)
+
+
+def finish(store: ObjectStore, following: Sequence[Change]) -> None:
+    while following:
+        following = store.cycle(following).following
+    store.keystore.checkpoint()
+    run(store)
+
+
+class TestIndexThatIsAway:
+    """What is durable is learnt, and nothing is changed of which it cannot be told what it means."""
+
+    @pytest.fixture
+    def backend(self) -> Remote:
+        return Remote()
+
+    @pytest.fixture
+    def remote(self, simulate: Callable[..., Simulation], backend: Remote) -> Simulation:
+        return simulate(16 * MIB, backend=lambda: backend)
+
+    @pytest.fixture
+    def gone_when(
+        self, remote: Simulation, backend: Remote, monkeypatch: pytest.MonkeyPatch
+    ) -> Callable[[object, str], None]:
+        """Has it go when a method is called next."""
+
+        def gone_when(what: object, name: str) -> None:
+            before = getattr(what, name)
+
+            def call(*arguments: Any) -> Any:
+                monkeypatch.setattr(what, name, before)
+                backend.away = True
+                return before(*arguments)
+
+            monkeypatch.setattr(what, name, call)
+
+        return gone_when
+
+    def test_since_a_cycle_was_journalled(
+        self, remote: Simulation, backend: Remote, gone_when: Callable[[object, str], None]
+    ) -> None:
+        store = remote.open()
+        one, two, three = (store.put(DATA[:size], name=f"name {size}").uuid for size in (1, 2, 3))
+        move = store.relocations.prepare(store.stat(three), store.stat(three).extents)
+        store.keystore.checkpoint()
+        gone_when(store.blocks, "flush")
+        changes = (Delete(one), Put(b"new", Metadata("name 2")), move)
+        cycle = store.cycle(changes)
+        outcomes = dict(cycle.outcomes)
+        assert {stored(outcomes[change]).name for change in changes[1:]} == {"name 2", "name 3"}
+        backend.away = False
+        finish(store, cycle.following)
+        for _ in range(2):
+            assert [name for name, _ in store.names()] == ["name 2", "name 3"]
+            assert store.resolve("name 2") != two
+            check_sound(store)
+            store = reopened(remote)
+
+    def test_since_a_cycle_was_begun(
+        self, remote: Simulation, backend: Remote, gone_when: Callable[[object, str], None]
+    ) -> None:
+        store = remote.open()
+        keys = [store.put(DATA[:size], name=f"name {size}").uuid for size in (1, 2)]
+        store.keystore.checkpoint()
+        gone_when(store.keystore, "journal")
+        changes = (Delete(keys[0]), Put(b"new", Metadata("name 2")))
+        cycle = store.cycle(changes)
+        assert all(isinstance(outcome, DeviceError) for _, outcome in cycle.outcomes)
+        backend.away = False
+        finish(store, cycle.following)
+        for _ in range(2):
+            assert [store.resolve(f"name {size}") for size in (1, 2)] == keys
+            check_sound(store)
+            store = reopened(remote)
+
+    def test_since_a_flush_of_a_volume_was_journalled(
+        self, remote: Simulation, backend: Remote, gone_when: Callable[[object, str], None]
+    ) -> None:
+        store = remote.open()
+        volumes = Volumes(store, Direct(store))
+        volumes.create("disk", MIB)
+        volume = volumes.open("disk")
+        volume.write(0, memoryview(DATA[:65536]))
+        volume.flush()
+        store.keystore.checkpoint()
+        volume.write(65536, memoryview(DATA[:65536]))
+        gone_when(store.keystore, "_append_all")
+        volume.flush()
+        backend.away = False
+        remote.cut_power()
+        store = remote.open()
+        read = memoryview(bytearray(131072))
+        Volumes(store, Direct(store)).open("disk").read(0, read)
+        assert read == 2 * DATA[:65536]
+        check_sound(store)
 
 
 class Life(RuleBasedStateMachine):

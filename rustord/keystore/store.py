@@ -95,6 +95,7 @@ class KeyStore:
         self.verify(progress)
         self._rings: dict[int, Ring] = {}
         self._overlays = Overlay(), Overlay()  # what was learnt last, and what a commit is about to put into the index
+        self._expected: dict[bytes, bytes | None] = {}  # what the index has, or is about to have, and learning will ask
         self._learning = threading.Lock()  # held while the overlay changes hands, and for each `learn`
         self._checkpointing = threading.Lock()
         self._commit_since = 0.0  # monotonic time, 0 if none is under way
@@ -105,7 +106,7 @@ class KeyStore:
         self._bases = {page.layer: decode_head(page.content).base for page in self.pages() if not page.number}
         """What each Layer builds on."""
         self._kept = {record.id for record in self.bases()}
-        self._retired: set[bytes] = set()  # Layers that are being erased
+        self._retired: dict[bytes, set[bytes]] = {}  # Layers that are being erased, and the keys of their pages
         self._carry_due = False
         self._keep_pages: Callable[[list[Page]], bool] | None = None
         self.indexed_sequence = 0
@@ -266,6 +267,7 @@ class KeyStore:
                     newer = page._replace(generation=page.generation + 1)
                     self._fresh.pages[page_key(page.layer, page.number)] = newer.encode()
             self._fresh.pages[UNKEPT] = None
+            self._expected = {}
             self._note_positions(self._fresh)
         self.checkpoint()  # before any slot is erased that a page has left: it may be the only one that is written
 
@@ -309,20 +311,29 @@ class KeyStore:
         entries: dict[int, list[bytes]] = {}
         newest = 0
         writable = set(writable)
+        needed = set[bytes]()
         for record, replaced in puts:
             entry = put_entry(record.sequence, replaced, record.raw)
             newest = record.sequence
+            if replaced != NOTHING:
+                needed.add(OBJECT + replaced)
             # A move may leave a copy where it is, on a device that is missing or takes no writes.
             for device in record.devices & writable if replaced == record.uuid else record.devices:
                 entries.setdefault(device, []).append(entry)
         for record, sequence in deletes:
             newest = max(newest, sequence)
+            if name := record.name:
+                needed.add(name_key(name)[0])
             for device in (record.devices & writable) or sorted(writable)[:1]:
                 entries.setdefault(device, []).append(delete_entry(sequence, record.uuid))
         for record, sequence in undone:
             newest = max(newest, sequence)
             for device in (record.devices & writable) or writable:  # somebody has to know of it
                 entries.setdefault(device, []).append(undo_entry(sequence, record.id))
+        try:
+            self._look_ahead(needed)
+        except RustordError as error:
+            return set(), dict.fromkeys(entries, error)
         carried = bool(entries) and self._carry(entries, writable, newest)
         return self._append_all(entries, erased, durable, newest, carried)
 
@@ -335,11 +346,29 @@ class KeyStore:
         newest: int,
         writable: Collection[int],
     ) -> tuple[set[int], dict[int, RustordError]]:
-        """The same for GRAVEs and changes of Layers, up to the sequence ``newest``: each goes to all of ``devices``."""
+        """The same for GRAVEs and changes of Layers, up to the sequence ``newest``: each goes to all of ``devices``.
+
+        Raises what the index raises; nothing is written then.
+        """
+        changes = (decode_note(entry).changes() for entry in entries if entry.kind is not Kind.GRAVE)
+        self._look_ahead({page_key(change.layer, change.number) for some in changes for change in some})
         batch = [encode_entry(entry) for entry in entries]
         batches = {device: list(batch) for device in devices}
         carried = self._carry(batches, set(writable), newest)
         return self._append_all(batches, erased, durable, newest, carried)
+
+    def _look_ahead(self, keys: Iterable[bytes]) -> None:
+        """Ask now for what has to be known to learn a batch: once that is durable, nothing may fail any more.
+
+        Raises what the index raises, which may be a server that is away.
+        """
+        look = {OBJECT: lambda key: self._raw(key[1:]), NAME: self._name_value, PAGE: self._page}
+        self._expected = {key: look[key[:1]](key) for key in keys}
+
+    def _indexed(self, key: bytes) -> bytes | None:
+        """What the index has, if that is not expected already."""
+        expected = self._expected
+        return expected[key] if key in expected else self._backend.get(key)
 
     def _append_all(
         self,
@@ -414,6 +443,7 @@ class KeyStore:
                 self._learn_grave(overlay, grave, tombstone)
             overlay.sequence = sequence
             self._note_positions(overlay)
+            self._expected = {}
 
     def learn_notes(self, entries: Iterable[Entry], ended: Iterable[RecordId], sequence: int) -> list[Grave]:
         """The same for GRAVEs and changes of Layers; those ``ended`` are none. Returns the slots that pages left."""
@@ -429,6 +459,7 @@ class KeyStore:
                 self._learn_erased(overlay, gone)
             overlay.sequence = sequence
             self._note_positions(overlay)
+            self._expected = {}
         return left
 
     def _learn_noted_grave(self, overlay: Overlay, entry: Entry) -> None:
@@ -482,22 +513,26 @@ class KeyStore:
         for overlay in self._overlays:
             if key in overlay.pages:
                 return overlay.pages[key]
-        return self._backend.get(key)
+        return self._indexed(key)
 
     def _forget_layer(self, overlay: Overlay, layer: bytes) -> None:
         del self._bases[layer]
-        prefix = PAGE + layer
-        keys = [key for key, _ in self._backend.scan(prefix, successor(prefix))]
-        keys += [key for table in (self._fresh.pages, self._draining.pages) for key in table if key.startswith(prefix)]
+        keys = self._retired[layer] if layer in self._retired else self._page_keys(layer)
         overlay.pages.update(dict.fromkeys(keys))
+
+    def _page_keys(self, layer: bytes) -> set[bytes]:
+        prefix = PAGE + layer
+        keys = {key for key, _ in self._backend.scan(prefix, successor(prefix))}
+        return keys | {key for overlay in self._overlays for key in overlay.pages if key.startswith(prefix)}
 
     def retire(self, layer: RecordId, sequence: int) -> None:
         """A Layer is about to be erased, since nobody needs it: its pages are not written to their slots any more.
 
-        Like a tombstone at ``sequence`` it keeps the journal until then. Waits for a `checkpoint` under way.
+        Like a tombstone at ``sequence`` it keeps the journal until then. Waits for a `checkpoint` under way. Raises
+        what the index raises, and Unavailable.
         """
         with self._one_commit():
-            self._retired.add(layer.uuid)
+            self._retired[layer.uuid] = self._page_keys(layer.uuid)
         self._unerased[layer] = sequence
 
     def make_room(self) -> None:
@@ -618,7 +653,8 @@ class KeyStore:
             self.indexed_sequence = sequence
             with self._learning:
                 self._overlays = self._fresh, Overlay()
-                self._retired.intersection_update(self._bases)  # nothing names the pages of the others any more
+                # Nothing names the pages of the others any more.
+                self._retired = {layer: keys for layer, keys in self._retired.items() if layer in self._bases}
                 for ring in self._rings.values():
                     number = int.from_bytes(overlay.positions.get(ring.device_uuid, bytes(8))[:8], "little")
                     ring.release(number, unerased - 1)
@@ -642,7 +678,7 @@ class KeyStore:
         for overlay in self._overlays:
             if uuid in overlay.objects:
                 return overlay.objects[uuid]
-        return self._backend.get(OBJECT + uuid)
+        return self._indexed(OBJECT + uuid)
 
     def get(self, uuid: ObjectId) -> Record | None:
         """The Record of a live Object, or None."""
@@ -682,7 +718,7 @@ class KeyStore:
         for overlay in self._overlays:
             if key in overlay.names:
                 return overlay.names[key]
-        return self._backend.get(key)
+        return self._indexed(key)
 
     def names(self, prefix: str = "", after: str = "", limit: int = 1000) -> list[tuple[str, ObjectId]]:
         """Up to ``limit`` names that begin with ``prefix``, strictly behind ``after``, with their uuids.
