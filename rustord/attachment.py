@@ -363,7 +363,9 @@ def keep(
 def _reconnect(kernel: Kernel, number: int, link: Link, path: Path, name: str) -> None:
     again = open_link(path, name, len(link.sockets))
     try:
-        if again.size != link.size:
+        # A volume may have grown: the device stays as long as it is. An Object of another size is another one.
+        may_be_longer = not (again.flags | link.flags) & Flag.READ_ONLY
+        if again.size < link.size or (again.size > link.size and not may_be_longer):
             raise DeviceError(f"{name!r} had {link.size} bytes, and now has {again.size}")
         kernel.reconnect(number, again, backend_of(path, name))
     finally:

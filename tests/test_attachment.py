@@ -212,12 +212,31 @@ def test_a_daemon_that_comes_back_late_is_better_than_none(
     assert kernel.reconnected == [1]
 
 
-def test_another_disk_does_not_take_its_place(kernel: Any, serve: Serve) -> None:
+@pytest.mark.parametrize("size", [MIB, 16 * MIB])
+def test_another_disk_does_not_take_its_place(kernel: Any, serve: Serve, size: int) -> None:
     served = serve()
     number, link, _ = attach(kernel, served.path, "disk")
-    served.store.put(bytes(MIB), name="disk")
-    with pytest.raises(DeviceError, match="had 8388608 bytes, and now has 1048576"):
+    served.store.put(bytes(size), name="disk")
+    with pytest.raises(DeviceError, match=f"had 8388608 bytes, and now has {size}"):
         attachment._reconnect(kernel, number, link, served.path, "disk")
+
+
+def test_a_volume_that_has_grown_meanwhile_takes_its_place(kernel: Any, serve: Serve) -> None:
+    """Which it may while it is attached; the kernel goes on with the size that it was told."""
+    served = serve()
+    served.volumes.create("data", MIB)
+    number, link, _ = attach(kernel, served.path, "data")
+    served.volumes.resize("data", 2 * MIB)
+    kernel.losses = [3]
+    said: list[str] = []
+
+    def detach(text: str) -> None:
+        said.append(text)
+        if "trying again" in text:
+            (kernel.system / "nbd3" / "pid").unlink()
+
+    keep(kernel, number, link, served.path, "data", detach)
+    assert said == ["/dev/nbd3 has lost a connection", "/dev/nbd3 is connected again"]
 
 
 def test_what_is_not_mounted_may_go(tmp_path: Path) -> None:
