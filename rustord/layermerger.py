@@ -78,11 +78,21 @@ class LayerMerger:
             log.exception("Layers of volumes could not be merged", extra=FAULT())
 
     def run(self) -> int:
-        """Merge all that can be; returns how many Layers are gone. Raises NoSpace or DeviceError."""
+        """Merge all that can be; returns how many Layers are gone.
+
+        Raises NoSpace or DeviceError if some cannot be, once the others are.
+        """
         count = 0
         while not (self._closing or self._store.read_only) and (pairs := self._layers.mergeable()):
-            merged = sum(self._merge(*pair) for pair in pairs)
+            merged, failures = 0, []
+            for pair in pairs:
+                try:
+                    merged += self._merge(*pair)
+                except RustordError as error:
+                    failures.append(error)
             count += merged
+            if failures and not merged:
+                raise failures[0]
             if not merged:
                 break
         return count

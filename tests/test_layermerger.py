@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rustord.change import Delete
-from rustord.errors import NoSpace, Unavailable
+from rustord.errors import DeviceError, NoSpace, Unavailable
 from rustord.export import Run, State
 from rustord.extent import Extent
 from rustord.layer import Layer
@@ -344,6 +344,34 @@ def test_a_merge_that_the_journal_did_not_take_loses_nothing_of_what_comes_later
     bench.reopen(clean=False)
     assert content(bench, "disk")[:5] == b"older"
     bench.check()
+
+
+def test_a_merge_that_needs_a_missing_device_holds_up_no_other_one(bench: Bench) -> None:
+    """Least of all one that was cut short, without which nobody can open the volume."""
+    volumes = bench.volumes
+    homes: dict[str, int] = {}
+    while len({*homes.values()}) < 2:
+        name = f"disk{len(homes)}"
+        volumes.create(name, SIZE)
+        homes[name] = bench.store.layers.volumes[name].home
+        bench.store.put(bytes(5 * MIB))
+    first, last = "disk0", f"disk{len(homes) - 1}"
+    for name in (first, last):
+        volume = volumes.open(name)
+        write(volume, 0, name.encode())
+        volume.flush()
+        volume.close()
+        volumes.snapshot(name, "gone")
+        delete(bench.store, "gone")
+    (_, (upper, lower)) = bench.store.layers.mergeable()
+    assert upper.head.name == last
+    assert LayerMerger(bench.store, volumes)._take_over(upper, lower, [*lower.chunks()])
+    bench.simulation.cut_power()
+    bench.store = bench.simulation.open(without={homes[first]})
+    bench.volumes = Volumes(bench.store, Direct(bench.store))
+    with pytest.raises(DeviceError):
+        LayerMerger(bench.store, bench.volumes).run()
+    assert content(bench, last).rstrip(b"\0") == last.encode()
 
 
 @pytest.mark.parametrize("what", ["resize", "delete"])
