@@ -404,6 +404,7 @@ class Transmission:
         except RustordError:
             if not self._structured and at > offset:
                 self.ended = True  # all that is left to say that this is not what was asked for
+                self._unflushed = []  # nobody is answered: that would be taken for the rest of it
                 return
             raise
         if self._structured:

@@ -292,7 +292,9 @@ def test_an_error_late_in_a_long_read(mode: Mode) -> None:
     assert talk.in_sync()
 
 
-def test_an_error_that_comes_up_in_the_middle_of_a_simple_reply_ends_the_connection() -> None:
+@pytest.mark.parametrize("before", [b"", request(FLUSH), write(0, b"x", flags=FUA)], ids=["", "flush", "fua"])
+def test_an_error_that_comes_up_in_the_middle_of_a_simple_reply_ends_the_connection(before: bytes) -> None:
+    """And nothing comes in place of what is missing."""
     talk = Talk(size=4 * MIB)
     plain_read, count = talk.export.read, 0
 
@@ -304,7 +306,7 @@ def test_an_error_that_comes_up_in_the_middle_of_a_simple_reply_ends_the_connect
         plain_read(offset, buffer)
 
     talk.export.read = read  # type: ignore[method-assign]
-    assert len(talk.say(talk.request(READ, 0, 4 * MIB))) == 16 + 2 * MIB
+    assert len(talk.say(before + talk.request(READ, 0, 4 * MIB))) == 16 + 2 * MIB
     assert talk.transmission.ended
 
 
