@@ -25,7 +25,7 @@ from pathlib import Path
 
 from rustord.blockdevice import RawDevice
 from rustord.blockstore import BlockStore
-from rustord.errors import FormatError
+from rustord.errors import FormatError, Unavailable
 from rustord.extent import Extent
 from rustord.journal import Entry, Kind, grave_entry
 from rustord.keystore.store import KeyStore
@@ -96,7 +96,7 @@ class Pending:
         log.error("%s cannot be written (%s): %s", self._path, error.strerror or error, what)
         self._has_failed = True
         with suppress(OSError):
-            self.close()
+            self._remove()
 
     def _add(self, change: MapEntry) -> None:
         if self._fd < 0:
@@ -109,6 +109,18 @@ class Pending:
         if os.write(self._fd, raw) < len(raw):
             raise OSError("a part of it was written")
         self._is_begun = True
+
+    def check(self) -> None:
+        """Raise Unavailable if there are notes that what is about to be made durable contradicts, and that stay.
+
+        The next opening would take them up, and the blocks that they name may be others' by then.
+        """
+        if self._has_failed:
+            try:
+                self._remove()
+            except OSError as error:
+                what = f"{self._path} is out of date, and cannot be removed: {error.strerror or error}"
+                raise Unavailable(what, hint="see to the filesystem with the directory of the index") from error
 
     def settle(self, left: MapEntry) -> None:
         """All that was noted is durable, but for what is ``left``. Raises nothing."""
@@ -134,12 +146,20 @@ class Pending:
             if rest._fd >= 0:
                 os.close(rest._fd)
 
-    def close(self) -> None:
-        """Forget all."""
+    def _remove(self) -> None:
+        """Raises OSError, and has the file as before then."""
         if self._fd >= 0:
             self._path.unlink(missing_ok=True)
             os.close(self._fd)
             self._fd, self._is_begun = -1, False
+
+    def close(self) -> None:
+        """Forget all. What cannot be removed does no harm: nobody writes the volume any more."""
+        try:
+            self._remove()
+        except OSError:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def take_up(directory: Path, pool_uuid: bytes, blocks: BlockStore, keystore: KeyStore, sequence: int) -> int:

@@ -463,7 +463,10 @@ class Volume:
     # Making durable
 
     def flush(self) -> None:
-        """Make durable all that was done before. Raises DeviceError; what was not durable then is flushed again."""
+        """Make durable all that was done before. What was not durable when it raises is flushed again.
+
+        Raises DeviceError, or Unavailable; see `Pending.check`.
+        """
         with self._flushing:
             self._flush()
 
@@ -549,6 +552,9 @@ class Volume:
     ) -> None:
         """``copied`` are no graves any more, and what these chunks have ``freed`` is one."""
         entry = MapEntry(self.layer.uuid, sorted(pages.items()), sorted(chunks.items()))
+        if self._pending is not None:
+            with self._mapping:
+                self._pending.check()
         left = _all(freed)
         graves = self._note([entry], copied, left)
         if left:

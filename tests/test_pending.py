@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
 from rustord.blockstore import BlockStore
-from rustord.errors import NoSpace
-from rustord.page import CHUNK_BYTES, MapEntry
+from rustord.errors import NoSpace, Unavailable
+from rustord.page import CHUNK_BYTES, SLOT_COUNT, MapEntry
 from rustord.pending import PENDING, Pending, circumstances, take_up
 from rustord.volume import Volume
 from rustord.volumes import Volumes
@@ -261,4 +263,55 @@ def test_what_was_noted_before_a_failure_does_not_count(bench: Bench, monkeypatc
     bench.kill()
     assert bench.content() == bytes(SIZE)
     run(bench.store)
+    check_sound(bench.store)
+
+
+@contextmanager
+def read_only() -> Iterator[None]:
+    """As a filesystem is that has had an error."""
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for what in ("os.write", "os.ftruncate", "Path.unlink"):
+            patch.setattr(f"rustord.pending.{what}", refuse)
+        yield
+
+
+@pytest.mark.parametrize("is_repaired", [False, True])
+def test_what_would_make_a_note_wrong_that_nobody_can_take_away_is_not_made_durable(
+    bench: Bench, *, is_repaired: bool
+) -> None:
+    """Once the filesystem can be written again, the next opening would take up the note."""
+    bench.write(0, b"x" * CHUNK_BYTES)
+    with read_only():
+        bench.disk.flush()
+        flushed = bytes(bench.model)
+        bench.trim(0)
+        bench.write(0, b"y" * CHUNK_BYTES)
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="Read-only file system"):
+                bench.disk.flush()
+    if is_repaired:
+        bench.disk.flush()
+        run(bench.store)
+        flushed = bytes(bench.model)
+    bench.kill()
+    assert bench.content() == flushed
+    run(bench.store)
+    check_sound(bench.store)
+
+
+def test_a_volume_can_be_deleted_whose_notes_nobody_can_take_away(bench: Bench) -> None:
+    free = free_count(bench.store)
+    bench.write(0, b"x" * CHUNK_BYTES)
+    bench.volumes._volumes["disk"].close()
+    with read_only():
+        bench.volumes.delete("disk")
+    run(bench.store)
+    assert free_count(bench.store) == free + SLOT_COUNT
+    bench.simulation.cut_power(lambda offset: True)
+    bench._open()
+    assert (bench.volumes.names(), bench.files) == ([], [])
     check_sound(bench.store)
