@@ -238,13 +238,17 @@ class Layers:
         """The Objects right below Layers that were collected, as often as they are."""
         return [layer.head.base for layer in layers if layer.head.base in self.users.keys() - self.by_uuid.keys()]
 
+    def needless(self) -> list[Layer]:
+        """The Layers without name and users."""
+        return [layer for layer in self.by_uuid.values() if not (layer.head.name or self.is_frozen(layer))]
+
     def collect(self) -> list[Layer]:
-        """Forget the Layers that nobody needs, that is those without name and users, and so on downwards.
+        """Forget the Layers that nobody needs, that is those that are `needless`, and so on downwards.
 
         An Object below them has as many users as before, until `let_go`.
         """
         collected: list[Layer] = []
-        while garbage := [layer for layer in self.by_uuid.values() if not (layer.head.name or self.is_frozen(layer))]:
+        while garbage := self.needless():
             for layer in garbage:
                 del self.by_uuid[layer.uuid]
                 if self._by_number[layer.head.number] is layer:

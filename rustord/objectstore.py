@@ -26,7 +26,7 @@ from rustord.blockstore import BlockStore
 from rustord.change import Change, Delete, Erase, Move, Put, Undo, check_match
 from rustord.distribution import Distribution
 from rustord.erasures import Erasures
-from rustord.errors import DeviceError, PreconditionFailed, ReadOnly, RustordError
+from rustord.errors import DeviceError, PreconditionFailed, ReadOnly, RustordError, Unavailable
 from rustord.extent import Extent
 from rustord.journals import Journals
 from rustord.keygen import KeyGen
@@ -519,7 +519,12 @@ class ObjectStore:
             gone = [*(layer.id for layer in erase.layers), *erase.ids]
             self.journals.remember_erased(erase.extents, gone)
             # Whoever deletes a volume does not wait for readers of an Object that was deleted or replaced before.
-            if following := [after for after in self._needed_no_more(erase) if not self.erasures.hold(after)]:
+            following: list[Erase] = []
+            try:
+                following = [after for after in self._needed_no_more(erase) if not self.erasures.hold(after)]
+            except Unavailable as unavailable:
+                error = unavailable
+            if following:
                 following[-1].cause, following[-1].finished = erase.cause, erase.finished
                 batch.following += following
                 return gone
@@ -545,17 +550,23 @@ class ObjectStore:
         return erases
 
     def _sweep(self) -> list[Erase]:
-        """The erasure, all in one, of the Layers that nobody needs."""
-        collected = self.layers.collect()
-        for layer in collected:
-            self.keystore.retire(layer.id, self.journals.sequence)
+        """The erasure, all in one, of the Layers that nobody needs. Raises Unavailable, and leaves them to the next."""
+        if not self.layers.needless():
+            return []
+        with self.keystore.one_commit():
+            collected = self.layers.collect()
+            for layer in collected:
+                self.keystore.retire(layer.id, self.journals.sequence)
         extents = [extent for layer in collected for extent in layer.extents(self.layers.chunk_blocks)]
         return [Erase(extents, layers=collected)] if collected else []
 
     # Between cycles
 
     def sweep(self, finished: Callable[[RustordError | None], None] | None = None) -> None:
-        """Erase the Layers that nobody needs, in later cycles; ``finished`` is told then. Called between cycles."""
+        """Erase the Layers that nobody needs, in later cycles; ``finished`` is told then. Called between cycles.
+
+        Raises Unavailable, and leaves them to the next who calls it.
+        """
         erases = self._sweep()
         for erase in erases:
             erase.finished = finished

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from rustord.change import Delete
 from rustord.errors import (
     DeviceError,
     InUse,
@@ -31,6 +32,7 @@ from rustord.record import Record
 from rustord.testing.device import SECTOR_BYTES
 from rustord.volume import Volume
 from rustord.volumes import Volumes
+from rustord.writer import Writer
 from tests.crash.scenarios import OnDevice
 from tests.simulation import MIB, Direct, PowerCut, Simulation, check_sound, free_count, live, run
 
@@ -940,3 +942,35 @@ def test_nothing_is_kept_in_memory_of_what_is_deleted(bench: Bench) -> None:
         store.keystore.checkpoint()
     assert not store.keystore._retired
     bench.check()
+
+
+@pytest.mark.parametrize("what", ["object", "volume"])
+def test_what_cannot_be_erased_beside_a_commit_that_hangs_is_erased_later(
+    simulate: Callable[..., Simulation], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """And the pool goes on."""
+    monkeypatch.setattr("rustord.keystore.store.COMMIT_S_MAX", 0.05)
+    store = simulate(32 * MIB).open()
+    before = free_count(store)
+    writer = Writer(store)
+    volumes = Volumes(store, writer)
+    volumes.create("disk", SIZE)
+    volume = volumes.open("disk")
+    write(volume, 0, b"x" * CHUNK_BYTES)
+    volume.close()
+    frozen = volumes.freeze("disk") if what == "object" else None
+    with store.keystore.one_commit():
+        if frozen:
+            ((_, outcome),) = writer.make([Delete(frozen.uuid)], 60)
+            assert isinstance(outcome, Unavailable)
+        else:
+            with pytest.raises(Unavailable):
+                volumes.delete("disk")
+        assert (store.objects(), volumes.names()) == ([], [])
+    volumes.create("other", SIZE)
+    volumes.delete("other")
+    assert writer.close()
+    assert not store.read_only
+    run(store)
+    assert free_count(store) == before
+    check_sound(store)

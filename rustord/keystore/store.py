@@ -528,11 +528,10 @@ class KeyStore:
     def retire(self, layer: RecordId, sequence: int) -> None:
         """A Layer is about to be erased, since nobody needs it: its pages are not written to their slots any more.
 
-        Like a tombstone at ``sequence`` it keeps the journal until then. Waits for a `checkpoint` under way. Raises
-        what the index raises, and Unavailable.
+        Like a tombstone at ``sequence`` it keeps the journal until then. Within `one_commit`: one that is under way may
+        be writing them. Raises what the index raises.
         """
-        with self._one_commit():
-            self._retired[layer.uuid] = self._page_keys(layer.uuid)
+        self._retired[layer.uuid] = self._page_keys(layer.uuid)
         self._unerased[layer] = sequence
 
     def make_room(self) -> None:
@@ -603,7 +602,7 @@ class KeyStore:
             overlay.bases[gone.uuid] = None
 
     @contextmanager
-    def _one_commit(self) -> Iterator[None]:
+    def one_commit(self) -> Iterator[None]:
         """Wait until no commit is under way, and keep others away. Raises Unavailable if that takes too long.
 
         A backend that hangs is not waited for again and again: the time since it began counts.
@@ -630,7 +629,7 @@ class KeyStore:
 
         Raises what the backend raises, and Unavailable if another commit does not end; it can be tried again then.
         """
-        with self._one_commit():
+        with self.one_commit():
             with self._learning:
                 overlay = self._fresh
                 if not overlay.positions:
