@@ -538,6 +538,8 @@ class Volume:
             raise
 
     def _flush_devices(self, dirty: dict[int, BlockDevice]) -> None:
+        # A device that was removed was empty: nobody needs any more what was written there.
+        dirty = {index: device for index, device in dirty.items() if index in self._blocks.slots}
         for index, device in dirty.items():
             if self._blocks.writable(index) is not device:
                 raise DeviceError(

@@ -156,6 +156,27 @@ def test_a_clone_in_use_has_nothing_on_a_device_that_leaves(pool: Callable[..., 
     volume.close()
 
 
+def test_a_flush_needs_no_device_that_was_emptied_and_removed_meanwhile(pool: Callable[..., Pool]) -> None:
+    """A chunk there was written by another process, which tells of that with the flush; and given back."""
+    one = pool(24 * MIB, 24 * MIB)
+    one.volumes.create("disk", 4 * CHUNK_BYTES)
+    volume = one.volumes.open("disk")
+    write(volume, 0, b"x" * CHUNK_BYTES)
+    volume.flush()
+    index = volume.layer.home
+    written = one.store.blocks.device(index)
+    volume.trim(0, CHUNK_BYTES)
+    one.volumes.resize("disk", 8 * CHUNK_BYTES)  # which flushes what we know of
+    one.leave(index)
+    one.done()
+    assert index not in one.store.blocks.slots
+    volume.dirtied([(index, written)])
+    write(volume, CHUNK_BYTES, b"y")
+    volume.flush()
+    assert read(volume, 0, CHUNK_BYTES + 1) == bytes(CHUNK_BYTES) + b"y"
+    volume.close()
+
+
 def test_a_volume_is_written_and_read_while_it_moves(pool: Callable[..., Pool], seed: int) -> None:
     one = pool(64 * MIB, 64 * MIB)
     one.volumes.create("disk", 300 * CHUNK_BYTES)
