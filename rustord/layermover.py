@@ -56,6 +56,8 @@ class LayerMover:
         """
         self.problem = None
         self._volumes.give_back_spare()
+        if slots:
+            self._volumes.flush()  # what a client has given back stays until then, and he may never do that
         moved = self._move_bases(quota, pace) if slots else 0
         for layer in self._all():
             if slots:

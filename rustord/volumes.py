@@ -260,8 +260,12 @@ class Volumes:
         self._stopping = True
 
     def close(self) -> None:
-        """Flush all volumes; the writer still runs. Raises nothing: what cannot be flushed was not promised."""
+        """Flush all volumes; the writer still runs."""
         self.give_back_spare()
+        self.flush()
+
+    def flush(self) -> None:
+        """Flush all volumes. Raises nothing: what cannot be flushed was not promised."""
         for volume in list(self._volumes.values()):
             try:
                 volume.flush()

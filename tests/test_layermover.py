@@ -177,6 +177,22 @@ def test_a_flush_needs_no_device_that_was_emptied_and_removed_meanwhile(pool: Ca
     volume.close()
 
 
+def test_a_device_is_emptied_of_what_a_client_has_given_back_and_not_flushed(pool: Callable[..., Pool]) -> None:
+    """And it may never do so: it may be gone."""
+    one = pool(24 * MIB, 24 * MIB)
+    one.volumes.create("disk", 4 * CHUNK_BYTES)
+    volume = one.volumes.open("disk")
+    write(volume, 0, b"x" * 2 * CHUNK_BYTES)
+    volume.flush()
+    index = volume.layer.home
+    volume.trim(0, CHUNK_BYTES)
+    volume.trim(CHUNK_BYTES, CHUNK_BYTES)
+    volume.close()
+    one.leave(index)
+    one.done()
+    assert index not in one.store.blocks.slots
+
+
 def test_a_volume_is_written_and_read_while_it_moves(pool: Callable[..., Pool], seed: int) -> None:
     one = pool(64 * MIB, 64 * MIB)
     one.volumes.create("disk", 300 * CHUNK_BYTES)
