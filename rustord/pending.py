@@ -17,11 +17,12 @@ import json
 import logging
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from rustord.blockdevice import RawDevice
 from rustord.blockstore import BlockStore
@@ -38,6 +39,7 @@ from rustord.page import (
     decode_addresses,
     decode_head,
     decode_map_entry,
+    device_of,
     extent_at,
     page_of,
 )
@@ -167,7 +169,7 @@ def take_up(directory: Path, pool_uuid: bytes, blocks: BlockStore, keystore: Key
 
     ``sequence`` is the newest that has been used; returns the newest one then.
     """
-    left = _read_all(directory, circumstances(pool_uuid, blocks))
+    left = _read_all(directory, circumstances(pool_uuid, blocks), blocks)
     failed = blocks.flush(blocks.writable_indices()) if left else {}
     for error in failed.values():
         log.error("what volumes had answered before rustord was killed, and not flushed, is lost: %s", error)
@@ -211,29 +213,47 @@ def _leaving(change: MapEntry, blocks: BlockStore, keystore: KeyStore) -> Iterat
                 yield extent_at(old, CHUNK_BYTES // blocks.block_size)
 
 
-def _read_all(directory: Path, now: Mapping[str, object]) -> list[MapEntry]:
+def _read_all(directory: Path, now: Mapping[str, Any], blocks: BlockStore) -> list[MapEntry]:
     """One change for each Layer."""
     pages: dict[ObjectId, dict[int, int]] = {}
     chunks: dict[ObjectId, dict[int, int]] = {}
     for path in _files(directory):
-        for change in _read(path, now):
+        for change in _read(path, now, blocks):
             pages.setdefault(change.layer, {}).update(change.pages)
             chunks.setdefault(change.layer, {}).update(change.chunks)
     return [MapEntry(layer, sorted(pages[layer].items()), sorted(chunks[layer].items())) for layer in chunks]
 
 
-def _read(path: Path, now: Mapping[str, object]) -> Iterator[MapEntry]:
-    """Its changes, up to one that was not noted whole: it was not answered."""
+def _read(path: Path, now: Mapping[str, Any], blocks: BlockStore) -> Sequence[MapEntry]:
+    """Its changes; none if their data may be lost."""
     head, _, raw = path.read_bytes().partition(b"\n")
     if not head or path.name.endswith(_NEXT):
-        return
+        return ()
     try:
         then = json.loads(head)
     except ValueError:  # it was being begun
-        return
-    if not now["boot"] or then != now:
+        return ()
+    changes = [*_decode(raw)]
+    if not _are_kept(changes, then, now, blocks):
         log.warning("%s is not taken up: the machine has been started since, or its disks are others", path)
-        return
+        return ()
+    return changes
+
+
+def _are_kept(changes: Iterable[MapEntry], then: Any, now: Mapping[str, Any], blocks: BlockStore) -> bool:
+    """Whether the page cache has their data. Disks that have none of it may have been added since, or removed."""
+    disks = then.get("disks") if isinstance(then, dict) else None
+    if not now["boot"] or not isinstance(disks, dict) or {**then, "disks": now["disks"]} != now:
+        return False
+    members = {index: uuid_text(slot.uuid) for index, slot in blocks.slots.items()}
+    if any(uuid in disks and disks[uuid] != now["disks"].get(uuid) for uuid in members.values()):
+        return False
+    addresses = [address for change in changes for _, address in (*change.pages, *change.chunks)]
+    return all(members.get(device_of(address)) in disks for address in addresses if address > ZEROS)
+
+
+def _decode(raw: bytes) -> Iterator[MapEntry]:
+    """Up to one that was not noted whole: it was not answered."""
     at = 0
     while at + LENGTH.size <= len(raw):
         (length,) = LENGTH.unpack_from(raw, at)

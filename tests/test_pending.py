@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import random
@@ -13,10 +14,14 @@ from typing import NoReturn
 
 import pytest
 
+from rustord.blockdevice import open_device
 from rustord.blockstore import BlockStore
 from rustord.errors import NoSpace, Unavailable
+from rustord.membership import add_device, prepare_device, remove_device
+from rustord.objkey import uuid_text
 from rustord.page import CHUNK_BYTES, SLOT_COUNT, MapEntry
 from rustord.pending import PENDING, Pending, circumstances, take_up
+from rustord.testing.device import VolatileDevice
 from rustord.volume import Volume
 from rustord.volumes import Volumes
 from tests.crash.disks import Disks
@@ -174,10 +179,41 @@ def test_only_what_was_flushed_counts_if_a_disk_may_have_been_away(
 ) -> None:
     bench.write(CHUNK_BYTES, b"answered")
     (file,) = bench.files
-    file.write_bytes(file.read_bytes().replace(b'"disks": {', b'"disks": {"another": [2049, 7], ', 1))
+    file.write_bytes(file.read_bytes().replace(b": []", b": [2049, 7]", 1))
     bench.kill()
     assert bench.content() == bytes(SIZE)
     assert "its disks are others" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["added", "removed"])
+def test_a_disk_that_had_nothing_of_it_may_come_or_go(bench: Bench, what: str) -> None:
+    home = bench.store.layers.volumes["disk"].home
+    paths = bench.simulation.paths
+    bench.write(CHUNK_BYTES, b"answered")
+    if what == "added":
+        paths.append(paths[0].with_name("new.img"))
+        paths[-1].write_bytes(bytes(24 * MIB))
+        bench.simulation.devices.append(VolatileDevice(open_device(paths[-1]), bench.simulation.power))
+        prepare_device(bench.store, bench.simulation.devices[-1])
+        add_device(bench.store, bench.simulation.devices[-1])
+    else:
+        remove_device(bench.store, 1 - home)
+        del bench.simulation.devices[1 - home], paths[1 - home]
+    bench.kill()
+    assert bench.content() == bench.model
+    check_sound(bench.store)
+
+
+def test_what_is_on_a_disk_that_came_later_does_not_count(bench: Bench) -> None:
+    """It may have come twice."""
+    home = bench.store.layers.volumes["disk"].home
+    before = circumstances(bench.store.label.pool_uuid, bench.store.blocks)
+    bench.write(CHUNK_BYTES, b"answered")
+    (file,) = bench.files
+    disks = {uuid_text(slot.uuid): [] for index, slot in bench.store.blocks.slots.items() if index != home}
+    file.write_bytes(json.dumps({**before, "disks": disks}).encode() + file.read_bytes()[len(json.dumps(before)) :])
+    bench.kill()
+    assert bench.content() == bytes(SIZE)
 
 
 def test_a_change_that_was_noted_in_part_was_not_answered(bench: Bench) -> None:
