@@ -18,14 +18,14 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from itertools import islice
 
-from rustord.errors import NoSpace, RustordError
+from rustord.errors import NoSpace, ReadOnly, RustordError, Unavailable
 from rustord.event import FAULT
 from rustord.extent import Extent
 from rustord.journal import NOTHING
 from rustord.layer import Layer
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
-from rustord.page import BASE, SLOT_COUNT, ZEROS, LayerEntry, MapEntry, address_of, page_of
+from rustord.page import BASE, SLOT_COUNT, ZEROS, LayerEntry, MapEntry, address_of, extent_at, page_of
 from rustord.volumes import Volumes
 
 log = logging.getLogger(__name__)
@@ -126,9 +126,19 @@ class LayerMerger:
         if not self._layers.is_mergeable(upper, lower):
             return False
         pages = self._take_slots(upper, {page_of(chunk) for chunk, _ in chunks} - upper.places.keys())
+        was_torn = lower.uuid in self._layers.torn
         self._layers.torn.add(lower.uuid)
-        with self._store.journals.note([MapEntry(upper.uuid, sorted(pages.items()), chunks)]):
-            upper.places |= pages  # not before: the volume says where a page is only if the Layer has none yet
+        has_begun = False
+        try:
+            with self._store.journals.note([MapEntry(upper.uuid, sorted(pages.items()), chunks)]):
+                has_begun = True
+                upper.places |= pages  # not before: the volume says where a page is only if the Layer has none yet
+        except (ReadOnly, Unavailable):
+            if not has_begun:  # no journal has it
+                if not was_torn:
+                    self._layers.torn.discard(lower.uuid)
+                self._store.allocator.release([extent_at(address, SLOT_COUNT) for address in pages.values()])
+            raise
         return True
 
     def _take_slots(self, upper: Layer, numbers: Iterable[int]) -> dict[int, int]:
