@@ -210,6 +210,8 @@ class Volume:
                     self._ended = not self.key
                     if self._ended and self._pending is not None:
                         self._pending.close()
+                if self._ended and not self._layers.is_frozen(self.layer):
+                    self._erase(_all(self._freed))  # which could not be flushed: the Layer does not name it any more
         finally:
             if self._ended:
                 self._layers.unwatch(self._gate)

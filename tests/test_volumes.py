@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import pytest
 
@@ -781,6 +781,29 @@ def test_what_was_trimmed_and_not_flushed_is_given_back_with_the_volume(bench: B
     bench.volumes.delete("disk")
     bench.check()
     assert free_count(bench.store) == before
+
+
+def test_what_was_trimmed_and_cannot_be_flushed_is_erased_with_the_volume(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = free_count(bench.store)
+    bench.volumes.create("disk", SIZE)
+    volume = bench.volumes.open("disk")
+    write(volume, 0, b"x" * 3 * CHUNK_BYTES)
+    volume.flush()
+    place = extent_at(volume.layer.get(1), CHUNK_BYTES // 4096)
+    volume.trim(CHUNK_BYTES, 2 * CHUNK_BYTES)
+    volume.close()
+
+    def fail(*_: object) -> NoReturn:
+        raise DeviceError("it was away")
+
+    monkeypatch.setattr(volume, "_flush_devices", fail)
+    bench.volumes.delete("disk")
+    run(bench.store)
+    assert free_count(bench.store) == before
+    bench.check()
+    assert not any(bench.store.blocks.read_copy((place,), 0, CHUNK_BYTES))
 
 
 def test_a_rebuild_leaves_out_a_page_whose_slots_are_erased_already(disk_path: Path) -> None:
