@@ -281,7 +281,7 @@ class Audit:
         layers.load(self._survey.pages.values())
         for record in self._live.values():
             layers.use(record.layer)
-        return {layer.uuid for layer in layers.collect()}
+        return {layer.uuid for layer in layers.needless()}
 
     def _known_bases(self) -> dict[ObjectId, Record]:
         """The deleted Objects on which volumes build."""

@@ -239,24 +239,24 @@ class Layers:
         return [layer.head.base for layer in layers if layer.head.base in self.users.keys() - self.by_uuid.keys()]
 
     def needless(self) -> list[Layer]:
-        """The Layers without name and users."""
-        return [layer for layer in self.by_uuid.values() if not (layer.head.name or self.is_frozen(layer))]
+        """The Layers that nobody needs: those without name and users, and so on downwards."""
+        users = Counter(self.users)
+        found = [layer for layer in self.by_uuid.values() if not (layer.head.name or self.is_frozen(layer))]
+        for layer in found:  # which grows meanwhile
+            base = layer.head.base
+            users[base] -= 1
+            if base in self.by_uuid and not (users[base] or self.by_uuid[base].head.name):
+                found.append(self.by_uuid[base])
+        return found
 
-    def collect(self) -> list[Layer]:
-        """Forget the Layers that nobody needs, that is those that are `needless`, and so on downwards.
-
-        An Object below them has as many users as before, until `let_go`.
-        """
-        collected: list[Layer] = []
-        while garbage := self.needless():
-            for layer in garbage:
-                del self.by_uuid[layer.uuid]
-                if self._by_number[layer.head.number] is layer:
-                    del self._by_number[layer.head.number]
-                if layer.head.base in self.by_uuid:
-                    self.let_go(layer.head.base)
-            collected += garbage
-        return collected
+    def forget(self, layers: Iterable[Layer]) -> None:
+        """Those that are `needless`, in that order. An Object below has as many users as before, until `let_go`."""
+        for layer in layers:
+            del self.by_uuid[layer.uuid]
+            if self._by_number[layer.head.number] is layer:
+                del self._by_number[layer.head.number]
+            if layer.head.base in self.by_uuid:
+                self.let_go(layer.head.base)
 
     def let_go(self, uuid: bytes) -> None:
         """One user less of an Object or Layer."""

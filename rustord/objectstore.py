@@ -26,7 +26,7 @@ from rustord.blockstore import BlockStore
 from rustord.change import Change, Delete, Erase, Move, Put, Undo, check_match
 from rustord.distribution import Distribution
 from rustord.erasures import Erasures
-from rustord.errors import DeviceError, PreconditionFailed, ReadOnly, RustordError, Unavailable
+from rustord.errors import DeviceError, PreconditionFailed, ReadOnly, RustordError
 from rustord.extent import Extent
 from rustord.journals import Journals
 from rustord.keygen import KeyGen
@@ -522,8 +522,8 @@ class ObjectStore:
             following: list[Erase] = []
             try:
                 following = [after for after in self._needed_no_more(erase) if not self.erasures.hold(after)]
-            except Unavailable as unavailable:
-                error = unavailable
+            except RustordError as failure:  # of the index, or of a commit that does not end
+                error = failure
             if following:
                 following[-1].cause, following[-1].finished = erase.cause, erase.finished
                 batch.following += following
@@ -550,22 +550,26 @@ class ObjectStore:
         return erases
 
     def _sweep(self) -> list[Erase]:
-        """The erasure, all in one, of the Layers that nobody needs. Raises Unavailable, and leaves them to the next."""
-        if not self.layers.needless():
+        """The erasure, all in one, of the Layers that nobody needs.
+
+        Raises what the index raises, or Unavailable, and leaves them to the next.
+        """
+        layers = self.layers.needless()
+        if not layers:
             return []
         with self.keystore.one_commit():
-            collected = self.layers.collect()
-            for layer in collected:
+            for layer in layers:
                 self.keystore.retire(layer.id, self.journals.sequence)
-        extents = [extent for layer in collected for extent in layer.extents(self.layers.chunk_blocks)]
-        return [Erase(extents, layers=collected)] if collected else []
+            self.layers.forget(layers)
+        extents = [extent for layer in layers for extent in layer.extents(self.layers.chunk_blocks)]
+        return [Erase(extents, layers=layers)]
 
     # Between cycles
 
     def sweep(self, finished: Callable[[RustordError | None], None] | None = None) -> None:
         """Erase the Layers that nobody needs, in later cycles; ``finished`` is told then. Called between cycles.
 
-        Raises Unavailable, and leaves them to the next who calls it.
+        Raises what the index raises, or Unavailable, and leaves them to the next who calls it.
         """
         erases = self._sweep()
         for erase in erases:

@@ -67,7 +67,8 @@ def take_stock(
 
 def _add_layers(keystore: KeyStore, layers: Layers, used: Mapping[int, list[int]]) -> list[Grave]:
     """Add the blocks of Layers, and of the deleted Objects below them, to ``used``; returns what nobody needs."""
-    needless = layers.collect()
+    needless = layers.needless()
+    layers.forget(needless)
     layers.part(needless)
     for base in layers.bases(needless):
         layers.let_go(base)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -23,6 +23,7 @@ from rustord.errors import (
 )
 from rustord.keystore.lmdb import LmdbBackend
 from rustord.layermerger import LayerMerger
+from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
 from rustord.page import CHUNK_BYTES, SLOT_COUNT, extent_at
 from rustord.placer import Contiguous, FirstFit, Mirrored, Striped
@@ -967,9 +968,29 @@ def test_nothing_is_kept_in_memory_of_what_is_deleted(bench: Bench) -> None:
     bench.check()
 
 
+@contextmanager
+def index_away(store: ObjectStore) -> Iterator[None]:
+    """When the second Layer is looked for."""
+    look, seen = store.keystore._page_keys, []
+
+    def fail(layer: bytes) -> set[bytes]:
+        seen.append(layer)
+        if len(seen) == 2:
+            raise Unavailable("the index is away", hint="wait")
+        return look(layer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store.keystore, "_page_keys", fail)
+        yield
+
+
+@pytest.mark.parametrize("hanging", [index_away, lambda store: store.keystore.one_commit()], ids=["index", "commit"])
 @pytest.mark.parametrize("what", ["object", "volume"])
-def test_what_cannot_be_erased_beside_a_commit_that_hangs_is_erased_later(
-    simulate: Callable[..., Simulation], monkeypatch: pytest.MonkeyPatch, what: str
+def test_what_cannot_be_erased_beside_a_commit_or_without_the_index_is_erased_later(
+    simulate: Callable[..., Simulation],
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    hanging: Callable[[ObjectStore], AbstractContextManager[None]],
 ) -> None:
     """And the pool goes on."""
     monkeypatch.setattr("rustord.keystore.store.COMMIT_S_MAX", 0.05)
@@ -981,8 +1002,11 @@ def test_what_cannot_be_erased_beside_a_commit_that_hangs_is_erased_later(
     volume = volumes.open("disk")
     write(volume, 0, b"x" * CHUNK_BYTES)
     volume.close()
+    snapshot = volumes.snapshot("disk", "snapshot")
+    ((_, outcome),) = writer.make([Delete(snapshot.uuid)], 60)
+    assert not isinstance(outcome, Exception)
     frozen = volumes.freeze("disk") if what == "object" else None
-    with store.keystore.one_commit():
+    with hanging(store):
         if frozen:
             ((_, outcome),) = writer.make([Delete(frozen.uuid)], 60)
             assert isinstance(outcome, Unavailable)
