@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import select
 import socket
 import stat as stat_module
 import struct
@@ -460,10 +461,16 @@ def _size_left(file: BinaryIO) -> int | None:
 
 
 def _read(file: BinaryIO) -> bytes:
+    """The next piece; empty at the end."""
+    read: Callable[[int], bytes | None] = file.read
     try:
-        return file.read(_PIECE_BYTES)
+        while (piece := read(_PIECE_BYTES)) is None:  # it does not block, and has nothing yet
+            poll = select.poll()
+            poll.register(file, select.POLLIN)
+            poll.poll()
     except OSError as error:
         raise SourceFailed(error) from None
+    return piece
 
 
 def _send_pieces(sock: socket.socket, data: memoryview, progress: Callable[[int], object]) -> None:

@@ -87,6 +87,21 @@ def test_data_may_be_a_buffer_a_file_or_a_stream(client: Client, tmp_path: Path,
             assert client.get("n") == data
 
 
+def test_a_stream_that_does_not_block_is_sent_to_its_end(client: Client) -> None:
+    reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    pieces = [b"slow", b"ly"]
+
+    class Pipe(io.FileIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if (data := super().read(size)) is None:  # what comes next comes only now
+                os.write(writing, pieces.pop(0)) if pieces else os.close(writing)
+            return data
+
+    with Pipe(reading) as pipe:
+        client.put(pipe, name="n")
+    assert client.get("n") == b"slowly"
+
+
 def test_a_file_is_sent_from_where_it_stands(client: Client, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"headbody")
