@@ -5,6 +5,7 @@ Only what is needed is imported, so that a command starts quickly: there is no h
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -452,11 +453,13 @@ class Download:
 
 def _size_left(file: BinaryIO) -> int | None:
     """Bytes from where the file stands to its end; None if that cannot be known beforehand."""
+    if not isinstance(getattr(file, "raw", file), io.FileIO):  # what it gives need not be what its descriptor has: gzip
+        return None
     try:
         found = os.fstat(file.fileno())
         # Files of the kernel (in /proc, say) claim to be empty and are not.
         return found.st_size - file.tell() if stat_module.S_ISREG(found.st_mode) and found.st_size else None
-    except OSError:  # not a file of the system, or one that cannot be sought
+    except OSError:  # one that cannot be sought
         return None
 
 

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import pytest
 
@@ -100,6 +102,19 @@ def test_a_stream_that_does_not_block_is_sent_to_its_end(client: Client) -> None
     with Pipe(reading) as pipe:
         client.put(pipe, name="n")
     assert client.get("n") == b"slowly"
+
+
+def test_what_a_file_gives_is_sent_and_not_what_it_is_made_of(client: Client, tmp_path: Path) -> None:
+    path = tmp_path / "file.gz"
+    with gzip.open(path, "wb") as packed:
+        packed.write(b"hello" * 1000)
+    with gzip.open(path, "rb") as unpacked, tarfile.open(tmp_path / "file.tar", "w") as archive:
+        client.put(cast(BinaryIO, unpacked), name="n")
+        archive.add(path, "member")
+    assert client.get("n") == b"hello" * 1000
+    with tarfile.open(tmp_path / "file.tar") as archive, cast(BinaryIO, archive.extractfile("member")) as member:
+        client.put(member, name="n")
+    assert client.get("n") == path.read_bytes()
 
 
 def test_a_file_is_sent_from_where_it_stands(client: Client, tmp_path: Path) -> None:
