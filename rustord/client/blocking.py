@@ -458,7 +458,7 @@ def _size_left(file: BinaryIO) -> int | None:
     try:
         found = os.fstat(file.fileno())
         # Files of the kernel (in /proc, say) claim to be empty and are not.
-        return found.st_size - file.tell() if stat_module.S_ISREG(found.st_mode) and found.st_size else None
+        return max(0, found.st_size - file.tell()) if stat_module.S_ISREG(found.st_mode) and found.st_size else None
     except OSError:  # one that cannot be sought
         return None
 

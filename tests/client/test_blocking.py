@@ -117,6 +117,15 @@ def test_what_a_file_gives_is_sent_and_not_what_it_is_made_of(client: Client, tm
     assert client.get("n") == path.read_bytes()
 
 
+def test_a_file_that_stands_behind_its_end_is_empty(client: Client, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"short")
+    with path.open("rb") as file:
+        file.seek(100)
+        assert client.put(file, name="n").size == 0
+    assert client.get("n") == b""
+
+
 def test_a_file_is_sent_from_where_it_stands(client: Client, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"headbody")
