@@ -29,6 +29,19 @@ class Pins:
         with self._lock:
             self._pins[record.id] += 1
 
+    def add_current(self, uuid: ObjectId) -> Record:
+        """The same for the Record that an Object has now, whoever replaces or moves it at this moment.
+
+        Raises NotFound.
+        """
+        while True:
+            record = self._keystore.stat(uuid)
+            self.add(record)
+            current = self._keystore.get(uuid)
+            if current is not None and current.id == record.id:
+                return record
+            self.remove(record)  # it may be erased already
+
     def remove(self, record: Record) -> None:
         """Undo one `add`."""
         with self._lock:

@@ -360,7 +360,10 @@ class Connection:
         self._begin_transfer(receiving, self._service.upload_slots)
 
     def send_object(self, exchange: Exchange, reply: Reply, record: Record, start: int, end: int) -> None:
-        """Answer with a range of an Object that is too long for one piece; ``reply`` has its head."""
+        """Answer with a range of an Object that is too long for one piece; ``reply`` has its head.
+
+        ``record`` is pinned, and let go of in the end.
+        """
         exchange.reply = reply
         sending = Sending(
             self._sock,

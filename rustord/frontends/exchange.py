@@ -33,7 +33,10 @@ class Exchanging(Protocol):
         """Answer it."""
 
     def send_object(self, exchange: Exchange, reply: Reply, record: Record, start: int, end: int) -> None:
-        """Answer with a range of an Object that is too long for one piece; ``reply`` has its head."""
+        """Answer with a range of an Object that is too long for one piece; ``reply`` has its head.
+
+        ``record`` is pinned, and let go of in the end.
+        """
 
 
 class Exchange:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from importlib import resources
 from typing import Protocol
@@ -180,7 +181,11 @@ class Operations:
         return self._head(exchange, self._store.stat(parse_uuid(exchange.request.argument)))
 
     def get_named(self, exchange: Exchange) -> Reply | None:
-        return self._get(exchange, self._named(exchange.request.argument))
+        for _ in range(_ATTEMPTS):
+            record = self._named(exchange.request.argument)
+            with suppress(NotFound):  # replaced in this moment
+                return self._get(exchange, record)
+        raise _no_name(exchange.request.argument)
 
     def head_named(self, exchange: Exchange) -> Reply | None:
         return self._head(exchange, self._named(exchange.request.argument))
@@ -195,7 +200,7 @@ class Operations:
                 return self._store.stat(uuid)
             except NotFound:
                 continue  # replaced in this moment
-        raise NotFound(f"there is no Object named {name[:80]!r}", hint="'rustorctl ls' lists the names")
+        raise _no_name(name)
 
     def _head(self, exchange: Exchange, record: Record) -> Reply:
         if exchange.head.fields.conditional:
@@ -210,13 +215,15 @@ class Operations:
             reply, start, end = Reply(200, object_fields(record), length=record.size), 0, record.size
         if start == end:
             return reply
+        if end - start <= self._limits.download_piece_bytes:
+            data = self._store.read_now(record, start, end - start)
+            if data is not None:
+                return reply._replace(body=data)
+        record = self._store.pins.add_current(record.uuid)
         if end - start > self._limits.download_piece_bytes:
             exchange.connection.send_object(exchange, reply, record, start, end)
-            return None
-        data = self._store.read_now(record, start, end - start)
-        if data is not None:
-            return reply._replace(body=data)
-        self._read_later(exchange, reply, record, start, end)
+        else:
+            self._read_later(exchange, reply, record, start, end)
         return None
 
     def _selected(self, exchange: Exchange, record: Record) -> tuple[Reply, int, int]:
@@ -232,8 +239,6 @@ class Operations:
         return Reply(206, object_fields(record) + content_range, length=end - start), start, end
 
     def _read_later(self, exchange: Exchange, reply: Reply, record: Record, start: int, end: int) -> None:
-        self._store.pins.add(record)
-
         def read() -> Reply:
             try:
                 return reply._replace(body=self._store.read(record, start, end - start))
@@ -485,6 +490,10 @@ class Operations:
 
     def _answer(self, exchange: Exchange, outcome: Reply | BaseException) -> None:
         exchange.answer(outcome if isinstance(outcome, Reply) else self._failure(exchange, outcome))
+
+
+def _no_name(name: str) -> NotFound:
+    return NotFound(f"there is no Object named {name[:80]!r}", hint="'rustorctl ls' lists the names")
 
 
 def _volume_json(info: Info) -> dict[str, object]:

@@ -193,7 +193,10 @@ class Sending:
         head: bytes,
         limits: Limits,
     ) -> None:
-        """``before`` is what the socket has to be given first: replies to earlier requests."""
+        """``before`` is what the socket has to be given first: replies to earlier requests.
+
+        ``record`` is pinned, and let go of in the end.
+        """
         self.before = before
         self.started = False
         """Whether anything has been sent, so that an error can only be told by cutting the connection."""
@@ -210,7 +213,6 @@ class Sending:
         """For one piece after the other; made by the first step."""
         self._piece = memoryview(b"")
         self._piece_began = monotonic()
-        store.pins.add(record)
         self._pinned = True
 
     def step(self) -> Wait:

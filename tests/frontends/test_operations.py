@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
+from rustord.change import Put
 from rustord.frontends.operations import openapi
+from rustord.objkey import ObjectId, parse_uuid
+from rustord.record import Metadata, Record
 from rustord.wire.api import ROUTES, Body
 from rustord.wire.limits import Limits
 from rustord.wire.problem import error_classes
 from tests.frontends.conftest import Serve
-from tests.frontends.served import Reply, Served, request, until
+from tests.frontends.served import SECONDS_MAX, Reply, Served, request, until
 
 MIB = 1 << 20
 NO_UUID = "00000000-0000-7000-8000-000000000000"
@@ -81,6 +84,29 @@ def test_a_name_is_replaced_and_its_old_object_gone(served: Served) -> None:
     assert served.ask("DELETE", "/v1/names/n").status == 204
     assert served.ask("DELETE", "/v1/names/n").status == 404
     until(lambda: served.free_blocks() == free, "all blocks are free")
+
+
+@pytest.mark.parametrize("size", [4000, MIB])
+def test_a_name_is_found_though_its_object_is_replaced_and_erased_in_this_moment(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, size: int
+) -> None:
+    old = parse_uuid(put(served, "n", os.urandom(size))["uuid"])
+    stat = served.store.stat
+
+    def late(uuid: ObjectId) -> Record:
+        record = stat(uuid)
+        if uuid == old:
+            monkeypatch.undo()
+            free = served.free_blocks()
+            served.writer.make([Put(b"new", Metadata("n"))], SECONDS_MAX)
+            until(lambda: served.free_blocks() > free, "the old one is erased")
+        return record
+
+    monkeypatch.setattr(served.store, "stat", late)
+    reply = served.ask("GET", "/v1/names/n")
+    assert (reply.status, reply.body) == (200, b"new")
+    assert "damaged" not in caplog.text
+    assert not served.store.pins._pins
 
 
 def test_an_upload_obeys_its_conditions(served: Served) -> None:
