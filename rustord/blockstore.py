@@ -77,6 +77,8 @@ class BlockStore:
         self.erase_policy = erase_policy
         self.on_damage: Callable[[Record, int, int], None] = lambda record, start, end: None
         """Told by readers, on their threads, of bytes of an Object of which a copy was wrong or could not be read."""
+        self.is_gone: Callable[[Record], bool] = lambda record: False
+        """Whether an Object was deleted or moved meanwhile, so that what is on these blocks is nobody's concern."""
         self.read_layer: Callable[[int, memoryview], None] = _no_layer
         """Fills a buffer from an offset in bytes on what stands for a device with index `LAYERS`."""
         self.read_layer_now: Callable[[int, memoryview], bool] = lambda offset, buffer: False
@@ -392,10 +394,10 @@ class BlockStore:
                     f"checksum on any of {len(copies)} copies",
                     hint="the bytes on the device have changed; restore the Object from elsewhere",
                 )
-                uuid = uuid_text(record.uuid)
-                log.error(
-                    "copy %d of Object %s is damaged near byte %d", number, uuid, start, extra=OBJECT_DAMAGED(uuid=uuid)
-                )
+                if not self.is_gone(record):
+                    uuid = uuid_text(record.uuid)
+                    what = "copy %d of Object %s is damaged near byte %d"
+                    log.error(what, number, uuid, start, extra=OBJECT_DAMAGED(uuid=uuid))
         if len(buffer) > CHUNK_BYTES:  # one copy has this chunk, another one that; and an error names one chunk
             for at in range(0, len(buffer), CHUNK_BYTES):
                 number = at // CHUNK_BYTES

@@ -110,6 +110,7 @@ class ObjectStore:
         self.relocations = Relocations(allocator, blocks, keystore, self.journals, self.erasures)
         self._placements = Placements(label.secret, blocks, allocator, keygen, layers)
         self._on_close = on_close
+        blocks.is_gone = self._is_gone
 
     # The library's calls; the daemon's Writer makes cycles itself
 
@@ -179,6 +180,10 @@ class ObjectStore:
             else:
                 assert data is not None
                 return data
+
+    def _is_gone(self, record: Record) -> bool:
+        current = self.keystore.base(record.uuid)
+        return current is None or current.id != record.id
 
     def read_now(self, record: Record, offset: int, length: int) -> memoryview | None:
         """Bytes of an Object, verified; None if that would mean to wait, or if they are damaged (then use `read`)."""

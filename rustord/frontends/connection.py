@@ -11,7 +11,7 @@ from contextlib import suppress
 from enum import Enum, auto
 from time import monotonic, time
 
-from rustord.errors import Forbidden, InvalidRequest, RustordError
+from rustord.errors import Forbidden, InvalidRequest, NotFound, RustordError
 from rustord.frontends.exchange import Exchange
 from rustord.frontends.outbox import Outbox
 from rustord.frontends.service import Service
@@ -464,7 +464,7 @@ class Connection:
         self._service.go_on(self)
 
     def _break_off(self, exchange: Exchange, why: BaseException) -> None:
-        level = logging.INFO if isinstance(why, (PeerGone, OSError)) else logging.ERROR
+        level = logging.INFO if isinstance(why, (PeerGone, OSError, NotFound)) else logging.ERROR
         log.log(
             level,
             "%s %s was broken off: %s",

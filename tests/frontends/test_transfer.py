@@ -114,6 +114,21 @@ def test_a_replaced_object_is_sent_to_its_end_to_those_who_read_it(served: Serve
     until(lambda: served.free_blocks() > free, "its blocks are free then")
 
 
+def test_what_is_deleted_while_it_is_sent_is_cut_off_and_not_taken_for_damaged(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = os.urandom(16 * MIB)
+    served.ask("PUT", "/v1/names/n", data)
+    with served.connect() as peer:
+        peer.send(request("GET", "/v1/names/n"))
+        until(served.is_busy, "the download has begun")
+        assert served.ask("DELETE", "/v1/names/n").status == 204
+        body = peer.rest().partition(b"\r\n\r\n")[2]
+    assert len(body) < len(data)
+    assert data.startswith(body)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 def test_what_turns_out_damaged_in_the_middle_is_cut_off(served: Served, caplog: pytest.LogCaptureFixture) -> None:
     data = os.urandom(8 * MIB)
     uuid = served.ask("PUT", "/v1/names/n", data).json()["uuid"]
