@@ -39,7 +39,7 @@ MAP_CELL_COUNT_MAX = 65536
 _ATTRIBUTE = "rustor-meta-"
 _BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _ENTITY_TAG = re.compile(r'[, \t]*(W/)?"([!#-~\x80-\xff]*)"[, \t]*')
-_RANGE = re.compile(r"bytes=[\t ]*([0-9]{0,18})-([0-9]{0,18})[\t ]*", re.IGNORECASE)
+_RANGE = re.compile(r"bytes=[\t ]*([0-9]{0,999})-([0-9]{0,999})[\t ]*", re.IGNORECASE)
 
 
 # Routes
