@@ -7,13 +7,19 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
-from rustord.errors import InvalidRequest, NotFound
+from rustord.errors import Forbidden, InvalidRequest, NotFound, RustordError, Unavailable
 from rustord.objkey import is_uuid
 from rustord.wire.http1 import ReplyHead
-from rustord.wire.problem import read_problem
 
 _PAGE = 1000
 _ATTRIBUTE = "rustor-meta-"
+
+_REFUSALS: Mapping[int, tuple[type[RustordError], str, str]] = {
+    400: (InvalidRequest, "it is no name", "a name has 1 to 1024 bytes in UTF-8, and no control characters"),
+    403: (Forbidden, "your role does not allow it", "[roles] in the configuration says who may do what"),
+    503: (Unavailable, "the daemon is starting, stopping or overloaded", "try again later"),
+}
+"""What the status alone says, where the reply has no body to say more."""
 
 
 class Stored(NamedTuple):
@@ -144,7 +150,9 @@ def read_looked(head: ReplyHead, key: str) -> Info:
     if head.status == 404:
         raise NotFound(f"there is no Object {key[:80]!r}", hint="'rustorctl ls' lists what there is")
     if head.status != 200:
-        raise read_problem(head.status, b"")
+        other = RustordError, f"the daemon answered {head.status}", "its log says why"
+        kind, why, hint = _REFUSALS.get(head.status, other)
+        raise kind(f"{key[:80]!r} cannot be looked at: {why}", hint=hint)
     return read_info(head)
 
 

@@ -257,3 +257,10 @@ def test_more_names_than_fit_on_a_page(daemon: object, rustorctl: Command, files
     rustorctl.ok("put", "-r", files, "--jobs", "8", timeout=110)
     assert rustorctl.ok("ls").split() == [f"{number:04}" for number in range(2100)]
     assert len(rustorctl.ok("ls", "-l").splitlines()) == 2100 + 3
+
+
+def test_stat_of_what_is_no_name(daemon: object, rustorctl: Command) -> None:
+    for name in ("", "x" * 1025, "\n"):
+        done = rustorctl("stat", name)
+        assert (done.returncode, done.stdout) == (2, ""), done
+        assert "it is no name" in done.stderr

@@ -18,6 +18,7 @@ from rustord.client import Client, Info, Stored
 from rustord.errors import (
     ClaimRefused,
     Damaged,
+    Forbidden,
     InvalidRequest,
     NoSpace,
     NotFound,
@@ -347,6 +348,18 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n"
 def test_an_answer_that_is_none_is_an_error(tmp_path: Path, answer: bytes, error: type[RustordError]) -> None:
     with Liar(tmp_path / "s", answer) as liar, Client(liar.path) as client, pytest.raises(error):
         client.get("n")
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(400, InvalidRequest), (403, Forbidden), (404, NotFound), (503, Unavailable), (500, RustordError)],
+)
+def test_who_looks_is_refused_without_a_body(tmp_path: Path, status: int, error: type[RustordError]) -> None:
+    answer = b"HTTP/1.1 %d No\r\nContent-Length: 10\r\n\r\n" % status
+    with Liar(tmp_path / "s", answer) as liar, Client(liar.path) as client, pytest.raises(error) as refused:
+        client.stat("n")
+    assert type(refused.value) is error
+    assert "'n'" in refused.value.message
 
 
 def test_a_reply_is_read_though_the_rest_of_the_body_was_not_taken(tmp_path: Path) -> None:
