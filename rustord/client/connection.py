@@ -46,7 +46,7 @@ class Connection:
         if self._sock is not None:
             poll = select.poll()
             poll.register(self._sock, select.POLLIN)
-            if poll.poll(0):
+            if self._received or poll.poll(0):
                 self.close()
 
     def _unreachable(self, error: OSError) -> Unreachable:

@@ -175,6 +175,13 @@ def test_a_download_comes_in_pieces(client: Client) -> None:
     assert client.stat("n").size == len(data)
 
 
+def test_an_object_that_was_not_read_is_not_taken_for_the_next_reply(client: Client) -> None:
+    client.put(b"HTTP/1.1 204 No Content\r\n\r\n", name="n")
+    client.open("n")  # forgotten
+    with pytest.raises(NotFound):
+        client.delete("none")
+
+
 def test_conditions(client: Client) -> None:
     first = client.put(b"first", name="n", replace=False)
     with pytest.raises(PreconditionFailed):
