@@ -297,16 +297,18 @@ class ObjectStore:
         length_max = self.keystore.batch_bytes_max // 2
         plain = [(put, data) for put, data, _ in batch.plain]
         placements = self._placements.put_each(plain, self.journals.sequence + 1, length_max)
+        late: list[Change] = []
         for put, _, replaced in batch.plain:
             placed = placements[put]
             if isinstance(placed, RustordError):
                 batch.outcomes.append((put, placed))
             elif batch.length > length_max:  # they have more extents than was to be expected
                 self._placements.take_back(placed)
-                batch.following.append(put)
+                late.append(put)
             else:
                 placed.replaced = replaced
                 self._add(placed, batch)
+        batch.following[:0] = late  # before all that came later and waits for one of them
 
     def _stage_move(self, move: Move, batch: _Batch) -> None:
         source = move.source

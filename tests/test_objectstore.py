@@ -373,6 +373,17 @@ class TestFull:
         assert free_count(store) == free
         check_sound(store)
 
+    def test_a_name_has_what_was_put_last_though_the_journal_takes_no_more_at_once(self, store: ObjectStore) -> None:
+        records = [stored(outcome) for outcome in run(store, *(Put(b"x") for _ in range(free_count(store))))]
+        run(store, *(Delete(record.uuid) for record in records[::2]))
+        store.keystore.batch_bytes_max = 1 << 14
+        scattered = [Put(DATA[: 300 * BLOCK]) for _ in range(2)]  # in 300 extents each: more than was to be expected
+        outcomes = run(store, *scattered, Put(b"first", Metadata("name")), Put(b"last", Metadata("name")))
+        first, last = map(stored, outcomes[2:])
+        assert first.sequence < last.sequence
+        assert store.resolve("name") == last.uuid
+        check_sound(store)
+
     def test_delete_works_when_nothing_is_free(self, store: ObjectStore) -> None:
         keys = [stored(outcome).key for outcome in run(store, *(Put(b"x") for _ in range(free_count(store))))]
         assert free_count(store) == 0
