@@ -86,6 +86,8 @@ class Connection:
         self._in_thread = False
         self._last = False
         """No further request will begin."""
+        self._held = False
+        """A request is there that begins as soon as all replies have been sent."""
         self._unread = False
         """The peer may still be sending what was refused."""
         self._reading = self._writing = False
@@ -146,9 +148,9 @@ class Connection:
 
     def send(self) -> None:
         """Send all replies that are there, and wait for what comes next."""
-        many = self._outbox.byte_count > self._limits.unsent_bytes
+        is_held, self._held = self._held or self._outbox.byte_count > self._limits.unsent_bytes, False
         self._send()
-        if many and not self._outbox.byte_count:
+        if is_held and not self._outbox.byte_count:
             self._service.poller.wake(lambda: self._service.go_on(self))  # with the next ones, after others
 
     def plain_get(self) -> PlainGet | None:
@@ -342,7 +344,8 @@ class Connection:
         with suppress(OSError):  # which the transfer will meet again
             self._outbox.send()
         if self._outbox.byte_count:
-            return  # the peer has to read first what it asked for before
+            self._held = True  # the peer has to read first what it asked for before
+            return
         fields = exchange.head.fields
         try:
             put = self._service.operations.put_of(exchange)

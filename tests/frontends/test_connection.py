@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import pytest
 
 from rustord.change import Change
+from rustord.frontends.connection import Connection
+from rustord.frontends.exchange import Exchange
 from rustord.wire.limits import Limits
 from rustord.writer import Deliver, Outcome
 from tests.frontends.conftest import Serve
@@ -241,6 +243,30 @@ def test_a_peer_that_does_not_read_is_not_read_from(serve: Serve) -> None:
         peer.sock.settimeout(20)
         for _ in range(sent // len(one)):
             assert peer.reply().body == data
+
+
+def test_an_upload_begins_though_the_replies_before_it_were_read_in_this_moment(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve(limits=Limits(head_s=1))
+    served.ask("PUT", "/v1/names/n", bytes(200_000))
+    read = 0
+    begin = Connection._begin_receiving
+
+    def late(connection: Connection, exchange: Exchange) -> None:
+        nonlocal read
+        begin(connection, exchange)
+        if connection._transfer is None:  # it waits for its peer to read
+            read += len(peer.sock.recv(1 << 20))
+
+    monkeypatch.setattr(Connection, "_begin_receiving", late)
+    with served.connect() as peer:
+        upload = b"PUT /v1/names/m HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n4\r\ndata\r\n0\r\n\r\n"
+        peer.send(request("GET", "/v1/names/n") * 2 + upload + request("GET", "/nowhere", Connection="close"))
+        received = peer.rest()
+    assert read
+    assert b"HTTP/1.1 201 " in received
+    assert b"HTTP/1.1 404 " in received
 
 
 def test_a_peer_that_does_not_read_is_cut_off_in_the_end(serve: Serve) -> None:
