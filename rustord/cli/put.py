@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +19,8 @@ from rustord.errors import InvalidRequest, PreconditionFailed, RustordError
 from rustord.objkey import is_uuid
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from rustord.client import Stored
 
 _COMPRESSED = {"gzip": "application/gzip", "bzip2": "application/x-bzip2", "xz": "application/x-xz"}
@@ -201,14 +202,9 @@ def _store_all(
     sources: list[_Source], storing: _Storing, jobs: int, tell: Callable[[Bar, _Source, Stored], None]
 ) -> int:
     """Store files, several at a time, and tell of each in order. Returns the exit status: that of the first error."""
-    from concurrent.futures import ThreadPoolExecutor
-
     status = 0
-    with contextlib.ExitStack() as ending:
-        pool = ThreadPoolExecutor(jobs)
-        ending.callback(pool.shutdown, cancel_futures=True)
-        ending.callback(storing.stop.set)
-        for source, future in [(source, pool.submit(storing, source)) for source in sources]:
+    try:
+        for source, future in _begin(sources, storing, jobs):
             try:
                 tell(storing.bar, source, future.result())
             except BrokenPipeError:
@@ -216,7 +212,31 @@ def _store_all(
             except _OF_ONE_FILE as error:
                 failed = _complain(source, error)
                 status = status or failed
+    finally:
+        storing.stop.set()
     return status
+
+
+def _begin(sources: list[_Source], storing: _Storing, jobs: int) -> list[tuple[_Source, Future[Stored]]]:
+    """Have files stored, each in its turn, until ``storing.stop`` is set."""
+    from concurrent.futures import Future
+
+    begun: list[tuple[_Source, Future[Stored]]] = [(source, Future()) for source in sources]
+    waiting = iter(begun)
+
+    def work() -> None:
+        for source, future in waiting:
+            if storing.stop.is_set():
+                return
+            try:
+                future.set_result(storing(source))
+            except BaseException as error:
+                future.set_exception(error)
+
+    for _ in range(min(jobs, len(sources))):
+        # Not those of an executor: what they wait for may never come, and the command shall end when it is told to.
+        threading.Thread(target=work, daemon=True).start()
+    return begun
 
 
 def _complain(source: _Source, error: OSError | RustordError) -> int:

@@ -187,3 +187,18 @@ def test_an_interrupt_ends_several_uploads_too(daemon: object, rustorctl: Comman
     with contextlib.suppress(BrokenPipeError):  # it reads on until it notices, but not to the end
         process.stdin.write(bytes(60 << 20))
     assert process.wait(timeout=30) == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_several_uploads_that_wait(
+    rustorctl: Command, socket_path: Path, tree: Path, number: int
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
+        silent.bind(str(socket_path))
+        silent.listen()
+        process = rustorctl.start("put", "/dev/stdin", tree / "a.txt", stdin=subprocess.PIPE)  # type: ignore[attr-defined]
+        connections = [silent.accept()[0] for _ in range(2)]  # neither the one nor the other will ever go on
+        process.send_signal(number)
+        assert process.wait(timeout=20) == 128 + number
+        for connection in connections:
+            connection.close()
