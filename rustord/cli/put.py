@@ -145,6 +145,7 @@ def put(
         sources = [_Source(file, name) for file in files]
     else:
         sources = [source for file in files for source in _named_sources(file, recursive, prefix)]
+        _check_names_differ(sources)
     with Bar(f"{len(sources)} files" if several else shown(files[0]), _total(sources)) as bar:
         storing = _Storing(context.obj, bar, attributes, content_type, replace=not no_clobber)
         tell = _print_stored if as_json else _say_uuid_and_path if several else _say_uuid
@@ -182,6 +183,17 @@ def _named_sources(file: str, recursive: bool, prefix: str) -> Iterator[_Source]
                 yield _Source(path, prefix + os.path.relpath(path, file))
             else:
                 edge.complain("rustorctl", f"{path} is left out: it is not a file")
+
+
+def _check_names_differ(sources: Iterable[_Source]) -> None:
+    """Raise InvalidRequest if a file would replace another one that was stored a moment before."""
+    paths: dict[str, str] = {}
+    for path, name in sources:
+        if (other := paths.setdefault(name, path)) != path:
+            raise InvalidRequest(
+                f"{other} and {path} would both be named {name!r}",
+                hint="store them one after the other, each with a --prefix of its own",
+            )
 
 
 def _fail(error: OSError) -> None:

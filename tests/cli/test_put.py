@@ -148,6 +148,17 @@ def test_a_file_whose_name_is_no_text_can_be_stored_under_another(
     assert rustorctl.ok("put", path, tree / "a.txt").splitlines()[0].endswith("\\udcff")
 
 
+def test_two_files_that_would_have_one_name_are_refused(daemon: object, rustorctl: Command, tree: Path) -> None:
+    other = tree.with_name("other")
+    (other / "sub").mkdir(parents=True)
+    (other / "sub" / "c").write_bytes(b"other")
+    for files in (["-r", tree, other], ["-p", "sub/", tree / "sub" / "c", other / "sub" / "c"]):
+        done = rustorctl("put", *files)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"{tree}/sub/c and {other}/sub/c would both be named 'sub/c'" in done.stderr
+    assert rustorctl.ok("ls") == ""
+
+
 def test_no_standard_input(daemon: object, rustorctl: Command) -> None:
     script = f"exec {rustorctl.program} put - <&-"  # type: ignore[attr-defined]
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, env=rustorctl.environment)  # type: ignore[attr-defined]
