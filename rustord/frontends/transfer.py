@@ -86,7 +86,10 @@ class Receiving:
 
     def _step(self) -> Wait:
         turn_end = monotonic() + self._limits.transfer_turn_s
-        self._open()
+        try:
+            self._open()
+        except BlockingIOError:  # the peer has not read yet what it asked for before
+            return Wait.WRITABLE
         while not self._complete:
             try:
                 received = self._receive()
@@ -108,9 +111,9 @@ class Receiving:
         if self._size is not None and self._upload is None:
             self._upload = self._store.upload(self.put, self._size)
         if self._confirm:
-            self._confirm = False
             if not self._early:
                 self._sock.send(CONTINUE)
+            self._confirm = False
         if self._early:
             early, self._early = self._early, b""
             if self._chunked:

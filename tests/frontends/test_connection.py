@@ -199,6 +199,19 @@ def test_a_body_that_is_confirmed_waits_for_the_replies_before_it(served: Served
         assert peer.ask(b"data").status == 201
 
 
+def test_a_body_is_confirmed_when_there_is_room_for_that(served: Served) -> None:
+    with served.connect() as peer:
+        data = bytes(peer.sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) - 1000)
+        served.ask("PUT", "/v1/names/n", data)  # the kernel takes it whole, and nothing more
+        head = b"PUT /v1/names/m HTTP/1.1\r\nHost: a\r\nContent-Length: 5242880\r\nExpect: 100-continue\r\n\r\n"
+        peer.send(request("GET", "/v1/names/n") + head)
+        until(lambda: served.server.traffic.uploads == 1, "the upload has begun")
+        until(lambda: not served.server.stuck(0), "it waits for its peer")
+        assert peer.reply().body == data
+        assert peer.reply().status == 100
+        assert peer.ask(bytes(5 * MIB)).status == 201
+
+
 def test_only_so_many_changes_of_a_connection_are_under_way(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     served = serve(limits=Limits(pipelined=4))
     under_way = most = 0
