@@ -22,6 +22,7 @@ from rustord.wire.api import (
     NDJSON,
     ROUTES,
     NewDevice,
+    check_whole,
     created_text,
     if_match,
     if_none_match_any,
@@ -255,6 +256,7 @@ class Operations:
         fields, name = exchange.head.fields, exchange.request.argument
         if exchange.request.operation.id == "store_named":
             check_name(name)
+        check_whole(fields)
         put = Put(exchange.body, read_metadata(name, fields.by_name))
         if fields.conditional:
             put.if_none_match, put.if_match = if_none_match_any(fields), if_match(fields)

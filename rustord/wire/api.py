@@ -304,6 +304,12 @@ def page_after(query: Mapping[str, str]) -> ObjectId:
 # Objects
 
 
+def check_whole(fields: Fields) -> None:
+    """Raise InvalidRequest if an upload is a part of something, as of who goes on with one that was broken off."""
+    if "content-range" in fields.by_name:
+        raise InvalidRequest("a part of an Object cannot be stored", hint="send all of its data, without Content-Range")
+
+
 def read_metadata(name: str, by_name: Mapping[str, str]) -> Metadata:
     """What the header fields of an upload say about the Object. Raises InvalidRequest."""
     content_type = by_name.get("content-type", "")

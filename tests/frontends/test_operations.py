@@ -122,6 +122,14 @@ def test_an_upload_obeys_its_conditions(served: Served) -> None:
     assert len(uuids(served)) == 1
 
 
+def test_a_part_of_an_object_is_not_stored_in_its_place(served: Served) -> None:
+    put(served, "n", b"0123456789")
+    for body in (b"56789", bytes(MIB)):
+        refused = served.ask("PUT", "/v1/names/n", body, Content_Range=f"bytes 5-{4 + len(body)}/{5 + len(body)}")
+        assert (refused.status, refused.code) == (400, "invalid-request")
+    assert served.ask("GET", "/v1/names/n").body == b"0123456789"
+
+
 def test_a_deletion_obeys_its_condition(served: Served) -> None:
     uuid = put(served, "n", b"data")["uuid"]
     for where in ("/v1/names/n", f"/v1/objects/{uuid}"):
