@@ -71,7 +71,13 @@ class Request(NamedTuple):
 
 def store(name: str, content_type: str, attributes: Mapping[str, str], replace: bool, if_match: str) -> Request:
     """Store an Object, under a name unless that is empty. Raises InvalidRequest."""
-    fields = [f"Rustor-Meta-{quote(key, safe='')}: {quote(value)}" for key, value in attributes.items()]
+    keys: dict[str, str] = {}
+    fields = []
+    for key, value in attributes.items():
+        field = f"Rustor-Meta-{quote(key, safe='')}"
+        if (other := keys.setdefault(field.lower(), key)) != key:
+            raise InvalidRequest(f"the attributes {other!r} and {key!r} are the same", hint="case makes no difference")
+        fields.append(f"{field}: {quote(value)}")
     if content_type:
         fields.append(f"Content-Type: {_plain(content_type)}")
     if not replace:

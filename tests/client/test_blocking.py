@@ -259,6 +259,13 @@ def test_fields_cannot_be_smuggled_in(client: Client, bad: str) -> None:
     assert client.stat("n").attributes == {bad.lower(): bad}
 
 
+def test_attributes_that_would_become_one_are_refused(client: Client) -> None:
+    with pytest.raises(InvalidRequest, match="'Kind' and 'kind'"):
+        client.put(b"", name="n", attributes={"Kind": "a", "kind": "b"})
+    client.put(b"", name="n", attributes={"Ü": "a", "ü": "b"})
+    assert client.stat("n").attributes == {"Ü": "a", "ü": "b"}
+
+
 @pytest.mark.parametrize("error", [OSError(5, "broken"), ConnectionResetError(104, "broken"), TimeoutError("broken")])
 def test_a_file_that_fails_in_the_middle_leaves_nothing_behind(client: Client, error: OSError) -> None:
     """It may be a connection itself: its errors are not those of ours."""
