@@ -256,7 +256,12 @@ class Writer:
             log.exception("a cycle failed; the pool takes no more changes", extra=POOL_READ_ONLY())
             self.store.read_only = f"an internal error: {error!r}"
             problem = RustordError(f"an internal error: {error!r}", hint="see rustord's log, and restart it")
-            outcomes, following = [(change, problem) for change in changes], []
+            erases = [change for change in changes if isinstance(change, Erase)]
+            causes = [erase.cause for erase in erases if erase.cause is not None]
+            outcomes, following = [(change, problem) for change in [*changes, *causes]], []
+            for erase in erases:
+                if erase.finished is not None:
+                    erase.finished(problem)
         for change in following:
             if isinstance(change, Erase) and self._is_long(change):
                 self._erasing += 1

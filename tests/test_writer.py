@@ -21,6 +21,7 @@ import rustord
 import rustord.writer as writer_module
 from rustord.change import Change, Delete, Put
 from rustord.errors import DeviceError, NoSpace, NotFound, ReadOnly, RustordError, Unavailable
+from rustord.extent import Extent
 from rustord.objectstore import Cycle, ObjectStore
 from rustord.record import Metadata, Record
 from rustord.writer import CHANGE_COUNT_MAX, Writer
@@ -377,21 +378,20 @@ def test_an_internal_error_is_answered_and_stops_changes_but_not_reads(
     assert store.get(record.uuid) == b"x"
 
 
+@pytest.mark.parametrize("length", [10, len(DATA)], ids=["within a cycle", "beside it"])
 def test_an_erasure_that_raises_is_not_lost(
-    store: ObjectStore, writer: Writer, monkeypatch: pytest.MonkeyPatch
+    store: ObjectStore, writer: Writer, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
-    record = stored(submit(writer, Put(DATA)))
+    record = stored(submit(writer, Put(DATA[:length])))
 
-    def erase(extents: object) -> None:
-        raise ZeroDivisionError
+    def erase(extents: Iterable[Extent]) -> None:
+        if list(extents):
+            raise ZeroDivisionError
 
     monkeypatch.setattr(store.blocks, "erase", erase)
-    answers = Answers()
-    writer.submit([Delete(record.uuid)], answers)
-    for _ in range(3000):
-        if store.read_only:
-            break
-        threading.Event().wait(0.01)
+    outcome = submit(writer, Delete(record.uuid))
+    assert isinstance(outcome, RustordError)
+    assert "ZeroDivisionError" in outcome.message
     assert "ZeroDivisionError" in store.read_only
 
 
