@@ -30,6 +30,7 @@ status  meaning
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -60,6 +61,8 @@ class Commands(click.Group):
 def run(command: click.Command, program: str) -> NoReturn:
     """Run a command line to its end. Never shows a traceback, except for a fault of rustord with RUSTORD_TRACEBACK."""
     _open_what_is_closed()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as it is for standard error
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)

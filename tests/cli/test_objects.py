@@ -264,3 +264,11 @@ def test_stat_of_what_is_no_name(daemon: object, rustorctl: Command) -> None:
         done = rustorctl("stat", name)
         assert (done.returncode, done.stdout) == (2, ""), done
         assert "it is no name" in done.stderr
+
+
+def test_a_name_that_the_terminal_cannot_show(daemon: object, rustorctl: Command) -> None:
+    rustorctl.ok("put", "-", "--name", "日本 ü", input="x")
+    rustorctl.ok("put", "-", "--name", "z", input="x")
+    environment = {**rustorctl.environment, "PYTHONIOENCODING": "latin-1"}  # type: ignore[attr-defined]
+    done = rustorctl("ls", env=environment, text=False)
+    assert (done.returncode, done.stdout) == (0, b"z\n\\u65e5\\u672c \xfc\n"), done
