@@ -16,8 +16,8 @@ class Limits:
     """
 
     # One request
-    head_bytes: int = 16 * KIB
-    """Request line and header fields. The longest name and all attributes, percent-encoded, fit in."""
+    head_bytes: int = 32 * KIB
+    """Request line and header fields. The longest name and all attributes, percent-encoded, fit in: 28 KiB."""
     target_bytes: int = 8 * KIB
     """A listing's prefix and cursor are two names of 1,024 bytes, each three times as long when percent-encoded."""
     json_bytes: int = 64 * KIB

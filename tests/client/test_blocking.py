@@ -259,6 +259,14 @@ def test_fields_cannot_be_smuggled_in(client: Client, bad: str) -> None:
     assert client.stat("n").attributes == {bad.lower(): bad}
 
 
+def test_the_longest_metadata_fits_into_a_request_whatever_is_in_it(client: Client) -> None:
+    name, attributes = "ü" * 512, {f"ä{number}": "ü" * 61 + "  " for number in range(63)}
+    left = 8192 - sum(len((key + value).encode()) for key, value in attributes.items())
+    attributes["x"] = " " * (left - 1)
+    client.put(b"", name=name, content_type="a/" + "b" * 253, attributes=attributes)
+    assert client.stat(name).attributes == attributes
+
+
 def test_attributes_that_would_become_one_are_refused(client: Client) -> None:
     with pytest.raises(InvalidRequest, match="'Kind' and 'kind'"):
         client.put(b"", name="n", attributes={"Kind": "a", "kind": "b"})
