@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import stat
 import sys
 import threading
@@ -70,10 +71,14 @@ def open_destination(path: Path | None) -> Iterator[Write]:
 
 def _writer(descriptor: int) -> Write:
     def write(data: bytes | memoryview) -> None:
-        written = os.write(descriptor, data)
-        while written < len(data):
-            data = memoryview(data)[written:]
-            written = os.write(descriptor, data)
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[os.write(descriptor, left) :]
+            except BlockingIOError:  # somebody who shares it has made it so
+                poll = select.poll()
+                poll.register(descriptor, select.POLLOUT)
+                poll.poll()
 
     return write
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -177,6 +178,23 @@ def test_an_interrupted_get_leaves_nothing(
         _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (status, b"")
     assert list(files.iterdir()) == []
+
+
+def test_standard_output_that_does_not_block_gets_all(daemon: object, rustorctl: Command, files: Path) -> None:
+    data = os.urandom(3 << 20)
+    (files / "big").write_bytes(data)
+    rustorctl.ok("put", files / "big", "--name", "big")
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    process = rustorctl.start("get", "big", stdout=writing, stderr=subprocess.PIPE)  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 30
+    while select.select([], [writing], [], 0)[1]:  # until it is full
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.close(writing)
+    with os.fdopen(reading, "rb", buffering=0) as pipe:
+        os.set_blocking(pipe.fileno(), True)
+        assert pipe.readall() == data
+    assert (process.wait(timeout=30), process.stderr.read()) == (0, b"")
 
 
 def test_nobody_listens(rustorctl: Command, socket_path: Path) -> None:
