@@ -125,8 +125,10 @@ class Bar:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._drawn is not None:
-            self._drawn.stop()
+        with self._lock:
+            self._wanted = False  # who still sends something draws nothing any more
+            if self._drawn is not None:
+                self._drawn.stop()
 
     def advance(self, size: int) -> None:
         """``size`` more bytes have been transferred."""
@@ -136,7 +138,7 @@ class Bar:
             self._done += size
             if self._drawn is not None:
                 self._drawn.advance(self._drawn.task_ids[0], size)
-            elif time.monotonic() - self._since > BAR_AFTER_S:
+            elif self._wanted and time.monotonic() - self._since > BAR_AFTER_S:
                 self._draw()
 
     def _draw(self) -> None:

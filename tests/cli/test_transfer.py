@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from rustord.cli.transfer import Bar
 from rustord.objkey import is_uuid
 
 Command = Callable[..., Any]
@@ -61,6 +62,15 @@ def test_there_is_no_bar_without_a_terminal(daemon: object, rustorctl: Any) -> N
     printed, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (0, b"")
     assert is_uuid(printed.decode().strip())
+
+
+def test_no_bar_is_drawn_when_the_command_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rustord.cli.transfer.is_terminal", lambda output: True)
+    monkeypatch.setattr("rustord.cli.transfer.BAR_AFTER_S", -1.0)
+    with Bar("n", 2) as bar:
+        pass
+    bar.advance(1)  # by a thread that is still at it
+    assert bar._drawn is None
 
 
 @pytest.mark.parametrize(
