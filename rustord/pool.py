@@ -59,13 +59,7 @@ def create_pool(
 
     Raises InvalidRequest or DeviceError; the labels already written then make no pool that can be opened.
     """
-    if block_size not in BLOCK_SIZES:
-        hint = f"choose one of {', '.join(map(str, BLOCK_SIZES))}"
-        raise InvalidRequest(f"a block cannot have {block_size} bytes", hint=hint)
-    if not 1 <= len(devices) <= MEMBER_COUNT_MAX:
-        raise InvalidRequest(f"a pool cannot have {len(devices)} devices", hint=f"it has 1 to {MEMBER_COUNT_MAX}")
-    if not name.isprintable() or len(name.encode()) > POOL_NAME_BYTES_MAX:  # a lone surrogate is not printable
-        raise InvalidRequest(f"{name!r} cannot be a pool's name", hint=f"at most {POOL_NAME_BYTES_MAX} printable bytes")
+    check_new(len(devices), name, block_size)
     members = []
     for index, device in enumerate(devices):
         check_block_size(device, block_size)
@@ -88,6 +82,17 @@ def create_pool(
         clear(device, label.geometry)
         write_label(device, label)
     return labels
+
+
+def check_new(device_count: int, name: str, block_size: int) -> None:
+    """Raises InvalidRequest if there can be no such pool, whatever its devices are."""
+    if block_size not in BLOCK_SIZES:
+        hint = f"choose one of {', '.join(map(str, BLOCK_SIZES))}"
+        raise InvalidRequest(f"a block cannot have {block_size} bytes", hint=hint)
+    if not 1 <= device_count <= MEMBER_COUNT_MAX:
+        raise InvalidRequest(f"a pool cannot have {device_count} devices", hint=f"it has 1 to {MEMBER_COUNT_MAX}")
+    if not name.isprintable() or len(name.encode()) > POOL_NAME_BYTES_MAX:  # a lone surrogate is not printable
+        raise InvalidRequest(f"{name!r} cannot be a pool's name", hint=f"at most {POOL_NAME_BYTES_MAX} printable bytes")
 
 
 def check_block_size(device: BlockDevice, block_size: int) -> None:

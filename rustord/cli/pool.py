@@ -151,7 +151,10 @@ def create(
     Works without the daemon. Each device is refused, with every reason, unless it is proven free; if one is, none
     is changed.
     """
+    from rustord.pool import check_new
+
     _check_distinct(devices)
+    check_new(len(devices), pool_name, int(block_size))  # before --force erases anything
     with _images(devices, size, dry_run) as missing:
         verdicts = _require_free([path for path in devices if path not in missing], force)
         if dry_run:

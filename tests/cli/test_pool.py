@@ -69,6 +69,17 @@ def test_force_says_what_it_erases_first_in_a_dry_run(rustorctl: Command, pool_i
     assert done.stderr.startswith(f"{pool_image}: erasing the label of the rustord pool\n")
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["", "dry run"])
+def test_a_pool_that_cannot_be_is_refused_before_anything_is_erased(
+    rustorctl: Command, pool_image: Path, more: list[str]
+) -> None:
+    before = content(pool_image)
+    done = rustorctl("pool", "create", "--force", *more, "--pool-name", "n" * 65, pool_image)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "cannot be a pool's name" in done.stderr
+    assert content(pool_image) == before
+
+
 def test_all_reasons_against_all_devices_are_told(rustorctl: Command, pool_image: Path, disk_path: Path) -> None:
     small = disk_path / "small.img"
     small.write_bytes(bytes(4096))
