@@ -18,7 +18,7 @@ from pathlib import Path
 from rustord.blockdevice import BlockDevice
 from rustord.blockstore import ErasePolicy, Slot, read_label, write_label
 from rustord.errors import Damaged, DeviceError, FormatError, NotFound, PoolError
-from rustord.extent import Extent, block_count, without
+from rustord.extent import LAYERS, Extent, block_count, without
 from rustord.journal import NOTHING, Batch, Kind, decode_record_ids
 from rustord.keystore.backend import Backend
 from rustord.keystore.contents import Contents, owner_of, read_contents, replace_index
@@ -459,7 +459,8 @@ class Audit:
             copy = record.copies[number]
             self._blocks.write_copy(copy, block_count(copy) * size - len(footer), footer)
         self._blocks.keep_pages(self._label.secret, self._lost_pages)
-        self._flush({device for record, _ in self._torn_footers for device in record.devices})
+        written = {extent.device for record, number in self._torn_footers for extent in record.copies[number]}
+        self._flush(written - {LAYERS})
 
     def _flush(self, devices: Iterable[int]) -> None:
         for error in self._blocks.flush(devices).values():

@@ -300,6 +300,16 @@ def test_the_index_is_not_made_anew_without_a_device(filled: Filled) -> None:
         audit.mend()
 
 
+def test_a_footer_is_mended_while_the_device_of_another_copy_is_missing(filled: Filled) -> None:
+    extent = filled.records[5].copies[0][-1]
+    path = filled.pool.paths[extent.device]
+    write(path, extent.end * BLOCK - 200, b"damage")
+    with audit_of(filled.pool, repair=True, paths=[path]) as audit:
+        assert Mend.FOOTER in audit.plan
+        audit.mend()
+    filled.check_whole()
+
+
 def test_a_pool_in_use_is_refused(filled: Filled) -> None:
     filled.pool.open()
     with pytest.raises(DeviceError, match="in use"):
