@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -37,6 +37,7 @@ _SHOWN_MAX = 100
 """Findings of one kind that are told one by one."""
 _VERIFY_BYTES = 1 << 20
 _RESTORE = "restore the Object from elsewhere"
+_HEALTH = "look at the device's health (smartctl)"
 
 
 class Mend(enum.Enum):
@@ -359,6 +360,11 @@ class Audit:
         taken += [extent for _, extent in self._layer_extents()]
         for grave in [*self._contents.graves, *(self._survey.graves() if self._pending else ())]:
             taken += grave.extents
+        for slot in self._blocks.slots.values():
+            taken += [Extent(slot.index, run.block, run.count) for run in slot.bad.runs]
+        if unreadable := without(self._survey.unreadable, _merged(taken)):
+            self._find("free", f"{_first(unreadable)}: is free, and cannot be read", _HEALTH, harmless=True)
+        taken += unreadable
         footers = self._footer_blocks()
         leftovers = set(self._written_outside(taken))
         with_footers = {extent for extent in leftovers if (extent.device, extent.block) in footers}
@@ -371,17 +377,11 @@ class Audit:
 
     def _tell_leftovers(self, blocks: set[Extent], what: str) -> None:
         if blocks:
-            first = min(blocks)
-            more = f", and {len(blocks) - 1:,} more" if len(blocks) > 1 else ""
-            where = f"block {first.block} of device {first.device}{more}"
-            self._find("free", f"{where}: is free, and {what}", mend=Mend.ERASE, harmless=True)
+            self._find("free", f"{_first(blocks)}: is free, and {what}", mend=Mend.ERASE, harmless=True)
             self._leftovers += sorted(blocks)
 
     def _written_outside(self, taken: Iterable[Extent]) -> Iterator[Extent]:
-        """The blocks that are not zero and not in ``taken``, one by one; bad ones are left out."""
-        taken = list(taken)
-        for slot in self._blocks.slots.values():
-            taken += [Extent(slot.index, run.block, run.count) for run in slot.bad.runs]
+        """The blocks that are not zero and not in ``taken``, one by one."""
         size = self._label.block_size
         zeros = bytes(size)
         for extent in without(self._survey.written, _merged(taken)):
@@ -505,6 +505,13 @@ def _text(uuid: ObjectId | None) -> str:
 
 def _name(record: Record) -> str:
     return f"Object {uuid_text(record.uuid)}" + (f" ({record.name!r})" if record.name else "")
+
+
+def _first(blocks: Collection[Extent]) -> str:
+    """Which of some blocks is the first, and how many more there are."""
+    first = min(blocks)
+    more = f", and {len(blocks) - 1:,} more" if len(blocks) > 1 else ""
+    return f"block {first.block} of device {first.device}{more}"
 
 
 def _place(extent: Extent) -> str:

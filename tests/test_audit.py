@@ -21,6 +21,7 @@ from rustord.page import CHUNK_BYTES, Page, slot_of
 from rustord.placer import Mirrored
 from rustord.pool import open_devices
 from rustord.record import Metadata, Record, encode_record
+from rustord.testing.device import VolatileDevice
 from rustord.volumes import Volumes
 from tests.simulation import MIB, Direct, PowerCut, Simulation, check_sound, live, run, stored
 
@@ -308,6 +309,20 @@ def test_a_footer_is_mended_while_the_device_of_another_copy_is_missing(filled: 
         assert Mend.FOOTER in audit.plan
         audit.mend()
     filled.check_whole()
+
+
+def test_a_free_block_that_cannot_be_read_ends_no_audit(disk_path: Path) -> None:
+    pool = Simulation(disk_path)
+    store = pool.open()
+    store.put(b"kept")
+    block = store.stat(store.put(bytes(5 * BLOCK)).uuid).extents[0].end + 10
+    pool.close()
+    device = VolatileDevice(open_device(pool.paths[0], read_only=True))
+    device.fail_reads = range(block * BLOCK, (block + 1) * BLOCK)
+    with Audit([device], backend=LmdbBackend(), directory=pool.index, data=True) as audit:
+        (finding,) = audit.findings
+        assert f"block {block} of device 0: is free, and cannot be read" in finding.what
+        assert finding.harmless
 
 
 def test_a_pool_in_use_is_refused(filled: Filled) -> None:
