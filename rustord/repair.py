@@ -17,7 +17,7 @@ from queue import Empty, Full, Queue
 from typing import NamedTuple
 
 from rustord.blockstore import chunk_sums
-from rustord.errors import Damaged, DeviceError, NotFound, PreconditionFailed, RustordError
+from rustord.errors import DeviceError, NotFound, PreconditionFailed, RustordError
 from rustord.event import FAULT, OBJECT_DAMAGED, OBJECT_MENDED, fields
 from rustord.extent import Extent, part
 from rustord.footer import encode_footer
@@ -188,7 +188,7 @@ class Repairer:
         footer = self._footer(record, number)
         try:
             found = self._store.blocks.reread_copy(record.copies[number], 0, record.size + len(footer))
-        except DeviceError:
+        except RustordError:
             return False
         pace(len(found))
         data = found[: record.size]
@@ -216,7 +216,7 @@ class Repairer:
         """Whether a range of whole chunks is right on the medium. A device that went away meanwhile is not asked."""
         try:
             data = self._store.blocks.reread_copy(record.copies[number], start, end - start)
-        except DeviceError:
+        except RustordError:  # of what a Layer has, also that the Object below it is damaged, or that it is gone itself
             return self._store.blocks.has_gone(record.copies[number])
         return chunk_sums(data) == record.sums(start // CHUNK_BYTES, -(-end // CHUNK_BYTES))
 
@@ -283,7 +283,7 @@ class Repairer:
             return True
         try:
             self._store.blocks.read(record, wound.start, wound.end - wound.start)
-        except (Damaged, DeviceError):
+        except RustordError:
             return False
         return True
 

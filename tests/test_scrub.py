@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rustord.change import Put
+from rustord.change import Delete, Put
 from rustord.errors import Damaged, DeviceError
 from rustord.extent import Extent
 from rustord.objectstore import ObjectStore
@@ -310,6 +310,38 @@ def test_an_object_that_was_a_volume(single: Bench) -> None:
     single.restart()
     check_sound(single.store)
     assert not single.store.allocator._free[0].contains(at // 4096, 1)
+
+
+def test_an_object_below_a_snapshot_that_is_damaged_ends_no_scrub(single: Bench) -> None:
+    volumes = Volumes(single.store, single.writer)
+    image = single.store.stat(single.writer.call(lambda: single.store.put(DATA, name="image")).uuid)
+    volumes.clone("image", "disk")
+    snapshot = volumes.snapshot("disk", "snapshot")
+    volumes.close()
+    single.restart()
+    single.flip(0, image.extents[0].block * 4096 + 3 * CHUNK)
+    report = single.run()
+    assert (report.state, report.copies, report.lost) == ("done", 2, 2)
+    assert {damaged["uuid"] for damaged in report.damaged_objects} == {uuid_text(image.uuid), uuid_text(snapshot.uuid)}
+    assert report.bad_extents == [{"device": 0, "block": image.extents[0].block + 48, "count": 16}]
+
+
+def test_a_snapshot_that_is_deleted_meanwhile_ends_no_scrub(single: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    volumes = Volumes(single.store, single.writer)
+    volumes.create("disk", 40 * CHUNK)
+    with closing(volumes.open("disk")) as volume:
+        volume.write(CHUNK, DATA[: 2 * CHUNK])
+        volume.flush()
+    record = volumes.freeze("disk", "frozen")
+
+    def delete_first(length: int) -> None:
+        if single.store.keystore.get(record.uuid):
+            single.writer.make([Delete(record.uuid)], 60)
+
+    monkeypatch.setattr(single.scrub, "_pace", delete_first)
+    report = single.run()
+    assert (report.state, report.damaged) == ("done", 0)
+    volumes.close()
 
 
 def test_a_second_start_changes_nothing(single: Bench) -> None:
