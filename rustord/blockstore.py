@@ -326,11 +326,14 @@ class BlockStore:
         return all(e.device in slots and slots[e.device].device is not None for e in copy if e.device != LAYERS)
 
     def has_gone(self, copy: Copy) -> bool:
-        """Whether a device of the copy is not there, or has gone, which nobody may have noticed yet."""
-        if not self.is_there(copy):
-            return True
-        slots = (self.slots.get(extent.device) for extent in copy)
-        return any(slot is not None and isinstance(slot.device, RawDevice) and slot.device.is_gone for slot in slots)
+        """Whether a device of the copy is away."""
+        return any(self.is_away(extent.device) for extent in copy if extent.device != LAYERS)
+
+    def is_away(self, index: int) -> bool:
+        """Whether a device is not there, or has gone, which nobody may have noticed yet."""
+        slot = self.slots.get(index)
+        device = slot.device if slot is not None else None
+        return device is None or (isinstance(device, RawDevice) and device.is_gone)
 
     def read_copy_now(
         self, record: Record, number: int, offset: int, buffer: memoryview, *, verify: bool = False

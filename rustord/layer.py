@@ -374,6 +374,18 @@ class Layers:
         chunk, inside = divmod(skip, CHUNK_BYTES)
         return None if inside else self.places(self.chain(self.numbered(number)), chunk, chunk + 1)[0]
 
+    def has_gone(self, number: int, first: int, end: int) -> bool:
+        """Whether a device is away that has chunks from ``first`` to before ``end`` of the Layer with this number.
+
+        Raises NotFound.
+        """
+        chain = self.chain(self.numbered(number))
+        addresses = {self.find(chain, chunk) for chunk in range(first, end)}
+        if any(map(self._blocks.is_away, {device_of(address) for address in addresses if address > ZEROS})):
+            return True
+        base = chain[-1].head.base if BASE in addresses else NOTHING
+        return base != NOTHING and all(map(self._blocks.has_gone, self._record(base).copies))
+
     def find(self, chain: Sequence[Layer], chunk: int) -> int:
         """The address of a chunk: of the first Layer that has it; `BASE` if none has."""
         for layer in chain:

@@ -157,7 +157,7 @@ class Repairer:
             health = Health()
             wounds: list[Wound] = []
             for number in copies:
-                if self._store.blocks.has_gone(record.copies[number]):
+                if self._has_gone(record, number, start, record.size if end is None else end):
                     health.unread += 1
                     continue
                 wounds += (
@@ -217,8 +217,18 @@ class Repairer:
         try:
             data = self._store.blocks.reread_copy(record.copies[number], start, end - start)
         except RustordError:  # of what a Layer has, also that the Object below it is damaged, or that it is gone itself
-            return self._store.blocks.has_gone(record.copies[number])
+            return self._has_gone(record, number, start, end)
         return chunk_sums(data) == record.sums(start // CHUNK_BYTES, -(-end // CHUNK_BYTES))
+
+    def _has_gone(self, record: Record, number: int, start: int, end: int) -> bool:
+        """Whether a device is away that a copy needs; of what a Layer has, for a range of it."""
+        if self._store.blocks.has_gone(record.copies[number]):
+            return True
+        try:
+            chunks = start // CHUNK_BYTES, -(-end // CHUNK_BYTES)
+            return bool(record.layer) and self._store.layers.has_gone(record.layer, *chunks)
+        except NotFound:
+            return False
 
     def _footer_wounds(self, record: Record, number: int, health: Health, pace: Pace) -> Iterable[Wound]:
         blocks, copy, footer = self._store.blocks, record.copies[number], self._footer(record, number)

@@ -19,8 +19,10 @@ import pytest
 from rustord.change import Delete, Put
 from rustord.errors import Damaged, DeviceError
 from rustord.extent import Extent
+from rustord.membership import detach_device
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
+from rustord.page import device_of
 from rustord.placer import Mirrored
 from rustord.record import Metadata, Record
 from rustord.repair import Repairer
@@ -342,6 +344,27 @@ def test_a_snapshot_that_is_deleted_meanwhile_ends_no_scrub(single: Bench, monke
     report = single.run()
     assert (report.state, report.damaged) == ("done", 0)
     volumes.close()
+
+
+def test_a_snapshot_whose_data_is_away_is_not_lost(simulate: Callable[..., Simulation]) -> None:
+    """Its footer is elsewhere; its blocks are as good as before when the device is back."""
+    bench = Bench(simulate(16 * MIB, 16 * MIB))
+    volumes = Volumes(bench.store, bench.writer)
+    image = bench.store.stat(bench.writer.call(lambda: bench.store.put(DATA, name="image")).uuid)
+    volumes.clone("image", "disk")
+    with closing(volumes.open("disk")) as volume:
+        volume.write(0, b"written")
+        volume.flush()
+    snapshot = volumes.snapshot("disk", "snapshot")
+    (chunk,) = (address for _, address in bench.store.layers.numbered(snapshot.layer).chunks())
+    away = {*image.devices, device_of(chunk)} - snapshot.devices
+    assert len(away) == 1, "nothing of it is anywhere else"
+    bench.writer.call(lambda: detach_device(bench.store, *away))
+    report = bench.run()
+    assert (report.state, report.lost, report.bad_extents) == ("done", 0, [])
+    assert report.unread >= 1
+    volumes.close()
+    bench.end()
 
 
 def test_a_second_start_changes_nothing(single: Bench) -> None:
