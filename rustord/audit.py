@@ -26,8 +26,9 @@ from rustord.keystore.ring import Ring
 from rustord.keystore.state import verify
 from rustord.label import LABEL_BYTES, Label, State, decode_label
 from rustord.layer import Layers
+from rustord.manifest import chunk_count
 from rustord.objkey import ObjectId, uuid_text
-from rustord.page import Page
+from rustord.page import Page, slot_of
 from rustord.pool import assemble
 from rustord.record import Record
 from rustord.replay import footer_of
@@ -270,8 +271,9 @@ class Audit:
             what = f"page {key[1]} of the map of layer {uuid_text(key[0])}"
             if page is not None and (found is None or found.generation < page.generation):
                 pages[key] = page
-                self._lost_pages.append(page)
-                self._find("footer", f"{what} is in the index, and not on the devices", mend=Mend.FOOTER)
+                if self._blocks.is_there((slot_of(page),)):
+                    self._lost_pages.append(page)
+                    self._find("footer", f"{what} is in the index, and not on the devices", mend=Mend.FOOTER)
             else:
                 self._find("index", f"{what} is not in the index as on the devices", mend=Mend.INDEX)
         return {key: page for key, page in pages.items() if (key[0], 0) in pages}
@@ -403,9 +405,9 @@ class Audit:
 
     def _is_right(self, record: Record, number: int, progress: Progress) -> bool:
         """Whether the data of a copy matches its checksums, or is on a device that is missing."""
-        if not self._blocks.is_there(record.copies[number]):
-            return True
         try:
+            if not self._blocks.is_there(record.copies[number]) or self._is_layer_away(record):
+                return True
             for offset in range(0, record.size, _VERIFY_BYTES):
                 length = min(_VERIFY_BYTES, record.size - offset)
                 if not self._blocks.verify(record, number, offset, length):
@@ -414,6 +416,9 @@ class Audit:
         except DeviceError:
             return False
         return True
+
+    def _is_layer_away(self, record: Record) -> bool:
+        return bool(record.layer) and self._layers.has_gone(record.layer, 0, chunk_count(record.size))
 
     # Mending
 

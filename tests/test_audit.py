@@ -449,6 +449,22 @@ def test_a_page_that_the_devices_have_lost(with_volumes: WithVolumes) -> None:
     assert findings(with_volumes.pool) == []
 
 
+def test_what_volumes_have_on_a_device_that_is_missing_is_not_wrong(disk_path: Path) -> None:
+    pool = Simulation(disk_path, (16 * MIB, 16 * MIB))
+    store = pool.open()
+    volumes = Volumes(store, Direct(store))
+    for number in range(4):
+        volumes.create(f"disk-{number}", 40 * CHUNK_BYTES)
+        with closing(volumes.open(f"disk-{number}")) as volume:
+            volume.write(CHUNK_BYTES, b"written")
+            volume.flush()
+        volumes.snapshot(f"disk-{number}", f"snapshot-{number}")
+    pool.close()
+    for number in (0, 1):
+        found = findings(pool, paths=[pool.paths[1 - number]], data=True)
+        assert [finding.kind for finding in found] == ["device"]
+
+
 def test_what_is_stored_is_not_changed_by_an_audit(filled: Filled) -> None:
     assert stored(run(filled.pool.open(), Put(b"more"))[0]).size == 4
     filled.pool.close()
