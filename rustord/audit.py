@@ -413,7 +413,7 @@ class Audit:
                 if not self._blocks.verify(record, number, offset, length):
                     return False
                 progress(length)
-        except DeviceError:
+        except (Damaged, DeviceError, NotFound):  # also of what is below a snapshot
             return False
         return True
 

@@ -465,6 +465,19 @@ def test_what_volumes_have_on_a_device_that_is_missing_is_not_wrong(disk_path: P
         assert [finding.kind for finding in found] == ["device"]
 
 
+def test_damage_below_a_snapshot_is_told_of_both(disk_path: Path) -> None:
+    pool = Simulation(disk_path)
+    store = pool.open()
+    image = store.stat(store.put(b"image" * 50_000, name="image").uuid)
+    volumes = Volumes(store, Direct(store))
+    volumes.clone("image", "disk")
+    volumes.snapshot("disk", "snapshot")
+    pool.close()
+    write(pool.paths[0], image.extents[0].block * BLOCK, b"flip")
+    found = findings(pool, data=True)
+    assert [finding.kind for finding in found] == ["data", "data"]
+
+
 def test_what_is_stored_is_not_changed_by_an_audit(filled: Filled) -> None:
     assert stored(run(filled.pool.open(), Put(b"more"))[0]).size == 4
     filled.pool.close()
