@@ -117,9 +117,9 @@ def set_standing(store: ObjectStore, index: int, standing: Standing) -> None:
             f"no device but device {index} takes new data", hint="add another device first, then remove this one"
         )
     if slot.standing is not standing:
-        slot.standing = standing
         members = (replace(m, standing=standing) if m.device_index == index else m for m in store.label.members)
         renew_labels(store, replace(store.label, members=tuple(members)))
+        slot.standing = standing
         store.erase_again()
 
 

@@ -14,7 +14,7 @@ import pytest
 from rustord.blockdevice import ImageFile, RawDevice, open_device
 from rustord.blockstore import BlockStore, Slot, read_label
 from rustord.change import Put
-from rustord.errors import DeviceError, InvalidRequest, PoolError
+from rustord.errors import DeviceError, InvalidRequest, NoSpace, PoolError
 from rustord.label import Geometry, Standing
 from rustord.membership import (
     add_device,
@@ -183,6 +183,18 @@ class TestReturning:
             pair.close()
 
 
+def fail_to_note(store: ObjectStore, monkeypatch: pytest.MonkeyPatch, turn: int = 1) -> None:
+    """Have the index refuse a new generation once, the time ``turn``, as when its filesystem is full."""
+    note, turns = store.keystore.note_generation, iter(range(1, 100))
+
+    def fail_once(generation: int) -> None:
+        if next(turns) == turn:
+            raise NoSpace("the index has no room")
+        note(generation)
+
+    monkeypatch.setattr(store.keystore, "note_generation", fail_once)
+
+
 class TestLeaving:
     def test_the_last_that_takes_data_stays(self, pair: Simulation) -> None:
         store = pair.open()
@@ -191,6 +203,18 @@ class TestLeaving:
             set_standing(store, 1, Standing.LEAVING)
         set_standing(store, 0, Standing.IN_USE)
         store.put(b"x")
+
+    def test_that_it_leaves_is_said_again_if_it_could_not_be_noted(
+        self, pair: Simulation, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = pair.open()
+        fail_to_note(store, monkeypatch)
+        with pytest.raises(NoSpace):
+            set_standing(store, 1, Standing.LEAVING)
+        assert store.blocks.slots[1].standing is Standing.IN_USE
+        set_standing(store, 1, Standing.LEAVING)
+        pair.close()
+        assert pair.open().blocks.slots[1].standing is Standing.LEAVING
 
     def test_no_index_of_a_device_is_used_twice(self, simulate: Callable[..., Simulation]) -> None:
         simulation, other = simulate(), simulate()
