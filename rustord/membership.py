@@ -142,14 +142,13 @@ def remove_device(store: ObjectStore, index: int) -> None:
     device = slot.device if is_lost else store.blocks.writable(index)
     if not is_lost and not store.allocator.is_empty(index):
         raise DeviceError(f"device {index} holds Objects", hint="it is emptied first: 'rustorctl device remove'")
-    store.keystore.checkpoint()
     members = tuple(member for member in store.label.members if member.device_index != index)
-    store.blocks.remove(index)
+    store.keystore.forget_device(index)
+    renew_labels(store, replace(store.label, members=members))
+    store.blocks.remove(index)  # from here on nothing fails that would leave it half removed
     store.allocator.remove(index)
     if slot.device is not None:
         store.keystore.remove_ring(index)
-    store.keystore.forget_device(index)
-    renew_labels(store, replace(store.label, members=members))
     store.erase_again()
     if device is None:
         return

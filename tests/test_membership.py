@@ -227,6 +227,21 @@ class TestLeaving:
         simulation.close()
         assert simulation.open().label.next_index == 4
 
+    def test_one_whose_removal_could_not_be_noted_is_removed_the_next_time(
+        self, simulate: Callable[..., Simulation], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB)
+        store = simulation.open()
+        fail_to_note(store, monkeypatch)
+        with pytest.raises(NoSpace):
+            remove_device(store, 1)
+        assert [slot.state for slot in store.blocks.slots.values()] == ["online", "online"]
+        run(store, Put(b"x"))
+        remove_device(store, 1)
+        check_sound(store)
+        simulation.close()
+        assert list(simulation.open(without=[1]).blocks.slots) == [0]
+
     def test_one_that_is_given_up_is_let_go_as_it_is(self, pair: Simulation) -> None:
         store = pair.open()
         pair.devices[1].fail_flushes = 1
