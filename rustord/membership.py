@@ -15,7 +15,7 @@ from rustord.freelist import FreeList
 from rustord.keystore.ring import Ring
 from rustord.label import MEMBER_COUNT_MAX, Geometry, Member, Standing
 from rustord.objectstore import ObjectStore
-from rustord.pool import check_block_size, check_return, clear, renew_labels, wipe
+from rustord.pool import check_block_size, check_return, clear, renew_labels, wipe, write_labels
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +41,13 @@ def add_device(store: ObjectStore, device: BlockDevice) -> Member:
     index, generation = label.next_index, label.generation + 1
     member = Member(store.keygen.uuid(), index, geometry.block_count, generation, round=label.round)
     label = replace(label, next_index=index + 1, members=(*label.members, member))
-    store.keystore.note_generation(generation)
+    # Also if this fails half-way, what is written to the others next is newer, or the new one would be another round.
+    store.label = replace(store.label, generation=generation)
+    store.keystore.note_generation(generation + 1)
     write_label(device, replace(label, generation=generation).for_member(member))
-    store.blocks.add(Slot(index, member.device_uuid, geometry, device))
     store.keystore.add_ring(index, Ring(device, member.device_uuid, geometry, label.secret))
-    store.label = replace(store.label, generation=generation)  # theirs are newer, or the new one would be another round
-    renew_labels(store, label)
+    store.blocks.add(Slot(index, member.device_uuid, geometry, device))
+    store.label = write_labels(store.blocks, replace(label, generation=generation + 1))
     store.allocator.add(index, FreeList(geometry.data_runs), geometry.data_block_count)
     return member
 

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -283,6 +283,50 @@ class TestJoining:
             assert [slot.state for slot in store.blocks.slots.values()] == ["online"] * len(simulation.paths)
             simulation.close()
         pytest.fail("the power never went off")
+
+
+    def test_one_that_does_not_take_its_label_keeps_nobody_from_the_pool(
+        self, simulate: Callable[..., Simulation], make_image: Callable[[int], Path]
+    ) -> None:
+        simulation, new = simulate(), make_image(16 * MIB)
+        store = simulation.open()
+        key = store.put(b"x")
+        device = VolatileDevice(open_device(new))
+        prepare_device(store, device)
+        device.fail_writes = range(8 * MIB, 9 * MIB)  # the second copy
+        with pytest.raises(DeviceError):
+            add_device(store, device)
+        device.close()
+        simulation.close()
+        simulation.paths.append(new)
+        with pytest.raises(PoolError, match="was removed from pool"):
+            simulation.open()
+        store = simulation.open(without=[1])
+        assert (list(store.blocks.slots), store.get(key.uuid)) == ([0], b"x")
+
+    @pytest.mark.parametrize("turn", [1, 2])
+    def test_an_index_without_room_leaves_it_in_or_out(
+        self,
+        simulate: Callable[..., Simulation],
+        make_image: Callable[[int], Path],
+        monkeypatch: pytest.MonkeyPatch,
+        turn: int,
+    ) -> None:
+        simulation = simulate()
+        store = simulation.open()
+        device = VolatileDevice(open_device(make_image(16 * MIB)))
+        prepare_device(store, device)
+        fail_to_note(store, monkeypatch, turn)
+        with suppress(NoSpace):
+            add_device(store, device)
+        monkeypatch.undo()
+        is_in = len(store.blocks.slots) == 2
+        assert store.allocator.is_empty(1)
+        assert bool(store.allocator.free_count(1)) is is_in
+        check_sound(store)
+        if not is_in:
+            add_device(store, device)
+        simulation.close()
 
 
 class TestFaults:

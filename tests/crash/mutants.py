@@ -337,10 +337,10 @@ def _mutants() -> Iterator[Mutant]:
         "the new device's label is written before the index knows of it",
         (
             membership.add_device,
-            "store.keystore.note_generation(generation)\n"
+            "store.keystore.note_generation(generation + 1)\n"
             "    write_label(device, replace(label, generation=generation).for_member(member))",
             "write_label(device, replace(label, generation=generation).for_member(member))\n"
-            "    store.keystore.note_generation(generation)",
+            "    store.keystore.note_generation(generation + 1)",
         ),
         by=(s.adding_a_device,),
     )
@@ -355,7 +355,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "the new device's label is of another round than the others",
-        (membership.add_device, "store.label = replace(store.label, generation=generation)", "pass"),
+        (membership.add_device, "replace(label, generation=generation + 1)", "replace(label, generation=generation)"),
         by=(s.adding_a_device,),
     )
     yield mutant(
