@@ -207,7 +207,8 @@ class Allocator:
 
     def lost_count(self, device: int) -> int:
         """Blocks that are bad, and that nothing is on."""
-        return self._free[device].lost_count
+        free = self._free.get(device)
+        return 0 if free is None else free.lost_count
 
     def fragments(self) -> int:
         """How many runs of free blocks there are."""
@@ -221,14 +222,14 @@ class Allocator:
 
     def free_count(self, device: int) -> int:
         free = self._free.get(device)
-        return 0 if free is None else free.free_count  # who counts what is free may have seen one that has just left
+        return 0 if free is None else free.free_count  # who counts may have seen one that joins, or has just left
 
     def largest(self, device: int) -> int:
         return self._free[device].largest()
 
     def size(self, device: int) -> int:
         """Blocks for data on the device in all, free or not."""
-        return self._sizes[device]
+        return self._sizes.get(device, 0)
 
     def best_fit(self, device: int, count: int) -> int | None:
         return self._free[device].best_fit(count)

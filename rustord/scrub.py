@@ -155,12 +155,12 @@ class Scrub:
         }
 
     def _total(self) -> int:
-        store = self._store
+        allocator = self._store.allocator
         used = sum(
-            slot.geometry.data_block_count - store.allocator.free_count(index) - store.allocator.lost_count(index)
-            for index, slot in list(store.blocks.slots.items())
+            allocator.size(index) - allocator.free_count(index) - allocator.lost_count(index)
+            for index in self._store.blocks.slots
         )
-        return used * store.label.block_size
+        return used * self._store.label.block_size
 
     # On the task's thread
 

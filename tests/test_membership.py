@@ -24,9 +24,13 @@ from rustord.membership import (
     remove_device,
     set_standing,
 )
+from rustord.mover import Mover
 from rustord.objectstore import ObjectStore
 from rustord.placer import Mirrored
 from rustord.pool import open_devices
+from rustord.repair import Repairer
+from rustord.scrub import Scrub
+from rustord.writer import Writer
 from tests.simulation import MIB, PowerCut, Simulation, VolatileDevice, check_sound, run, stored
 
 
@@ -303,6 +307,28 @@ class TestJoining:
             simulation.open()
         store = simulation.open(without=[1])
         assert (list(store.blocks.slots), store.get(key.uuid)) == ([0], b"x")
+
+    def test_who_counts_blocks_meanwhile_sees_none_of_it(
+        self, simulate: Callable[..., Simulation], make_image: Callable[[int], Path], tmp_path: Path
+    ) -> None:
+        simulation = simulate()
+        store = simulation.open()
+        writer = Writer(store)
+        scrub, mover = Scrub(store, Repairer(store, writer), tmp_path / "notes"), Mover(store, writer)
+        device = VolatileDevice(open_device(make_image(16 * MIB)))
+        prepare_device(store, device)
+        seen = []
+
+        def count(operation: str) -> None:
+            if operation == "write":
+                seen.append((len(store.blocks.slots), scrub.status()["total_bytes"], max(mover._excess().values())))
+
+        simulation.devices[0].stall = count
+        writer.call(lambda: add_device(store, device))
+        assert (2, 0, 0.0) in seen
+        writer.call(lambda: remove_device(store, 1))
+        scrub.close()
+        writer.close()
 
     @pytest.mark.parametrize("turn", [1, 2])
     def test_an_index_without_room_leaves_it_in_or_out(
