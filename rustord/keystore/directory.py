@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from pathlib import Path
 
 from rustord.errors import Damaged, DeviceBusy, DeviceError, NoSpace, NotFound, RustordError
@@ -54,13 +55,27 @@ class LockedDirectory:
             return ""
 
     def sync(self) -> None:
-        """Make the names of files that were created in it durable, and its own name."""
+        """Make the names of files that were created in it durable, and its own name.
+
+        What root has created in a directory of another user is that user's then: a daemon uses what root has rebuilt.
+        """
+        self._give_away()
         os.fsync(self._descriptor)
         parent = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(parent)
         finally:
             os.close(parent)
+
+    def _give_away(self) -> None:
+        owner = os.fstat(self._descriptor)
+        if os.geteuid() or not owner.st_uid:
+            return
+        for name in os.listdir(self._descriptor):
+            # By its name: to open and close a file would end the database's locks on it.
+            status = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+            if not status.st_uid and status.st_nlink == 1 and stat.S_ISREG(status.st_mode):
+                os.chown(name, owner.st_uid, owner.st_gid, dir_fd=self._descriptor, follow_symlinks=False)
 
     def close(self) -> None:
         """Let go of the lock. Closing twice is fine."""

@@ -5,7 +5,9 @@ The contract itself is run in tests/testing/test_keystore.py.
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from rustord.errors import Damaged, DeviceError, NoSpace
 from rustord.keystore.backend import KEY_BYTES_MAX, VALUE_BYTES_MAX, Backend, check_batch
 from rustord.keystore.lmdb import LmdbBackend
 from rustord.keystore.sqlite import SqliteBackend
-from tests.conftest import FaultyLoop
+from tests.conftest import FaultyLoop, PlainUser
 
 LAST = b"\xff" * (KEY_BYTES_MAX + 1)
 
@@ -54,6 +56,23 @@ def failing_filesystem(faulty_loop: FaultyLoop, tmp_path: Path) -> Iterator[Path
     subprocess.run(["mount", "-o", "errors=continue", faulty_loop.path, path], check=True)
     yield path
     subprocess.run(["umount", path], check=True)
+
+
+@pytest.mark.root
+def test_what_root_makes_for_another_user_is_his(backend: Backend, plain_user: PlainUser) -> None:
+    """As a rebuild does, if only the directory is left: the daemon runs as its owner."""
+    index = plain_user.directory / "index"
+    index.mkdir()
+    os.chown(index, plain_user.uid, plain_user.gid)
+    backend.open(index)
+    backend.commit({b"key": b"value"}, ())
+    assert {path.name: path.stat().st_uid for path in index.iterdir() if path.stat().st_uid != plain_user.uid} == {}
+    backend.close()
+    use = (
+        "import pathlib, sys; from rustord.keystore.{module} import {name} as Backend; backend = Backend();"
+        "backend.open(pathlib.Path(sys.argv[1])); backend.commit({{b'more': b'value'}}, ()); backend.close()"
+    ).format(module=type(backend).__module__.rpartition(".")[2], name=type(backend).__name__)
+    assert plain_user.run(sys.executable, "-c", use, index, env={**os.environ, "HOME": "/"}).stderr == ""
 
 
 def test_keys_and_values_beyond_the_limits_are_the_callers_fault(backend: Backend, tmp_path: Path) -> None:
