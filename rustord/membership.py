@@ -114,14 +114,18 @@ def set_standing(store: ObjectStore, index: int, standing: Standing) -> None:
     """
     slot = _slot(store, index)
     if standing is not Standing.IN_USE and not set(store.blocks.accepting_indices()) - {index}:
-        raise InvalidRequest(
-            f"no device but device {index} takes new data", hint="add another device first, then remove this one"
-        )
+        raise _last(index)
     if slot.standing is not standing:
         members = (replace(m, standing=standing) if m.device_index == index else m for m in store.label.members)
         renew_labels(store, replace(store.label, members=tuple(members)))
         slot.standing = standing
         store.erase_again()
+
+
+def _last(index: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"no device but device {index} takes new data", hint="add another device first, then remove this one"
+    )
 
 
 def _slot(store: ObjectStore, index: int) -> Slot:
@@ -139,6 +143,8 @@ def remove_device(store: ObjectStore, index: int) -> None:
     slot = _slot(store, index)
     if len(store.blocks.slots) == 1:
         raise InvalidRequest(f"device {index} is the pool's only one", hint="add another device first")
+    if store.blocks.accepting_indices() == [index]:
+        raise _last(index)
     is_lost = slot.standing is Standing.GIVEN_UP and slot.state != "online"
     device = slot.device if is_lost else store.blocks.writable(index)
     if not is_lost and not store.allocator.is_empty(index):

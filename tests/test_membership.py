@@ -205,6 +205,8 @@ class TestLeaving:
         set_standing(store, 0, Standing.LEAVING)
         with pytest.raises(InvalidRequest, match="no device but device 1"):
             set_standing(store, 1, Standing.LEAVING)
+        with pytest.raises(InvalidRequest, match="no device but device 1"):
+            remove_device(store, 1)
         set_standing(store, 0, Standing.IN_USE)
         store.put(b"x")
 
