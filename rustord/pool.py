@@ -22,7 +22,7 @@ from rustord.blockstore import (
     write_label,
 )
 from rustord.claim import require_ours
-from rustord.errors import DeviceError, InvalidRequest, PoolError, RustordError, WriteProtected
+from rustord.errors import DeviceBusy, DeviceError, InvalidRequest, PoolError, RustordError, WriteProtected
 from rustord.event import fields
 from rustord.guard import GuardedKeyGen
 from rustord.keygen import KeyGen
@@ -404,7 +404,7 @@ def renew_labels(store: ObjectStore, label: Label) -> None:
 def open_devices(paths: Iterable[str | os.PathLike[str]], *, read_only: bool = False) -> list[BlockDevice]:
     """Open and lock all of ``paths``, or none; what is write-protected, for reading.
 
-    Raises DeviceError, also for one that somebody else has taken since.
+    Raises DeviceError, also for one that somebody else has taken since, and PoolError for one that is named twice.
     """
     devices: list[BlockDevice] = []
     try:
@@ -414,6 +414,12 @@ def open_devices(paths: Iterable[str | os.PathLike[str]], *, read_only: bool = F
             except WriteProtected as error:
                 log.error("%s; it is only read", error, extra=fields(device=os.fspath(path)))
                 devices.append(device := open_device(path, read_only=True))
+            except DeviceBusy:
+                for other in devices:
+                    if os.path.samefile(other.path, path):
+                        hint = "name each device once"
+                        raise PoolError(f"{other.path} and {os.fspath(path)} are the same device", hint=hint) from None
+                raise
             if not device.read_only:
                 require_ours(device)
     except RustordError:

@@ -34,7 +34,7 @@ from rustord.label import DEVICE_BYTES_MIN, LABEL_BYTES, Geometry, Label, State
 from rustord.membership import add_device, attach_device, detach_device, prepare_device, remove_device
 from rustord.objectstore import ObjectStore
 from rustord.placer import Contiguous, FreeView, Mirrored, Placer, Striped
-from rustord.pool import create_pool
+from rustord.pool import create_pool, open_devices
 from rustord.record import RECORD_ID, Metadata, Record, encode_extents
 from rustord.replay import VOID_LENGTH
 from tests.simulation import (
@@ -191,6 +191,15 @@ class TestOpening:
         shutil.copy(simulation.paths[0], copy)
         with pytest.raises(PoolError, match="one is a copy"):
             rustord.open([*simulation.paths, copy], directory=simulation.index)
+
+    @pytest.mark.parametrize("kind", ["image", pytest.param("loop", marks=pytest.mark.root)])
+    def test_one_that_is_named_twice(self, disk_path: Path, request: pytest.FixtureRequest, kind: str) -> None:
+        path = Simulation(disk_path, [request.getfixturevalue("make_loop")() if kind == "loop" else 16 * MIB]).paths[0]
+        other = disk_path / "other name"
+        other.symlink_to(path)
+        with pytest.raises(PoolError, match=f"{path} and {other} are the same device"):
+            open_devices([path, other])
+        open_device(path).close()
 
     def test_two_at_a_time(self, simulation: Simulation) -> None:
         simulation.open()
