@@ -222,6 +222,14 @@ class BlockStore:
             slot.bad = replace(bad, number=bad.number + 1)
             write_bad_blocks(device, slot)
 
+    def renew_bad_blocks(self, index: int) -> None:
+        """Write the table of a device's bad blocks once more: a copy that was damaged is good again.
+
+        Raises DeviceError.
+        """
+        with self._condemning:  # or what another thread notes meanwhile would be overwritten by what was known before
+            write_bad_blocks(self.writable(index), self.slots[index])
+
     def keep_pages(self, secret: bytes, pages: Iterable[Page]) -> bool:
         """Write pages of Layers to their slots, durably; whether all are. What a device does not take is as before."""
         touched, failed = set(), dict[int, DeviceError]()

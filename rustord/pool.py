@@ -18,7 +18,6 @@ from rustord.blockstore import (
     Slot,
     read_bad_blocks,
     read_label,
-    write_bad_blocks,
     write_label,
 )
 from rustord.claim import require_ours
@@ -384,7 +383,7 @@ def write_labels(blocks: BlockStore, label: Label) -> Label:
         assert slot.device is not None
         try:
             if slot.bad.number and label.state is State.OPEN:
-                write_bad_blocks(slot.device, slot)  # a copy that was damaged is good again
+                blocks.renew_bad_blocks(slot.index)
             write_label(slot.device, label.for_member(member))
         except DeviceError as error:
             log.error("%s takes no label: %s", slot.device.path, error, extra=fields(device=slot.device.path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -34,7 +35,7 @@ from rustord.label import DEVICE_BYTES_MIN, LABEL_BYTES, Geometry, Label, State
 from rustord.membership import add_device, attach_device, detach_device, prepare_device, remove_device
 from rustord.objectstore import ObjectStore
 from rustord.placer import Contiguous, FreeView, Mirrored, Placer, Striped
-from rustord.pool import create_pool, open_devices
+from rustord.pool import create_pool, open_devices, renew_labels
 from rustord.record import RECORD_ID, Metadata, Record, encode_extents
 from rustord.replay import VOID_LENGTH
 from tests.simulation import (
@@ -1020,6 +1021,25 @@ class TestBadBlocks:
         simulation.cut_power()
         store = simulation.open()
         assert [slot.bad.block_count for slot in store.blocks.slots.values()] == [0, 10]
+
+    def test_what_is_noted_while_the_labels_are_renewed_stays(self, simulation: Simulation) -> None:
+        """What a thread that erases finds that it cannot."""
+        store = simulation.open()
+        store.condemn([Extent(0, 3000, 10)])
+        erasing = threading.Thread(target=store.blocks.condemn, args=([Extent(0, 3500, 1)],), kwargs={"dead": True})
+
+        def condemn(operation: str) -> None:
+            if operation == "write" and erasing.ident is None:
+                has_to_wait = store.blocks._condemning.locked()
+                erasing.start()
+                if not has_to_wait:
+                    erasing.join()
+
+        simulation.devices[0].stall = condemn
+        renew_labels(store, store.label)
+        erasing.join()
+        simulation.close()
+        assert simulation.open().blocks.slots[0].bad.runs == (BadRun(3000, 10), BadRun(3500, 1, True))
 
     def test_a_full_table_is_a_clear_error(self, simulation: Simulation) -> None:
         store = simulation.open()
