@@ -28,7 +28,7 @@ from rustord.label import LABEL_BYTES, Label, State, decode_label
 from rustord.layer import Layers
 from rustord.manifest import chunk_count
 from rustord.objkey import ObjectId, uuid_text
-from rustord.page import Page, slot_of
+from rustord.page import Page, decode_head, slot_of
 from rustord.pool import assemble
 from rustord.record import Record
 from rustord.replay import footer_of
@@ -288,7 +288,8 @@ class Audit:
 
     def _known_bases(self) -> dict[ObjectId, Record]:
         """The deleted Objects on which volumes build."""
-        known = {uuid: Record(raw) for uuid, raw in self._survey.bases().items()}
+        wanted = {decode_head(page.content).base for (_, number), page in self._pages.items() if not number}
+        known = {uuid: Record(raw) for uuid, raw in self._survey.bases().items() if uuid in wanted}
         return known if self._contents is None else self._contents.bases | known
 
     def _layer_extents(self) -> Iterator[tuple[bytes, Extent]]:

@@ -478,6 +478,21 @@ def test_damage_below_a_snapshot_is_told_of_both(disk_path: Path) -> None:
     assert [finding.kind for finding in found] == ["data", "data"]
 
 
+def test_an_object_that_was_below_a_volume_is_not_one_any_more(disk_path: Path) -> None:
+    """Its blocks were erased last before the pool was closed, so that no journal says so, and are another's now."""
+    pool = Simulation(disk_path)
+    store = pool.open()
+    image = store.put(b"image", name="image")
+    volumes = Volumes(store, Direct(store))
+    volumes.clone("image", "disk")
+    store.delete(image.uuid)
+    volumes.delete("disk")
+    pool.close()
+    pool.open().put(bytes(1000))
+    pool.close()
+    assert findings(pool) == []
+
+
 def test_what_is_stored_is_not_changed_by_an_audit(filled: Filled) -> None:
     assert stored(run(filled.pool.open(), Put(b"more"))[0]).size == 4
     filled.pool.close()
