@@ -38,6 +38,7 @@ _SHOWN_MAX = 100
 """Findings of one kind that are told one by one."""
 _VERIFY_BYTES = 1 << 20
 _RESTORE = "restore the Object from elsewhere"
+_NEXT_START = "the next start sees to that"
 _HEALTH = "look at the device's health (smartctl)"
 
 
@@ -218,7 +219,7 @@ class Audit:
                     pending |= {id.uuid for id in decode_record_ids(entry.payload)}
         if self._label.state is State.OPEN:
             what = f"the pool was not closed in order: {count:,} changes in its journals are not in the index yet"
-            self._find("journal", what, "the next start sees to that", harmless=True)
+            self._find("journal", what, _NEXT_START, harmless=True)
         return pending
 
     def _check_reach(self, slot: Slot, end: int) -> None:
@@ -260,10 +261,11 @@ class Audit:
     def _check_pages(self) -> dict[tuple[bytes, int], Page]:
         """The same for the maps of volumes."""
         indexed = self._contents.pages if self._contents else {}
-        needless = self._needless_layers()
+        needless = self._needless_layers(self._survey.pages.values())
         pages = {key: page for key, page in self._survey.pages.items() if key[0] not in needless or key in indexed}
         if self._contents is None:
             return pages
+        erased_next = self._needless_layers(indexed.values())  # nobody writes their pages to the slots any more
         for key in pages.keys() | indexed.keys():
             found, page = pages.get(key), indexed.get(key)
             if found == page or key[0] in self._pending:
@@ -271,17 +273,22 @@ class Audit:
             what = f"page {key[1]} of the map of layer {uuid_text(key[0])}"
             if page is not None and (found is None or found.generation < page.generation):
                 pages[key] = page
-                if self._blocks.is_there((slot_of(page),)):
+                if key[0] in erased_next or not self._blocks.is_there((slot_of(page),)):
+                    continue
+                if self._contents is not None and self._contents.unkept:
+                    self._find("footer", f"{what} is not on the devices yet", _NEXT_START, harmless=True)
+                else:
                     self._lost_pages.append(page)
                     self._find("footer", f"{what} is in the index, and not on the devices", mend=Mend.FOOTER)
             else:
                 self._find("index", f"{what} is not in the index as on the devices", mend=Mend.INDEX)
         return {key: page for key, page in pages.items() if (key[0], 0) in pages}
 
-    def _needless_layers(self) -> set[bytes]:
-        """Layers that nobody needs: deleted, and that they have been erased is not in the journal yet."""
+    def _needless_layers(self, pages: Iterable[Page]) -> set[bytes]:
+        """Those of the Layers with these pages that nobody needs: deleted, and that they have been erased is not in the
+        journal yet."""
         layers = Layers(self._blocks, lambda uuid: None)
-        layers.load(self._survey.pages.values())
+        layers.load(pages)
         for record in self._live.values():
             layers.use(record.layer)
         return {layer.uuid for layer in layers.needless()}
@@ -349,7 +356,7 @@ class Audit:
                     continue
                 where = f"the footer of copy {number} of {_name(record)}, in block {block} of device {device},"
                 if record.uuid in self._pending:
-                    self._find("footer", f"{where} is not whole yet", "the next start sees to that", harmless=True)
+                    self._find("footer", f"{where} is not whole yet", _NEXT_START, harmless=True)
                 else:
                     self._torn_footers.append((record, number))
                     self._find("footer", f"{where} is missing or damaged", mend=Mend.FOOTER)

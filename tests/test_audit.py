@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rustord.blockstore import read_label, write_label
 from rustord.change import Delete, Put
 from rustord.errors import DeviceError, PoolError
 from rustord.keystore.lmdb import LmdbBackend
+from rustord.membership import detach_device
 from rustord.objectstore import ObjectStore
 from rustord.page import CHUNK_BYTES, Page, slot_of
 from rustord.placer import Mirrored
@@ -491,6 +492,43 @@ def test_an_object_that_was_below_a_volume_is_not_one_any_more(disk_path: Path) 
     pool.open().put(bytes(1000))
     pool.close()
     assert findings(pool) == []
+
+
+def volume_at_home(store: ObjectStore) -> tuple[Volumes, int]:
+    """A volume with something in it, and the device of its map."""
+    volumes = Volumes(store, Direct(store))
+    volumes.create("disk", 40 * CHUNK_BYTES)
+    with closing(volumes.open("disk")) as volume:
+        volume.write(0, b"written")
+        volume.flush()
+    return volumes, store.layers.volumes["disk"].home
+
+
+def test_a_page_that_a_device_did_not_take_is_written_by_the_next_start(disk_path: Path) -> None:
+    pool = Simulation(disk_path, (16 * MIB, 16 * MIB))
+    store = pool.open()
+    _, home = volume_at_home(store)
+    pool.devices[home].fail_writes = True
+    store.keystore.checkpoint()
+    pool.cut_power()
+    found = [finding for finding in findings(pool) if finding.kind != "journal"]
+    assert {(finding.kind, finding.harmless) for finding in found} == {("footer", True)}
+    pool.open()
+    pool.close()
+    assert findings(pool) == []
+
+
+def test_a_volume_that_is_deleted_while_its_home_is_away(disk_path: Path) -> None:
+    pool = Simulation(disk_path, (16 * MIB, 16 * MIB))
+    store = pool.open()
+    volumes, home = volume_at_home(store)
+    store.keystore.checkpoint()
+    detach_device(store, home)
+    pool.devices[home].close()
+    with suppress(DeviceError):
+        volumes.delete("disk")
+    pool.close()
+    assert [finding for finding in findings(pool) if not finding.harmless] == []
 
 
 def test_what_is_stored_is_not_changed_by_an_audit(filled: Filled) -> None:

@@ -31,7 +31,10 @@ _BATCH = 50_000
 
 @dataclass
 class Contents:
-    """All that an index holds, whether it makes sense or not. ``strange`` says what cannot be decoded."""
+    """All that an index holds, whether it makes sense or not. ``strange`` says what cannot be decoded.
+
+    ``unkept``: some device has not taken all pages, which the next opening writes to their slots once more.
+    """
 
     positions: dict[bytes, bytes] = field(default_factory=dict)
     objects: dict[ObjectId, Record] = field(default_factory=dict)
@@ -40,6 +43,7 @@ class Contents:
     bases: dict[ObjectId, Record] = field(default_factory=dict)
     pages: dict[tuple[bytes, int], Page] = field(default_factory=dict)
     strange: list[str] = field(default_factory=list)
+    unkept: bool = False
 
 
 def read_contents(backend: Backend) -> Contents:
@@ -61,6 +65,8 @@ def read_contents(backend: Backend) -> Contents:
                 contents.names[(value[16:] or rest).decode()] = value[:16]
             elif kind == POSITION:
                 contents.positions[rest] = value
+            elif kind == UNKEPT:
+                contents.unkept = True
         except (FormatError, UnicodeDecodeError) as error:
             contents.strange.append(f"the entry {key[:40]!r} of the index cannot be decoded: {error}")
     return contents
