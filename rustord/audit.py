@@ -193,6 +193,10 @@ class Audit:
             self._find("index", error.message, remedy)
         return None
 
+    def _is_whole(self) -> bool:
+        """Whether no device is missing: what the others have may be older than what the index knows from it."""
+        return all(slot.device is not None for slot in self._blocks.slots.values())
+
     def _can_write(self) -> bool:
         return all(slot.device is None or not slot.device.read_only for slot in self._blocks.slots.values())
 
@@ -244,7 +248,10 @@ class Audit:
             self._find("index", text, mend=Mend.INDEX)
         indexed = self._contents.objects
         for uuid in live.keys() - indexed.keys() - self._pending:
-            self._find("index", f"{_name(live[uuid])} is on the devices, and not in the index", mend=Mend.INDEX)
+            if self._is_whole():
+                self._find("index", f"{_name(live[uuid])} is on the devices, and not in the index", mend=Mend.INDEX)
+            else:
+                del live[uuid]  # the device that is missing may have what says that it was deleted
         for uuid, record in indexed.items():
             found = live.get(uuid)
             if uuid in self._pending or (found is not None and found.raw == record.raw):
@@ -280,8 +287,12 @@ class Audit:
                 else:
                     self._lost_pages.append(page)
                     self._find("footer", f"{what} is in the index, and not on the devices", mend=Mend.FOOTER)
-            else:
+            elif self._is_whole():
                 self._find("index", f"{what} is not in the index as on the devices", mend=Mend.INDEX)
+            elif page is None:
+                del pages[key]
+            else:
+                pages[key] = page
         return {key: page for key, page in pages.items() if (key[0], 0) in pages}
 
     def _needless_layers(self, pages: Iterable[Page]) -> set[bytes]:
@@ -363,7 +374,7 @@ class Audit:
 
     def _check_free(self) -> None:
         """Free blocks end with no footer, and are zero if that is what the policy promises."""
-        if self._contents is None or any(slot.device is None for slot in self._blocks.slots.values()):
+        if self._contents is None or not self._is_whole():
             return  # what is free, all devices and the index have to tell
         records = (*self._live.values(), *self._bases.values())
         taken = [extent for record in records for extent in record.extents]

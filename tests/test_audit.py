@@ -16,7 +16,8 @@ from rustord.blockstore import read_label, write_label
 from rustord.change import Delete, Put
 from rustord.errors import DeviceError, PoolError
 from rustord.keystore.lmdb import LmdbBackend
-from rustord.membership import detach_device
+from rustord.label import Standing
+from rustord.membership import detach_device, set_standing
 from rustord.objectstore import ObjectStore
 from rustord.page import CHUNK_BYTES, Page, slot_of
 from rustord.placer import Mirrored
@@ -529,6 +530,19 @@ def test_a_volume_that_is_deleted_while_its_home_is_away(disk_path: Path) -> Non
         volumes.delete("disk")
     pool.close()
     assert [finding for finding in findings(pool) if not finding.harmless] == []
+
+
+def test_what_only_a_missing_device_says_was_deleted_is_not_wrong(disk_path: Path) -> None:
+    """An Object was replaced by one on the other device, whose journal alone tells; the index knows."""
+    pool = Simulation(disk_path, (16 * MIB, 16 * MIB))
+    store = pool.open()
+    for leaving in (0, 1):
+        set_standing(store, leaving, Standing.LEAVING)
+        store.put(b"data", name="name")
+        store.put(b"more")  # which says that the one before was durable
+        set_standing(store, leaving, Standing.IN_USE)
+    pool.close()
+    assert [finding.kind for finding in findings(pool, paths=pool.paths[1:])] == ["device"]
 
 
 def test_what_is_stored_is_not_changed_by_an_audit(filled: Filled) -> None:
