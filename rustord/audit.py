@@ -420,6 +420,10 @@ class Audit:
             for number in bad:
                 has_other = len(bad) < len(record.copies)
                 remedy = "start the daemon; 'rustorctl scrub start' mends it" if has_other else _RESTORE
+                if record.uuid in self._pending:
+                    what = f"copy {number} of {_name(record)} is not whole yet"
+                    self._find("data", what, _NEXT_START, harmless=True)
+                    continue
                 self._find("data", f"copy {number} of {_name(record)} does not match its checksums", remedy)
 
     def _is_right(self, record: Record, number: int, progress: Progress) -> bool:
