@@ -411,7 +411,7 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "the blocks of a volume that is deleted are not erased",
-        (ObjectStore._sweep, "if collected else []", "if False else []"),
+        (ObjectStore._sweep, "[Erase(extents, layers=layers)]", "[]"),
         by=(s.writing_a_volume,),
     )
     yield mutant(
