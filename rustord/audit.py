@@ -272,7 +272,8 @@ class Audit:
         pages = {key: page for key, page in self._survey.pages.items() if key[0] not in needless or key in indexed}
         if self._contents is None:
             return pages
-        erased_next = self._needless_layers(indexed.values())  # nobody writes their pages to the slots any more
+        whole = [page for page in indexed.values() if (page.layer, 0) in indexed]
+        erased_next = self._needless_layers(whole)  # nobody writes their pages to the slots any more
         for key in pages.keys() | indexed.keys():
             found, page = pages.get(key), indexed.get(key)
             if found == page or key[0] in self._pending:

@@ -290,7 +290,6 @@ class TestJoining:
             simulation.close()
         pytest.fail("the power never went off")
 
-
     def test_one_that_does_not_take_its_label_keeps_nobody_from_the_pool(
         self, simulate: Callable[..., Simulation], make_image: Callable[[int], Path]
     ) -> None:
