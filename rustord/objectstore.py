@@ -525,13 +525,12 @@ class ObjectStore:
             self.allocator.release(erase.extents)
             gone = [*(layer.id for layer in erase.layers), *erase.ids]
             self.journals.remember_erased(erase.extents, gone)
-            # Whoever deletes a volume does not wait for readers of an Object that was deleted or replaced before.
-            following: list[Erase] = []
             try:
-                following = [after for after in self._needed_no_more(erase) if not self.erasures.hold(after)]
-            except RustordError as failure:  # of the index, or of a commit that does not end
-                error = failure
-            if following:
+                needless = self._needed_no_more(erase)
+            except RustordError as problem:  # of the index, or of a commit that does not end
+                error, needless = problem, []
+            # Whoever deletes a volume does not wait for readers of an Object that was deleted or replaced before.
+            if following := [after for after in needless if not self.erasures.hold(after)]:
                 following[-1].cause, following[-1].finished = erase.cause, erase.finished
                 batch.following += following
                 return gone

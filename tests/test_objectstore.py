@@ -961,6 +961,32 @@ class TestIndexThatIsAway:
         assert read == 2 * DATA[:65536]
         check_sound(store)
 
+    def test_when_a_deleted_object_leaves_a_layer(
+        self, remote: Simulation, backend: Remote, gone_when: Callable[[object, str], None]
+    ) -> None:
+        store = remote.open()
+        free = free_count(store)
+        volumes = Volumes(store, Direct(store))
+        volumes.create("disk", MIB)
+        volume = volumes.open("disk")
+        volume.write(0, memoryview(DATA[:65536]))
+        volume.close()
+        record = volumes.freeze("disk")
+        store.keystore.checkpoint()
+        other, put = Delete(store.put(b"other").uuid), Put(b"beside")
+        delete = Delete(record.uuid)
+        following = store.cycle([delete]).following
+        gone_when(store.keystore, "retire")
+        outcomes = dict(store.cycle([*following, put]).outcomes)
+        assert isinstance(outcomes[delete], DeviceError)
+        backend.away = False
+        stored(outcomes[put])
+        stored(run(store, other, Delete(stored(outcomes[put]).uuid))[0])
+        remote.close()
+        store = remote.open()
+        assert (live(store), free_count(store)) == ([], free)
+        check_sound(store)
+
 
 class Life(RuleBasedStateMachine):
     """Whatever is done in whatever order, with crashes in between: the store holds what a dictionary would hold."""
