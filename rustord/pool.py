@@ -186,7 +186,7 @@ def _close(store: ObjectStore) -> None:
     while following:
         following = store.cycle(following).following
     try:
-        lost = any(slot.state == "failed" for slot in store.blocks.slots.values())
+        lost = store.keystore.is_behind or any(slot.state == "failed" for slot in store.blocks.slots.values())
         state = State.OPEN if lost else State.CLEAN  # a void then parts what the device lost from what follows
         renew_labels(store, replace(store.label, state=state))
     finally:

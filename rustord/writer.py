@@ -255,6 +255,7 @@ class Writer:
         except Exception as error:
             log.exception("a cycle failed; the pool takes no more changes", extra=POOL_READ_ONLY())
             self.store.read_only = f"an internal error: {error!r}"
+            self.store.keystore.is_behind = True
             problem = RustordError(f"an internal error: {error!r}", hint="see rustord's log, and restart it")
             erases = [change for change in changes if isinstance(change, Erase)]
             causes = [erase.cause for erase in erases if erase.cause is not None]

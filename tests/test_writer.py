@@ -19,10 +19,13 @@ import pytest
 
 import rustord
 import rustord.writer as writer_module
+from rustord.audit import Audit
 from rustord.change import Change, Delete, Put
 from rustord.errors import DeviceError, NoSpace, NotFound, ReadOnly, RustordError, Unavailable
 from rustord.extent import Extent
+from rustord.keystore.lmdb import LmdbBackend
 from rustord.objectstore import Cycle, ObjectStore
+from rustord.pool import open_devices
 from rustord.record import Metadata, Record
 from rustord.writer import CHANGE_COUNT_MAX, Writer
 from tests.simulation import MIB, Simulation, check_sound, free_blocks, live, stored
@@ -563,3 +566,31 @@ def test_a_call_that_comes_too_late_is_told_so(store: ObjectStore) -> None:
     with pytest.raises(Unavailable, match="stopping"):
         writer.call(lambda: None, SECONDS_MAX)
     assert time.monotonic() - began < SECONDS_MAX / 2
+
+
+def test_what_a_cycle_journalled_that_failed_is_found_at_the_next_start(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = simulation.open()
+    before = store.put(b"before", name="before")
+    store.keystore.checkpoint()
+    writer = Writer(store)
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.journals, "learn", fail)
+        outcomes = writer.make([Delete(before.uuid), Put(b"x", Metadata("name"))], SECONDS_MAX)
+    assert all("internal error" in str(outcome) for _, outcome in outcomes)
+    assert isinstance(writer.make([Put(b"more")], SECONDS_MAX)[0][1], ReadOnly)
+    assert writer.close(SECONDS_MAX)
+    simulation.close()
+    store = simulation.open()
+    assert [name for name, _ in store.names()] == ["name"]
+    check_sound(store)
+    simulation.close()
+    with Audit(
+        open_devices(simulation.paths, read_only=True), backend=LmdbBackend(), directory=simulation.index
+    ) as audit:
+        assert audit.findings == []

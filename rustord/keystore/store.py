@@ -111,6 +111,8 @@ class KeyStore:
         self._keep_pages: Callable[[list[Page]], bool] | None = None
         self.indexed_sequence = 0
         """Every change up to this one is in the index."""
+        self.is_behind = False
+        """Whether a batch may be in the journals that was never learnt: the next opening has to find it there."""
         self.batch_bytes_max = 0
         """The longest batch that every journal can take, in bytes."""
         self.generation = 0
@@ -223,6 +225,8 @@ class KeyStore:
             self.generation = generation
             self._note_positions(self._fresh)
         self.checkpoint()
+        if self.is_behind:
+            self.expect_generation(generation)
 
     def indexed(self) -> Iterator[Record]:
         """Every live Object in the index. Raises FormatError if one of them is damaged."""
@@ -540,6 +544,9 @@ class KeyStore:
             self.checkpoint()
 
     def _note_positions(self, overlay: Overlay) -> None:
+        """Once the index is behind, it learns no more: what is noted without a position is not committed."""
+        if self.is_behind:
+            return
         for ring in self._rings.values():
             overlay.positions[ring.device_uuid] = ring.position
 
