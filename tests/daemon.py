@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,6 +117,8 @@ class Daemon:
         """Start it, and wait until it serves."""
         process = self.begin()
         until(lambda: process.poll() is not None or self.answers(), "the daemon serves")
+        with suppress(OSError, http.client.HTTPException):
+            self.request("GET", "/v1/pool")  # once that is answered, it listens to NBD, too
         assert process.poll() is None, self.log
         return self
 
