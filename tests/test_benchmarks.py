@@ -90,7 +90,7 @@ def test_every_work_is_measured(tmp_path: Path) -> None:
     installed = ["redis"] if shutil.which("redis-server") else []
     works = [work for work in WORKS if work != "nbd" or shutil.which("qemu-nbd")]
     rows = list(measure(tmp_path, tuple(works), (*installed, "files"), SMALLEST))
-    assert len(rows) == (42 if "nbd" in works else 22)
+    assert len(rows) == (43 if "nbd" in works else 22)
     for each in rows:
         assert each.figures["rustord"], each
         assert each.unit == "MiB" or all(figure > 0 for of_one in each.figures.values() for figure in of_one), each

@@ -55,7 +55,7 @@ class Client:
         self.ledger = Ledger()
         self.left: bytes | None = None
         agreement = Agreement("disk", self.disk, structured=False, extended=False, allocation=False)
-        session = Session(theirs, agreement, self.ledger, "somebody")
+        self.session = session = Session(theirs, agreement, self.ledger, "somebody")
 
         def run() -> None:
             with theirs:
@@ -169,9 +169,10 @@ def test_a_session_ends_after_its_flushes(client: Client, how: str) -> None:
     client.flush_begins(1)
     client.send(write(0, b"data", cookie=2))
     assert client.reply() == (2, 0)
-    if how == "it is left":
-        client.ledger.leaving = True
+    before = client.session._transmission.requests
     client.send(request(FLUSH, cookie=3), request(DISC) if how == "it disconnects" else b"\x25")
+    until(lambda: client.session._transmission.requests > before, "it has come")
+    client.ledger.leaving = how == "it is left"
     client.thread.join(0.5)
     assert client.thread.is_alive()
     client.disk.may_end.set()
