@@ -198,7 +198,15 @@ class Connection:
             or exchange.head.fields.expects_continue
             or self._streams(exchange)
             or len(self._exchanges) >= self._limits.pipelined
+            or self._is_too_much(exchange.head.fields.content_length or 0)
         )
+
+    def _is_too_much(self, length: int) -> bool:
+        """Whether a body is too long to be kept beside those that are under way."""
+        length_max = self._limits.small_body_bytes
+        if length <= length_max // self._limits.pipelined:
+            return False  # so many of these are no more
+        return length + sum(other.head.fields.content_length or 0 for other in self._exchanges) > length_max
 
     def _streams(self, exchange: Exchange) -> bool:
         fields = exchange.head.fields

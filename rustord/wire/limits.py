@@ -29,7 +29,8 @@ class Limits:
 
     # One connection
     pipelined: int = 64
-    """Changes that one connection may have under way. A deeper pipeline gains nothing: the cycle is full before."""
+    """Changes that one connection may have under way. A deeper pipeline gains nothing: the cycle is full before. Their
+    bodies together take less than two of `small_body_bytes`."""
     read_bytes: int = 64 * KIB
     """What is read at once, and at most ahead of the request that is being answered."""
     unsent_bytes: int = 1 * MIB
@@ -47,7 +48,7 @@ class Limits:
 
     # All connections together
     connections: int = 512
-    """An idle one costs a few KiB, one that uploads `small_body_bytes`: 128 MiB if all of them do."""
+    """An idle one costs a few KiB, one that uploads at most two of `small_body_bytes`: 256 MiB if all of them do."""
     uploads: int = 32
     """Large bodies under way, each with a buffer of `upload_piece_bytes`. Others wait."""
     downloads: int = 64

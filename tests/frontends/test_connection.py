@@ -212,8 +212,11 @@ def test_a_body_is_confirmed_when_there_is_room_for_that(served: Served) -> None
         assert peer.ask(bytes(5 * MIB)).status == 201
 
 
-def test_only_so_many_changes_of_a_connection_are_under_way(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    served = serve(limits=Limits(pipelined=4))
+@pytest.mark.parametrize(("size", "count_max"), [(4, 8), (20 << 10, 3)])
+def test_only_so_many_changes_of_a_connection_are_under_way(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, size: int, count_max: int
+) -> None:
+    served = serve(limits=Limits(pipelined=8, small_body_bytes=64 << 10))
     under_way = most = 0
     submit = served.writer.submit
 
@@ -231,9 +234,9 @@ def test_only_so_many_changes_of_a_connection_are_under_way(serve: Serve, monkey
 
     monkeypatch.setattr(served.writer, "submit", counting)
     with served.connect() as peer:
-        peer.send(request("POST", "/v1/objects", b"data") * 40)
+        peer.send(request("POST", "/v1/objects", bytes(size)) * 40)
         assert [peer.reply().status for _ in range(40)] == [201] * 40
-    assert 1 < most <= 4
+    assert 1 < most <= count_max
 
 
 def test_a_peer_that_does_not_read_is_not_read_from(serve: Serve) -> None:
