@@ -354,7 +354,7 @@ def _read(source: Path) -> dict[str, Any]:
         raise ConfigError(f"{source}: it cannot be read: {error.strerror}", hint="name another file") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source}: byte {error.start} is not UTF-8", hint="save the file as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number that is too long, or tables in tables without end
         raise ConfigError(f"{source}: {error}", hint="the file must be TOML, see https://toml.io") from error
 
 

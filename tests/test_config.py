@@ -149,6 +149,13 @@ def test_a_file_that_is_not_utf8(write: Write) -> None:
         load(path)
 
 
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 50_000])
+def test_a_value_that_is_too_much_for_any_reader(write: Write, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"rustord\.toml: ") as caught:
+        load(write(f"[pool]\nname = {value}\n"))
+    assert caught.value.hint == "the file must be TOML, see https://toml.io"
+
+
 def test_a_directory_in_place_of_a_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="it cannot be read: Is a directory"):
         load(tmp_path)
