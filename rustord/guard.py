@@ -8,6 +8,7 @@ which its tests see to, and goes without a guard. The extents that a Placer choo
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -65,6 +66,7 @@ class GuardedKeyGen:
         self._keygen = keygen
         self._blame = _Blame(plugin, "keygen")
         self._recent: dict[ObjectId, None] = {}
+        self._remembering = threading.Lock()
         self.algorithm = self._blame.name("algorithm", self._blame.ask(lambda: keygen.algorithm), forbidden=":")
         self._digest_length = 0
         self._digest_length = len(self.hasher().digest())
@@ -75,11 +77,13 @@ class GuardedKeyGen:
         uuid = self._blame.ask(lambda: self._keygen.uuid())
         if type(uuid) is not bytes or len(uuid) != 16:
             raise self._blame.error(f"gave {uuid!r:.80} as a uuid; 16 bytes are wanted")
-        if uuid in self._recent or self.is_known(uuid):
+        with self._remembering:
+            is_new = uuid not in self._recent
+            self._recent[uuid] = None
+            if len(self._recent) > _RECENT_COUNT_MAX:
+                del self._recent[next(iter(self._recent))]
+        if not is_new or self.is_known(uuid):
             raise self._blame.error(f"gave the uuid {uuid.hex()} a second time")
-        self._recent[uuid] = None
-        if len(self._recent) > _RECENT_COUNT_MAX:
-            del self._recent[next(iter(self._recent))]
         return uuid
 
     def hasher(self) -> Hasher:

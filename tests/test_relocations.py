@@ -173,9 +173,12 @@ class TestInterrupted:
         chance = random.Random(seed)
         simulation = simulate(16 * MIB, 16 * MIB, 16 * MIB, placer=placer)
         found = 0
-        for _ in range(12):
+        for turn in range(60):
+            if turn >= 12 and found:
+                break
             store = simulation.open()
             record = upload(store, DATA[:MIB])
+            store.keystore.checkpoint()  # which a move would do first
             used = len(self.remains(simulation))
             simulation.power.left = chance.randrange(16)
             with suppress(PowerCut):

@@ -141,8 +141,13 @@ BROKEN: list[tuple[Callable[[], HashKeyGen], set[str]]] = [
 
 @pytest.mark.parametrize(("keygen", "found_by"), BROKEN)
 def test_contract_finds_what_is_wrong_and_nothing_else(keygen: Callable[[], HashKeyGen], found_by: set[str]) -> None:
-    report = check("keygen", lambda options: keygen())
-    assert {failure.test.partition("[")[0] for failure in report.failures} == found_by
+    found: set[str] = set()
+    for _ in range(3):  # whether threads disturb one another is up to the scheduler
+        report = check("keygen", lambda options: keygen())
+        found |= {failure.test.partition("[")[0] for failure in report.failures}
+        if found == found_by:
+            break
+    assert found == found_by
 
 
 def test_every_test_of_the_contract_finds_something() -> None:
