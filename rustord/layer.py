@@ -235,7 +235,7 @@ class Layers:
         return layer.uuid in self.users
 
     def bases(self, layers: Iterable[Layer]) -> list[ObjectId]:
-        """The Objects right below Layers that were collected, as often as they are."""
+        """The Objects right below Layers that were forgotten, as often as they are."""
         return [layer.head.base for layer in layers if layer.head.base in self.users.keys() - self.by_uuid.keys()]
 
     def needless(self) -> list[Layer]:

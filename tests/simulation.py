@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
+from rustord.audit import Audit, Finding
 from rustord.badblocks import BadBlocks, BadRun
 from rustord.blockdevice import open_device
 from rustord.change import Change, Put
@@ -19,7 +20,7 @@ from rustord.keystore.lmdb import LmdbBackend
 from rustord.keystore.state import commit, state_of
 from rustord.objectstore import ObjectStore
 from rustord.placer import Contiguous, Placer
-from rustord.pool import create_pool, open_pool
+from rustord.pool import create_pool, open_devices, open_pool
 from rustord.record import Record
 from rustord.testing.device import Power, VolatileDevice
 from rustord.testing.device import PowerCut as PowerCut
@@ -95,6 +96,12 @@ class Simulation:
             self._store.keystore.close()
             self._store.blocks.close()
             self._store = None
+
+    def audit(self) -> list[Finding]:
+        """What an audit finds in the pool, which is closed."""
+        devices = open_devices(self.paths, read_only=True)
+        with Audit(devices, backend=LmdbBackend(), directory=self.index) as audit:
+            return audit.findings
 
     def close(self) -> None:
         """Close the store that is open, in order."""

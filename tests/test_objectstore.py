@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 import rustord
-from rustord.audit import Audit
 from rustord.change import Change, Delete, Erase, Put
 from rustord.errors import (
     Damaged,
@@ -33,7 +32,6 @@ from rustord.keygen import HASHES, find_hash
 from rustord.keystore.lmdb import LmdbBackend
 from rustord.objectstore import ObjectStore
 from rustord.placer import Contiguous, FirstFit, FreeView, Mirrored, Placer, Striped
-from rustord.pool import open_devices
 from rustord.record import Metadata, Record
 from rustord.upload import Upload
 from rustord.volumes import Volumes
@@ -799,10 +797,7 @@ class TestFailingDevices:
         assert simulation.read(0, record.extents[0].block, 3) == bytes(3 * BLOCK)
         check_sound(store)
         simulation.close()
-        with Audit(
-            open_devices(simulation.paths, read_only=True), backend=LmdbBackend(), directory=simulation.index
-        ) as audit:
-            assert audit.findings == []
+        assert simulation.audit() == []
 
     def test_a_deletion_that_no_journal_has_does_not_count(
         self, simulation: Simulation, monkeypatch: pytest.MonkeyPatch

@@ -19,13 +19,10 @@ import pytest
 
 import rustord
 import rustord.writer as writer_module
-from rustord.audit import Audit
 from rustord.change import Change, Delete, Put
 from rustord.errors import DeviceError, NoSpace, NotFound, ReadOnly, RustordError, Unavailable
 from rustord.extent import Extent
-from rustord.keystore.lmdb import LmdbBackend
 from rustord.objectstore import Cycle, ObjectStore
-from rustord.pool import open_devices
 from rustord.record import Metadata, Record
 from rustord.writer import CHANGE_COUNT_MAX, Writer
 from tests.simulation import MIB, Simulation, check_sound, free_blocks, live, stored
@@ -590,7 +587,4 @@ def test_what_a_cycle_journalled_that_failed_is_found_at_the_next_start(
     assert [name for name, _ in store.names()] == ["name"]
     check_sound(store)
     simulation.close()
-    with Audit(
-        open_devices(simulation.paths, read_only=True), backend=LmdbBackend(), directory=simulation.index
-    ) as audit:
-        assert audit.findings == []
+    assert simulation.audit() == []

@@ -7,9 +7,12 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pytest
 
 import rustord
 from rustord.admin import Admin
@@ -202,6 +205,21 @@ def check_documented(method: str, target: str, reply: Reply) -> None:
                 return
             responses = operation["responses"]
             assert str(reply.status) in responses or reply.status >= 400, (template, method, reply)
+
+
+@contextmanager
+def no_more_threads(name: str = "") -> Iterator[None]:
+    """As long as this goes on, the system has none; or none of that name."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if name in ("", thread.name):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        yield
 
 
 def until(met: Callable[[], object], what: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from rustord.frontends.flusher import Flusher
 from rustord.wire.transmission import Waiting
-from tests.frontends.served import SECONDS_MAX
+from tests.frontends.served import SECONDS_MAX, no_more_threads
 
 
 class Disk:
@@ -91,15 +91,10 @@ def test_it_lets_go_of_whom_it_calls() -> None:
     assert gone() is None
 
 
-def test_the_system_may_have_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
+def test_the_system_may_have_no_more_threads() -> None:
     disk = Disk()
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(RuntimeError):
-            disk.flusher.put([(1, 0)])
+    with no_more_threads(), pytest.raises(RuntimeError):
+        disk.flusher.put([(1, 0)])
     assert not disk.flusher.is_busy
     disk.end()
     disk.flusher.put([(2, 0)])

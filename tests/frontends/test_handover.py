@@ -18,7 +18,7 @@ from rustord.frontends.peer import Peer
 from rustord.wire.api import Role
 from rustord.wire.limits import NbdLimits
 from tests.frontends.nbdserved import NbdPeer, NbdServed
-from tests.frontends.served import until
+from tests.frontends.served import no_more_threads, until
 from tests.wire.peer import MIB, request
 
 READ, WRITE, DISC = 0, 1, 2
@@ -96,17 +96,9 @@ def test_who_leaves_at_once_has_done_something_before(served: NbdServed, size: i
         peer.receive(16 + size)
 
 
-def test_who_cannot_be_served_lets_go_of_the_export(served: NbdServed, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = threading.Thread.start
-
-    def start_no_more(thread: threading.Thread) -> None:
-        if thread.name == "nbd":
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
+def test_who_cannot_be_served_lets_go_of_the_export(served: NbdServed) -> None:
     with opened(served, "volume") as peer:
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", start_no_more)
+        with no_more_threads("nbd"):
             served.restart()
         assert peer.is_ended()
         assert not list(served.server.exports())

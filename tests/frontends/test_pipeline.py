@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 
 from rustord.frontends.pipeline import Pipeline
+from tests.frontends.served import no_more_threads
 
 
 def test_jobs_are_done_one_after_the_other_beside_who_gives_them() -> None:
@@ -43,14 +44,9 @@ def test_a_pipeline_that_was_never_used_has_no_thread() -> None:
     assert threading.active_count() == before
 
 
-def test_the_system_may_have_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
+def test_the_system_may_have_no_more_threads() -> None:
     pipeline = Pipeline()
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(RuntimeError):
-            pipeline.put(lambda: None)
+    with no_more_threads(), pytest.raises(RuntimeError):
+        pipeline.put(lambda: None)
     pipeline.put(lambda: None)
     pipeline.close()
