@@ -92,7 +92,7 @@ class Beside(Protocol):
         """Have `Transmission.flushed` done for these, beside all else; or False."""
 
     def finish(self) -> None:
-        """Return when it has no flushes to do, either."""
+        """Return when it has no flushes to do."""
 
 
 class Transmission:
