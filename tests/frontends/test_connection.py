@@ -267,6 +267,7 @@ def test_an_upload_begins_though_the_replies_before_it_were_read_in_this_moment(
     served = serve(limits=Limits(head_s=1))
     served.ask("PUT", "/v1/names/n", bytes(200_000))
     read = 0
+    tried = threading.Event()
     begin = Connection._begin_receiving
 
     def late(connection: Connection, exchange: Exchange) -> None:
@@ -274,11 +275,13 @@ def test_an_upload_begins_though_the_replies_before_it_were_read_in_this_moment(
         begin(connection, exchange)
         if connection._transfer is None:  # it waits for its peer to read
             read += len(peer.sock.recv(1 << 20))
+        tried.set()
 
     monkeypatch.setattr(Connection, "_begin_receiving", late)
     with served.connect() as peer:
         upload = b"PUT /v1/names/m HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n4\r\ndata\r\n0\r\n\r\n"
         peer.send(request("GET", "/v1/names/n") * 2 + upload + request("GET", "/nowhere", Connection="close"))
+        assert tried.wait(20)  # whoever reads before that may leave nothing to wait for
         received = peer.rest()
     assert read
     assert b"HTTP/1.1 201 " in received
