@@ -165,10 +165,16 @@ class Repairer:
                     if end is not None
                     else self._copy_wounds(record, number, health, pace)
                 )
+            if (wounds or health.transient) and self._is_gone(record):
+                return Health(unread=health.unread, is_gone=True)  # its blocks may have been those of others
             self._note_transient(record, health)
             if wounds:
                 self._treat(record, wounds, health, pace)
             return health
+
+    def _is_gone(self, record: Record) -> bool:
+        current = self._store.keystore.get(record.uuid)
+        return current is None or current.sequence != record.sequence
 
     def _copy_wounds(self, record: Record, number: int, health: Health, pace: Pace) -> list[Wound]:
         is_short = record.size <= PIECE_BYTES
@@ -257,10 +263,6 @@ class Repairer:
     # Mending
 
     def _treat(self, record: Record, wounds: Sequence[Wound], health: Health, pace: Pace) -> None:
-        current = self._store.keystore.get(record.uuid)
-        if current is None or current.sequence != record.sequence:
-            health.is_gone = True  # its blocks may have been erased while we looked
-            return
         self.damaged += len(wounds)
         for wound in wounds:
             (health.waiting if self._can_be_mended(record, wound) else health.lost).append(wound)

@@ -9,7 +9,7 @@ import random
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -271,6 +271,28 @@ def test_it_runs_beside_changes_and_takes_nothing_for_damage(mirrored: Bench, se
         done.set()
         changing.join()
     assert mirrored.store.blocks.slots[0].bad.runs == ()
+
+
+def test_what_is_seen_of_an_object_that_is_deleted_meanwhile_counts_for_nothing(
+    single: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (record,) = (stored(outcome) for outcome in run(single.store, Put(DATA, Metadata("o"))))
+    reread = single.store.blocks.reread_copy
+    asked = 0
+
+    def late(copy: Sequence[Extent], at: int, length: int) -> bytes:
+        nonlocal asked
+        asked += 1
+        if asked <= 2:
+            return bytes(length)  # its blocks are being erased
+        if asked == 3:  # another Object with the same data has them
+            single.writer.call(lambda: single.store.delete(record.uuid))
+        return DATA[at : at + length] or reread(copy, at, length)
+
+    monkeypatch.setattr(single.store.blocks, "reread_copy", late)
+    report = single.run()
+    assert asked > 3
+    assert (report.damaged, report.transient, single.scrub.repairer.transient) == (0, 0, 0)
 
 
 def test_missing_devices_are_counted_and_the_rest_is_read(mirrored: Bench) -> None:
