@@ -118,7 +118,7 @@ class Audit:
             for record in self._live.values():
                 self._layers.use(record.layer)
             self._layers.part(())
-            self._blocks.read_layer = self._layers.read_object
+            self._layers.serve()
             self._check_names()
             self._check_blocks()
             self._check_footers()

@@ -81,6 +81,8 @@ class BlockStore:
         """Whether an Object was deleted or moved meanwhile, so that what is on these blocks is nobody's concern."""
         self.read_layer: Callable[[int, memoryview], None] = _no_layer
         """Fills a buffer from an offset in bytes on what stands for a device with index `LAYERS`."""
+        self.reread_layer: Callable[[int, memoryview], None] = _no_layer
+        """The same from the medium itself."""
         self.read_layer_now: Callable[[int, memoryview], bool] = lambda offset, buffer: False
         """The same from the page cache; False if that is not possible."""
         self.layer_place: Callable[[int], Place | None] = lambda offset: None

@@ -13,6 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 from rustord.blockstore import BlockStore
@@ -160,6 +161,13 @@ class Layers:
         for page in later:
             self.by_uuid[page.layer].load(page)
 
+    def serve(self) -> None:
+        """From now on the BlockStore reads here what Objects have in Layers."""
+        blocks = self._blocks
+        blocks.read_layer, blocks.read_layer_now = self.read_object, self.read_object_now
+        blocks.reread_layer = partial(self.read_object, reread=True)
+        blocks.layer_place = self.object_place
+
     def add(self, layer: Layer) -> None:
         """A new Layer."""
         self.by_uuid[layer.uuid] = self._by_number[layer.head.number] = layer
@@ -289,15 +297,15 @@ class Layers:
         """How the Manifest of an Object names all of a Layer."""
         return Extent(LAYERS, layer.head.number << LAYER_SHIFT, layer.head.size // self._blocks.block_size)
 
-    def read_object(self, offset: int, buffer: memoryview) -> None:
+    def read_object(self, offset: int, buffer: memoryview, *, reread: bool = False) -> None:
         """Read as from the device with index `LAYERS`; ``offset`` in bytes. Raises NotFound, DeviceError, Damaged."""
         number, skip = divmod(offset, self._blocks.block_size << LAYER_SHIFT)
-        self.read(self.numbered(number), skip, buffer)
+        self.read(self.numbered(number), skip, buffer, reread=reread)
 
-    def read(self, layer: Layer, offset: int, buffer: memoryview) -> None:
+    def read(self, layer: Layer, offset: int, buffer: memoryview, *, reread: bool = False) -> None:
         """Fill ``buffer`` with what a Layer has from ``offset`` on, for who has no gate himself. Raises as `fill`."""
         with self.gate:
-            self.fill(self.chain(layer), offset, buffer)
+            self.fill(self.chain(layer), offset, buffer, reread=reread)
 
     def watch(self, gate: Gate) -> None:
         """From now on whoever reads through Layers within ``gate`` is waited for."""
@@ -418,18 +426,19 @@ class Layers:
             base_last -= 1
         return (max(last, base_last) + 1) * CHUNK_BYTES
 
-    def fill(self, chain: Sequence[Layer], offset: int, buffer: memoryview) -> None:
+    def fill(self, chain: Sequence[Layer], offset: int, buffer: memoryview, *, reread: bool = False) -> None:
         """Fill ``buffer`` with what the volume has from ``offset`` on. Raises DeviceError, Damaged or NotFound.
 
+        With ``reread`` what Layers have comes from the medium itself; what is of the Object below them is verified.
         Within a gate that is watched: blocks that a Layer leaves are erased once nobody is in there any more.
         """
         chunk, skip = divmod(offset, CHUNK_BYTES)
         if skip + len(buffer) <= CHUNK_BYTES:
-            self._fill_run(chain, self.find(chain, chunk), offset, buffer)
+            self._fill_run(chain, self.find(chain, chunk), offset, buffer, reread)
             return
         at = 0
         for address, begin, length in self._runs(chain, offset, len(buffer)):
-            self._fill_run(chain, address, begin, buffer[at : at + length])
+            self._fill_run(chain, address, begin, buffer[at : at + length], reread)
             at += length
 
     def _runs(self, chain: Sequence[Layer], offset: int, length: int) -> Iterator[tuple[int, int, int]]:
@@ -450,10 +459,11 @@ class Layers:
         device, block = place_at(address)
         return device, block * self._blocks.block_size + offset % CHUNK_BYTES
 
-    def _fill_run(self, chain: Sequence[Layer], address: int, offset: int, buffer: memoryview) -> None:
+    def _fill_run(self, chain: Sequence[Layer], address: int, offset: int, buffer: memoryview, reread: bool) -> None:
         if address > ZEROS:
-            device, place = self._place(address, offset)
-            self._blocks.device(device).read(place, (buffer,))
+            index, place = self._place(address, offset)
+            device = self._blocks.device(index)
+            (device.reread if reread else device.read)(place, (buffer,))
             return
         done = 0
         if address == BASE and chain[-1].head.base != NOTHING:

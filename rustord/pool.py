@@ -150,8 +150,7 @@ def open_pool(
         allocator = Allocator(placer, blocks.accepting_indices, blocks.refusals, blocks.leaving_indices)
         layers = Layers(blocks, keystore.base)
         layers.load(keystore.pages())
-        blocks.read_layer, blocks.read_layer_now = layers.read_object, layers.read_object_now
-        blocks.layer_place = layers.object_place
+        layers.serve()
         stock, graves, stale, problem = take_stock(allocator, blocks, keystore, layers, progress)
         erased: list[Grave] = []
         certain: Sequence[Grave] = ()

@@ -336,6 +336,27 @@ def test_an_object_that_was_a_volume(single: Bench) -> None:
     assert not single.store.allocator._free[0].contains(at // 4096, 1)
 
 
+def test_of_an_object_that_was_a_volume_the_medium_counts(single: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    volumes = Volumes(single.store, single.writer)
+    volumes.create("disk", 4 * CHUNK)
+    with closing(volumes.open("disk")) as volume:
+        volume.write(CHUNK, DATA[: 2 * CHUNK])
+        volume.flush()
+    record = volumes.freeze("disk", "frozen")
+    cached = single.simulation.paths[0].read_bytes()
+    single.flip(0, cached.index(DATA[CHUNK : 2 * CHUNK]) + 5)
+
+    def read(offset: int, buffers: Sequence[memoryview]) -> None:
+        for buffer in buffers:
+            buffer[:] = cached[offset : offset + len(buffer)]
+            offset += len(buffer)
+
+    monkeypatch.setattr(single.store.blocks.slots[0].device, "read", read)
+    assert single.store.get(record.uuid) == bytes(CHUNK) + DATA[: 2 * CHUNK] + bytes(CHUNK)
+    assert single.run().damaged == 1
+    volumes.close()
+
+
 def test_an_object_below_a_snapshot_that_is_damaged_ends_no_scrub(single: Bench) -> None:
     volumes = Volumes(single.store, single.writer)
     image = single.store.stat(single.writer.call(lambda: single.store.put(DATA, name="image")).uuid)
