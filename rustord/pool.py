@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,7 @@ def create_pool(
 ) -> list[Label]:
     """Write the labels of a new pool to ``devices``, which the caller has proven free; returns the labels.
 
-    Raises InvalidRequest or DeviceError; the labels already written then make no pool that can be opened.
+    Raises InvalidRequest or DeviceError; the labels already written are taken back then, as far as that can be.
     """
     check_new(len(devices), name, block_size)
     members = []
@@ -77,9 +78,18 @@ def create_pool(
         members=tuple(members),
     )
     labels = [first.for_member(member) for member in members]
-    for device, label in zip(devices, labels, strict=True):
-        clear(device, label.geometry)
-        write_label(device, label)
+    begun: list[tuple[BlockDevice, Geometry]] = []
+    try:
+        for device, label in zip(devices, labels, strict=True):
+            begun.append((device, label.geometry))
+            clear(device, label.geometry)
+            write_label(device, label)
+    except DeviceError:
+        for device, geometry in begun:
+            with suppress(DeviceError):
+                wipe(device, geometry)
+                device.flush()
+        raise
     return labels
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import shutil
 import threading
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ import pytest
 
 import rustord
 from rustord.badblocks import RUN_COUNT_MAX, BadBlocks, BadRun
-from rustord.blockdevice import open_device
+from rustord.blockdevice import Buffer, open_device
 from rustord.blockstore import read_label, write_label
 from rustord.change import Change, Delete, Put
+from rustord.claim import check
 from rustord.errors import (
     Damaged,
     DeviceBusy,
@@ -147,6 +148,28 @@ class TestCreating:
         for device in devices:
             device.close()
         assert not any(paths[0].read_bytes())
+
+    def test_a_device_that_fails_leaves_no_label_on_the_others(self, make_image: Callable[[int], Path]) -> None:
+        paths = [make_image(16 * MIB) for _ in range(3)]
+        with ExitStack() as opened:
+            devices = [opened.enter_context(closing(open_device(path))) for path in paths]
+            write = devices[1].write
+            count = 0
+
+            def fail(offset: int, buffers: Sequence[Buffer]) -> None:
+                nonlocal count
+                count += 1
+                if count == 2:
+                    raise DeviceError("it is told to fail")
+                write(offset, buffers)
+
+            devices[1].write = fail  # type: ignore[method-assign]
+            with pytest.raises(DeviceError, match="told to"):
+                create_pool(devices, KEYGEN)
+        assert count > 1
+        for path in paths:
+            assert not any(path.read_bytes())
+            assert not check(path).reasons
 
     def test_how_many_devices_there_may_be(self) -> None:
         for count in (0, 97):
