@@ -14,7 +14,7 @@ from rustord.errors import NoSpace, NotFound
 from rustord.event import DEVICE_JOINED, DEVICE_REMOVED, fields
 from rustord.inspection import inspect
 from rustord.label import Standing
-from rustord.membership import add_device, prepare_device, remove_device, set_standing
+from rustord.membership import add_device, check_addable, prepare_device, remove_device, set_standing
 from rustord.mover import Mover, check_volumes
 from rustord.objectstore import ObjectStore
 from rustord.objkey import is_uuid, parse_uuid, uuid_text
@@ -143,6 +143,7 @@ class Admin:
     def add_device(self, new: NewDevice) -> dict[str, Any]:
         """Claim a device for the pool. Raises ClaimRefused with every reason, DeviceError, or InvalidRequest."""
         path, force = new.path, new.force
+        check_addable(self._store)  # before anything is erased
         if new.dry_run:
             verdict = check(path)
             verdict.require(force=force)

@@ -20,13 +20,18 @@ from rustord.pool import check_block_size, check_return, clear, renew_labels, wi
 log = logging.getLogger(__name__)
 
 
+def check_addable(store: ObjectStore) -> None:
+    """Raises InvalidRequest if the pool can have no further device, whatever that is."""
+    if len(store.label.members) >= MEMBER_COUNT_MAX:
+        raise InvalidRequest(f"the pool has {MEMBER_COUNT_MAX} devices already", hint="remove a device first")
+
+
 def prepare_device(store: ObjectStore, device: BlockDevice) -> None:
     """Clear what is reserved on a device that the caller has proven free; not between cycles, since it takes its time.
 
     Raises InvalidRequest or DeviceError.
     """
-    if len(store.label.members) >= MEMBER_COUNT_MAX:
-        raise InvalidRequest(f"the pool has {MEMBER_COUNT_MAX} devices already", hint="remove a device first")
+    check_addable(store)
     check_block_size(device, store.label.block_size)
     clear(device, Geometry.of_device(device.size, store.label.block_size))
 

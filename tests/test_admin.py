@@ -268,6 +268,19 @@ def test_a_device_that_is_too_small_is_refused_and_let_go(admin: Admin, make_ima
     assert small.read_bytes() == bytes(MIB)
 
 
+def test_a_pool_that_is_full_of_devices_erases_nothing(
+    admin: Admin, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = make_image(16 * MIB)
+    theirs.write_bytes(b"theirs" * 1000 + bytes(16 * MIB - 6000))
+    before = theirs.read_bytes()
+    monkeypatch.setattr("rustord.membership.MEMBER_COUNT_MAX", 1)
+    for dry_run in (True, False):
+        with pytest.raises(InvalidRequest, match="has 1 devices already"):
+            admin.add_device(NewDevice(str(theirs), force=True, dry_run=dry_run))
+    assert theirs.read_bytes() == before
+
+
 def test_an_error_while_adding_lets_go_of_the_device(
     admin: Admin, make_image: MakeImage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
