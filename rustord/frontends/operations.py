@@ -232,7 +232,8 @@ class Operations:
         fields, tag = exchange.head.fields, record.etag
         if is_not_modified(fields, tag):
             return Reply(304, object_fields(record)), 0, 0
-        part = requested_range(fields, tag, record.size)
+        # To any other method a range means nothing (RFC 9110, 14.2).
+        part = requested_range(fields, tag, record.size) if exchange.head.method == "GET" else None
         if part is None:
             return Reply(200, object_fields(record), length=record.size), 0, record.size
         start, end = part
