@@ -118,10 +118,11 @@ class HttpServer:
             self._empty.set()
 
     def _tick(self) -> None:
+        # Before anything that could raise, since no other connection would ever expire after that.
+        self._ticking = self._loop.call_later(_TICK_S, self._tick) if self._connections else None
         now = monotonic()
         for connection in [connection for connection in self._connections if connection.deadline < now]:
             connection.expire()
-        self._ticking = self._loop.call_later(_TICK_S, self._tick) if self._connections else None
 
     # The end
 

@@ -307,6 +307,26 @@ def test_an_idle_connection_is_closed(serve: Serve) -> None:
         assert used.is_ended()
 
 
+def test_a_connection_that_cannot_be_closed_keeps_no_other_open(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = serve(limits=Limits(idle_s=0.3))
+    expire = Connection.expire
+    failed: list[Connection] = []
+
+    def fail_once(connection: Connection) -> None:
+        if not failed:
+            failed.append(connection)
+            raise RuntimeError("it fails")
+        expire(connection)
+
+    monkeypatch.setattr(Connection, "expire", fail_once)
+    with served.connect() as one, served.connect() as other:
+        assert one.is_ended()
+        assert other.is_ended()
+    assert failed
+
+
 @pytest.mark.parametrize("data", [b"G", b"GET / HTTP/1.1\r\nHost: a\r\n", request("GET", "/v1/names") + b"GET"])
 def test_a_head_that_comes_too_slowly_is_refused(serve: Serve, data: bytes) -> None:
     served = serve(limits=Limits(head_s=0.3))
