@@ -102,7 +102,7 @@ def _to_attributes(context: click.Context, parameter: click.Parameter, values: I
 
 @click.command()
 @click.argument("files", metavar="FILE...|-", nargs=-1, required=True, type=click.Path(allow_dash=True))
-@click.option("-n", "--name", metavar="NAME", default="", help="Its name; an Object that has it is replaced.")
+@click.option("-n", "--name", metavar="NAME", help="Its name; an Object that has it is replaced.")
 @click.option(
     "-m",
     "--meta",
@@ -124,7 +124,7 @@ def _to_attributes(context: click.Context, parameter: click.Parameter, values: I
 def put(
     context: click.Context,
     files: tuple[str, ...],
-    name: str,
+    name: str | None,
     attributes: dict[str, str],
     content_type: str | None,
     no_clobber: bool,
@@ -139,10 +139,12 @@ def put(
     behind its uuid.
     """
     several = recursive or len(files) > 1
+    if name == "":
+        raise click.UsageError("--name is empty; leave it out to store without a name")
     if name and (several or prefix):
         raise click.UsageError("--name is for one FILE, and without --prefix")
     if name or not (recursive or prefix):
-        sources = [_Source(file, name) for file in files]
+        sources = [_Source(file, name or "") for file in files]
     else:
         sources = [source for file in files for source in _named_sources(file, recursive, prefix)]
         _check_names_differ(sources)

@@ -118,6 +118,7 @@ def test_one_bad_file_does_not_keep_the_others(daemon: object, rustorctl: Comman
         (["put", "a.txt", "--meta", "a=1", "--meta", "a=2"], 2, "'a' is given twice"),
         (["put", "a.txt", "--jobs", "0"], 2, "Invalid value for '-j'"),
         (["put", "a.txt", "--name", "01a20494-9118-72f4-ac06-6a00b9c9c0d0"], 2, "would be taken for a uuid"),
+        (["put", "a.txt", "--name", ""], 2, "--name is empty"),
         (["put", "a.txt", "--name", "x" * 1025], 2, "the name has 1025 bytes"),
         (["put", "a.txt", "--name", "a\nb"], 2, "has a control character"),
         (["put", "a.txt", "--content-type", "a\r\nb: c"], 2, "cannot be sent"),
