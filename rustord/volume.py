@@ -23,7 +23,7 @@ from typing import TypeVar
 from rustord.allocator import Allocator
 from rustord.blockdevice import BlockDevice
 from rustord.blockstore import BlockStore
-from rustord.errors import DeviceError, InvalidRequest, NoSpace, RustordError
+from rustord.errors import DeviceError, InvalidRequest, NoSpace, RustordError, Unsupported
 from rustord.export import Kind, Run, State, merged
 from rustord.extent import Extent
 from rustord.gate import Gate
@@ -442,8 +442,16 @@ class Volume:
         self._change(chunk, bare, *left)
 
     def zero(self, offset: int, length: int, *, keep: bool, fast: bool) -> None:
-        """Make the range read as zeros. Whole chunks are given back unless ``keep``; the rest is written."""
+        """Make the range read as zeros. Whole chunks are given back unless ``keep``; the rest is written.
+
+        Raises Unsupported if it is to be ``fast`` and all of it would be written, and as `write` and `trim` do.
+        """
         self._check(offset, length)
+        if keep and fast:
+            raise Unsupported(
+                "zeros that are to stay allocated are written, which is no faster than to write them from outside",
+                hint="let the range be given back, or take the time",
+            )
         end = offset + length
         head_end = min(end, -(-offset // CHUNK_BYTES) * CHUNK_BYTES)
         tail = max(head_end, end // CHUNK_BYTES * CHUNK_BYTES)

@@ -6,13 +6,14 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from unittest.mock import ANY
 
 import pytest
 
 from rustord.change import Put
-from rustord.errors import DeviceError
+from rustord.errors import DeviceError, Unsupported
 from rustord.export import Run, State
 from rustord.layer import Layer
 from rustord.objectstore import ObjectStore
@@ -182,6 +183,22 @@ def test_what_a_device_has_lost_while_it_was_away_is_not_forgotten_when_it_is_wr
         with pytest.raises(DeviceError, match="was away"):
             volume.flush()
     slot.device, before.failed = before, ""
+
+
+def test_zeros_that_stay_allocated_are_not_fast(simulation: Simulation, volumes: Volumes) -> None:
+    volumes.create("disk", SIZE)
+    with closing(volumes.open("disk")) as volume:
+        volume.write(0, memoryview(b"x" * CHUNK_BYTES))
+        with pytest.raises(Unsupported):
+            volume.zero(0, CHUNK_BYTES, keep=True, fast=True)
+        buffer = memoryview(bytearray(CHUNK_BYTES))
+        volume.read(0, buffer)
+        assert buffer == b"x" * CHUNK_BYTES
+        for keep, fast in ((True, False), (False, True)):
+            volume.write(0, memoryview(b"x" * CHUNK_BYTES))
+            volume.zero(0, CHUNK_BYTES, keep=keep, fast=fast)
+            volume.read(0, buffer)
+            assert not any(buffer)
 
 
 def test_a_change_that_no_journal_takes_is_an_error(simulation: Simulation, volumes: Volumes) -> None:
