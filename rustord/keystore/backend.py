@@ -53,8 +53,9 @@ class Backend(Protocol):
 
         Deletes come first, so a key that is in both is put. Deleting an absent key is fine, as is an empty batch.
         Raises `NoSpace` when the batch does not fit; then nothing has changed, and it may be committed again when there
-        is room. After a `DeviceError` the batch is there whole or not at all, and may be committed again as well; a
-        backend that cannot know what a failed flush left on its medium goes on raising until it is opened anew.
+        is room; so it is with `Unavailable`, when somebody else has the index locked. After a `DeviceError` the batch
+        is there whole or not at all, and may be committed again as well; a backend that cannot know what a failed flush
+        left on its medium goes on raising until it is opened anew.
         """
 
     def info(self) -> Mapping[str, int | str]:

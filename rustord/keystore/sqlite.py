@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from rustord.errors import DeviceError, RustordError
+from rustord.errors import DeviceError, RustordError, Unavailable
 from rustord.keystore.backend import check_batch
 from rustord.keystore.directory import LockedDirectory, damaged, no_index, no_space
 
@@ -165,4 +165,6 @@ class SqliteBackend:
             return no_space(path)
         if code in _DAMAGED:
             return damaged(path, str(error))
+        if code == sqlite3.SQLITE_BUSY:  # nothing has been begun, so it can be tried again
+            return Unavailable(f"the index at {path} is locked by another process", hint="end what has it open")
         return DeviceError(f"the index at {path} failed: {error}", hint="see the kernel's log for that device")

@@ -6,6 +6,9 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+
+from rustord.errors import Unavailable
 from rustord.keystore.sqlite import SqliteBackend
 
 
@@ -25,6 +28,21 @@ def test_index_can_be_read_with_plain_sqlite(tmp_path: Path) -> None:
     backend.close()
     with closing(sqlite3.connect(tmp_path / "index.sqlite")) as connection:
         assert connection.execute("SELECT key, value FROM entries").fetchall() == [(b"key", b"value")]
+
+
+def test_a_lock_of_somebody_else_is_over_when_he_is_gone(tmp_path: Path) -> None:
+    with closing(SqliteBackend()) as backend:
+        backend.open(tmp_path)
+        assert backend._writer is not None
+        backend._writer.execute("PRAGMA busy_timeout = 10")
+        with closing(sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            for _ in range(2):
+                with pytest.raises(Unavailable, match="locked by another process"):
+                    backend.commit({b"key": b"value"}, ())
+        assert backend.get(b"key") is None
+        backend.commit({b"key": b"value"}, ())
+        assert backend.get(b"key") == b"value"
 
 
 def test_path_may_hold_any_character(tmp_path: Path) -> None:
