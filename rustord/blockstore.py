@@ -474,7 +474,7 @@ class BlockStore:
     def _refill(self, copy: Copy, start: int, buffer: memoryview) -> None:
         for index, offset, piece in self._pieces(copy, start, buffer):
             if index == LAYERS:
-                self.read_layer(offset, piece)
+                self.reread_layer(offset, piece)
             else:
                 self.device(index).reread(offset, (piece,))
 
