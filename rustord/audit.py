@@ -29,6 +29,7 @@ from rustord.layer import Layers
 from rustord.manifest import chunk_count
 from rustord.objkey import ObjectId, uuid_text
 from rustord.page import Page, decode_head, slot_of
+from rustord.pending import PENDING, promised
 from rustord.pool import assemble
 from rustord.record import Record
 from rustord.replay import footer_of
@@ -122,7 +123,7 @@ class Audit:
             self._check_names()
             self._check_blocks()
             self._check_footers()
-            self._check_free()
+            self._check_free(directory)
             if data:
                 self._check_data(progress)
         except BaseException:
@@ -373,13 +374,14 @@ class Audit:
                     self._torn_footers.append((record, number))
                     self._find("footer", f"{where} is missing or damaged", mend=Mend.FOOTER)
 
-    def _check_free(self) -> None:
+    def _check_free(self, directory: Path) -> None:
         """Free blocks end with no footer, and are zero if that is what the policy promises."""
         if self._contents is None or not self._is_whole():
             return  # what is free, all devices and the index have to tell
         records = (*self._live.values(), *self._bases.values())
         taken = [extent for record in records for extent in record.extents]
         taken += [extent for _, extent in self._layer_extents()]
+        taken += promised(directory / PENDING, self._label.pool_uuid, self._blocks)
         for grave in [*self._contents.graves, *(self._survey.graves() if self._pending else ())]:
             taken += grave.extents
         for slot in self._blocks.slots.values():

@@ -193,6 +193,12 @@ def take_up(directory: Path, pool_uuid: bytes, blocks: BlockStore, keystore: Key
     return sequence
 
 
+def promised(directory: Path, pool_uuid: bytes, blocks: BlockStore) -> list[Extent]:
+    """The blocks that are volumes' by what `take_up` would find now."""
+    left = _read_all(directory, circumstances(pool_uuid, blocks), blocks)
+    return [extent for change in left for extent in change.extents(CHUNK_BYTES // blocks.block_size)]
+
+
 def _files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("*") if path.is_file())
 

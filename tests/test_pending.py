@@ -14,13 +14,16 @@ from typing import NoReturn
 
 import pytest
 
+from rustord.audit import Audit
 from rustord.blockdevice import open_device
 from rustord.blockstore import BlockStore
 from rustord.errors import NoSpace, Unavailable
+from rustord.keystore.lmdb import LmdbBackend
 from rustord.membership import add_device, prepare_device, remove_device
 from rustord.objkey import uuid_text
 from rustord.page import CHUNK_BYTES, SLOT_COUNT, MapEntry
 from rustord.pending import PENDING, Pending, circumstances, take_up
+from rustord.pool import open_devices
 from rustord.testing.device import VolatileDevice
 from rustord.volume import Volume
 from rustord.volumes import Volumes
@@ -106,6 +109,21 @@ def test_all_that_was_answered_is_there_after_a_kill(disk_path: Path, seed: int)
             run(bench.store)
             check_sound(bench.store)
         bench.simulation.close()
+
+
+def test_to_repair_the_pool_erases_nothing_of_it(bench: Bench) -> None:
+    """Before the next start no journal and no index names these blocks."""
+    bench.write(CHUNK_BYTES + 5, b"answered")
+    bench.disk.flush()
+    bench.write(0, b"answered, and not flushed")
+    bench.simulation.cut_power(lambda offset: True)
+    devices = open_devices(bench.simulation.paths)
+    with Audit(devices, backend=LmdbBackend(), directory=bench.simulation.index) as audit:
+        assert [finding for finding in audit.findings if finding.kind == "free"] == []
+        audit.mend()
+    bench._open()
+    assert bench.content() == bench.model
+    check_sound(bench.store)
 
 
 class _Killed(Exception):
