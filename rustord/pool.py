@@ -181,6 +181,8 @@ def open_pool(
     for grave in erased:
         store.journals.remember_erased(grave.extents, [grave.id])
     done = {grave.id for grave in erased}
+    # What says so in the journals must stay there: who loses the index would have these Objects back.
+    keystore.hold((grave.id for grave in graves if grave.id not in done), keystore.indexed_sequence)
     for grave in certain:
         if grave.id not in done:
             store.erasures.put_off(grave.extents, [grave.id])

@@ -290,6 +290,34 @@ def test_what_waits_for_a_reader_to_be_erased_does_not_return(pool: Simulation) 
     pool.close()
 
 
+@pytest.mark.parametrize("starts", [1, 2])
+def test_what_could_not_be_erased_before_a_start_does_not_return(pair: Simulation, starts: int) -> None:
+    """Its device is away, and the journals of the others are written around and around meanwhile."""
+    store = pair.open()
+    store.put(bytes(40_000))
+    gone = store.stat(store.put(bytes(100_000), name="a").uuid)
+    (device,) = gone.devices
+    put = Put(b"newer", Metadata("a"))
+    newer = stored(next(outcome for change, outcome in store.cycle([put]).outcomes if change is put))
+    assert newer.devices.isdisjoint(gone.devices)
+    store.keystore.checkpoint()
+    pair.cut_power()
+    store = pair.open(without=[device])
+    for _ in range(1, starts):
+        pair.close()
+        store = pair.open(without=[device])
+    fill_journals(store)
+    store.delete(newer.uuid)
+    fill_journals(store)
+    pair.close()
+    pair.lose_index()
+    rebuilt(pair)
+    store = pair.open()
+    assert [record.name for record in live(store)] == ["", "filler"]
+    check_sound(store)
+    pair.close()
+
+
 def test_a_put_whose_flush_never_finished_is_not_believed(pool: Simulation) -> None:
     store = pool.open()
     kept = store.put(b"kept", name="n")
