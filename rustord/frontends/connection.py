@@ -195,6 +195,7 @@ class Connection:
         """Whether the request may not begin before all others have been answered."""
         return (
             not exchange.request.operation.changes
+            or not self._exchanges[-1].request.operation.changes
             or exchange.head.fields.expects_continue
             or self._streams(exchange)
             or len(self._exchanges) >= self._limits.pipelined

@@ -13,6 +13,7 @@ import pytest
 from rustord.change import Change
 from rustord.frontends.connection import Connection
 from rustord.frontends.exchange import Exchange
+from rustord.record import Record
 from rustord.wire.limits import Limits
 from rustord.writer import Deliver, Outcome
 from tests.frontends.conftest import Serve
@@ -94,6 +95,28 @@ def test_changes_of_one_connection_share_a_cycle(served: Served) -> None:
         for _ in range(50):
             assert peer.reply().status == 201
     assert served.writer.cycle_count - before < 10
+
+
+def test_a_change_waits_for_what_was_asked_before_it(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    uuid = json.loads(served.ask("PUT", "/v1/names/n", b"data").body)["uuid"]
+    read, has_begun, may_read = served.store.read, threading.Event(), threading.Event()
+
+    def read_late(record: Record, offset: int, length: int) -> memoryview:
+        has_begun.set()
+        assert may_read.wait(20)
+        return read(record, offset, length)
+
+    monkeypatch.setattr(served.store, "read_now", lambda *_: None)
+    monkeypatch.setattr(served.store, "read", read_late)
+    with served.connect() as peer:
+        peer.send(request("GET", f"/v1/objects/{uuid}") + request("DELETE", f"/v1/objects/{uuid}"))
+        assert has_begun.wait(20)
+        for _ in range(3):
+            served.ask("POST", "/v1/objects", b"in later cycles")
+        may_read.set()
+        reply = peer.reply()
+        assert (reply.status, reply.body) == (200, b"data")
+        assert peer.reply().status == 204
 
 
 @pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED.keys())
