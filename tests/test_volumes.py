@@ -1021,3 +1021,22 @@ def test_what_cannot_be_erased_beside_a_commit_or_without_the_index_is_erased_la
     run(store)
     assert free_count(store) == before
     check_sound(store)
+
+
+def test_what_waits_for_the_index_is_not_lost_when_a_map_cannot_be_kept(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flush(_: object) -> NoReturn:
+        raise RuntimeError("can't start new thread")  # which many devices take to be flushed
+
+    bench.volumes.create("disk", SIZE)
+    kept = bench.store.put(b"kept")
+    with monkeypatch.context() as no_threads, pytest.raises(RuntimeError):
+        no_threads.setattr(bench.store.blocks, "flush", flush)
+        bench.store.keystore.checkpoint()
+    bench.store.put(b"later")
+    bench.store.keystore.checkpoint()
+    assert bench.store.get(kept.uuid) == b"kept"
+    bench.reopen(clean=False)
+    assert bench.store.get(kept.uuid) == b"kept"
+    assert bench.volumes.names() == ["disk"]

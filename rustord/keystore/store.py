@@ -644,13 +644,13 @@ class KeyStore:
                 self._overlays = Overlay(), overlay
                 unerased = min(self._unerased.values(), default=overlay.sequence + 1)
             sequence = max(overlay.sequence, self.indexed_sequence)
-            puts, deletes = overlay.changes()
-            pages = map(decode_page, filter(None, overlay.pages.values()))
-            wanted = [page for page in pages if page.layer not in self._retired]
-            if wanted and not (self._keep_pages and self._keep_pages(wanted)):
-                puts[UNKEPT] = b""
-                deletes = [key for key in deletes if key != UNKEPT]
             try:
+                puts, deletes = overlay.changes()
+                pages = map(decode_page, filter(None, overlay.pages.values()))
+                wanted = [page for page in pages if page.layer not in self._retired]
+                if wanted and not (self._keep_pages and self._keep_pages(wanted)):
+                    puts[UNKEPT] = b""
+                    deletes = [key for key in deletes if key != UNKEPT]
                 self._commit(puts, deletes, sequence)
             except BaseException:
                 with self._learning:
