@@ -10,6 +10,7 @@ The index is an ordered store of byte keys (`rustord.keystore.backend`, `rustord
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,6 +67,8 @@ from rustord.page import (
 )
 from rustord.record import RECORD_ID, Grave, Record, RecordId, encode_extents
 from rustord.whereabouts import whereabouts
+
+log = logging.getLogger(__name__)
 
 COMMIT_S_MAX = 30.0
 """How long the index may take for a commit until nobody waits for it any more, and changes are refused."""
@@ -404,6 +407,8 @@ class KeyStore:
         length = RECORD_ID.size * len(self._unerased) + sum(len(entry.payload) for entry in self._noted.values())
         if not self._carry_due and not any(self._rings[device].is_held_by(oldest, length) for device in writable):
             return False
+        if length > self.batch_bytes_max // 2:
+            self._forget_oldest(self.batch_bytes_max // 4)
         self._carry_due = False
         carried = [unerased_entry(id for id in self._unerased if id not in self._noted)]
         carried += map(encode_entry, self._noted.values())
@@ -412,6 +417,23 @@ class KeyStore:
         with self._learning:
             self._unerased = dict.fromkeys(self._unerased, newest)
         return True
+
+    def _forget_oldest(self, room: int) -> None:
+        """Keep no more of what is not erased than goes into ``room`` bytes.
+
+        With more, no change would find room in the journal any more. The index knows the others; who loses that while
+        they are not erased may have them back.
+        """
+        log.warning("more is deleted and not erased yet than the journals have room for: keep the index")
+        kept: dict[RecordId, int] = {}
+        with self._learning:
+            for id, sequence in reversed(self._unerased.items()):
+                room -= len(self._noted[id].payload) if id in self._noted else RECORD_ID.size
+                if room < 0:
+                    break
+                kept[id] = sequence
+            self._unerased = dict(reversed(kept.items()))
+            self._noted = {id: entry for id, entry in self._noted.items() if id in kept}
 
     def _append(self, ring: Ring, entries: list[bytes], durable: int, sequence: int) -> None:
         try:

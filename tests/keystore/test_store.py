@@ -13,7 +13,7 @@ import pytest
 from rustord.blockdevice import BlockDevice, open_device
 from rustord.errors import NoSpace, PoolError, RustordError, Unavailable
 from rustord.extent import Extent
-from rustord.journal import NOTHING, Entry, Kind
+from rustord.journal import NOTHING, Entry, Kind, decode_record_ids
 from rustord.keystore import store as store_module
 from rustord.keystore.lmdb import LmdbBackend
 from rustord.keystore.ring import Ring
@@ -342,6 +342,22 @@ class TestJournal:
         said = [entry.payload for batch in batches for entry in batch.entries if entry.kind is Kind.UNERASED]
         assert RECORD_ID.pack(*held.id) in said  # for one who has the devices alone
         assert [grave.id.uuid for grave in open_keys().store.graves()] == [held.uuid]
+
+    def test_so_much_that_is_not_erased_that_it_has_no_room_for_it_stops_nobody(self, keys: Keys) -> None:
+        """As when a disk has gone, and all that had a copy there has got another one elsewhere."""
+        gone = [RecordId(number.to_bytes(16, "big"), number) for number in range(1, 200_001)]
+        keys.sequence = len(gone)
+        keys.store.hold(gone, keys.sequence)
+        last = keys.put()
+        for _ in range(1100):  # once around
+            last = keys.put()
+        keys.store.checkpoint()
+        assert keys.store.journal_used() < 0.6
+        entries = [entry for _, batch in keys.ring.batches() for entry in batch.entries]
+        said = {id for entry in entries if entry.kind is Kind.UNERASED for id in decode_record_ids(entry.payload)}
+        assert said == {*gone[-len(said) :]}  # the newest of them
+        assert len(said) > 10_000
+        assert last.uuid in uuids(keys.store, 2000)
 
     def test_a_tombstone_stays_in_it_until_the_blocks_are_erased(self, keys: Keys) -> None:
         record = keys.put()
