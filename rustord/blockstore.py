@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -125,6 +125,11 @@ class BlockStore:
     def writable_indices(self) -> list[int]:
         """The devices that take writes now, in order."""
         return [index for index, slot in self.slots.items() if slot.state == "online"]
+
+    def writers(self, indices: Collection[int]) -> Mapping[int, BlockDevice]:
+        """Those of these devices that take writes now, for `check_unchanged`."""
+        slots = self.slots
+        return {i: device for i in indices if i in slots and slots[i].state == "online" and (device := slots[i].device)}
 
     def check_unchanged(self, devices: Mapping[int, BlockDevice]) -> None:
         """Raise DeviceError unless ``devices``, to which data was written, are still in their slots and take writes.

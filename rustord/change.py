@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from rustord.blockdevice import BlockDevice
 from rustord.errors import InvalidRequest, PreconditionFailed, RustordError, TooLarge
 from rustord.extent import Extent
 from rustord.layer import Frozen, Layer
@@ -102,11 +103,11 @@ class Erase:
     several where an Object was moved shortly before it was deleted. ``cause`` is the Delete that waits for it.
     ``layers`` are forgotten with it, and ``layer`` is the number of one that it had needed. ``after`` is the sequence
     up to which the index has to hold everything before. ``finished`` is told that it is done, or why it could not be.
-    ``erased`` is set once the blocks have been written over, so that only the flush is left to do; ``error`` says why
-    they could not be.
+    ``erased`` is set once the blocks have been written over, on ``devices``, so that only the flush is left to do;
+    ``error`` says why they could not be.
     """
 
-    __slots__ = ("after", "cause", "erased", "error", "extents", "finished", "ids", "layer", "layers")
+    __slots__ = ("after", "cause", "devices", "erased", "error", "extents", "finished", "ids", "layer", "layers")
 
     def __init__(
         self,
@@ -127,6 +128,7 @@ class Erase:
         self.cause = cause
         self.after = after
         self.erased = False
+        self.devices: Mapping[int, BlockDevice] = {}
         self.error: RustordError | None = None
 
 

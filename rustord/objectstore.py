@@ -270,8 +270,21 @@ class ObjectStore:
             self.journals.sequence += 1
             batch.undos.append((change, self.journals.sequence))
             batch.length += 40
-        elif not self.erasures.hold(change):
+        elif self.erasures.hold(change):
+            pass
+        elif self._has_lost(change):
+            change.erased = False
+            batch.following.append(change)
+        else:
             batch.erases.append(change)
+
+    def _has_lost(self, erase: Erase) -> bool:
+        """Whether what was written over beside the cycles may never become durable: the flush would not tell."""
+        try:
+            self.blocks.check_unchanged(erase.devices)
+        except DeviceError:
+            return erase.erased
+        return False
 
     def _stage_put(self, put: Put, batch: _Batch) -> None:
         replaced = self._check_name(put)
@@ -394,6 +407,7 @@ class ObjectStore:
         waiting = [erase for erase in batch.erases if not erase.erased]
         for erase in waiting:
             self.layers.leave(erase.ids)
+            erase.error = None  # of another try
         try:
             self.blocks.erase(extent for erase in waiting for extent in erase.extents)
             for erase in waiting:
@@ -407,6 +421,7 @@ class ObjectStore:
     def erase(self, erase: Erase) -> None:
         """Write over the blocks; a cycle makes it durable. What a device cannot do now is put off."""
         self.layers.leave(erase.ids)
+        erase.devices = self.blocks.writers({extent.device for extent in erase.extents})
         try:
             self.blocks.erase(erase.extents)
             erase.erased = True

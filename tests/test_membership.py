@@ -13,7 +13,7 @@ import pytest
 
 from rustord.blockdevice import ImageFile, RawDevice, open_device
 from rustord.blockstore import BlockStore, Slot, read_label
-from rustord.change import Put
+from rustord.change import Change, Delete, Erase, Put
 from rustord.errors import DeviceError, InvalidRequest, NoSpace, PoolError
 from rustord.label import Geometry, Standing
 from rustord.membership import (
@@ -26,12 +26,13 @@ from rustord.membership import (
 )
 from rustord.mover import Mover
 from rustord.objectstore import ObjectStore
-from rustord.placer import Mirrored
+from rustord.placer import Mirrored, Striped
 from rustord.pool import open_devices
+from rustord.record import Record
 from rustord.repair import Repairer
 from rustord.scrub import Scrub
 from rustord.writer import Writer
-from tests.simulation import MIB, PowerCut, Simulation, VolatileDevice, check_sound, run, stored
+from tests.simulation import MIB, PowerCut, Simulation, VolatileDevice, check_sound, run, stored, upload
 
 
 @pytest.fixture
@@ -127,6 +128,45 @@ class TestReturning:
         store.keystore.checkpoint()
         assert not store.keystore.graves()
         assert store.allocator.is_empty(missing)
+        check_sound(store)
+
+    @pytest.mark.parametrize("what", ["it fails", "it is away", "it is back", "it was away"])
+    def test_what_a_device_has_lost_of_an_erasure_is_erased_once_more(
+        self, simulate: Callable[..., Simulation], what: str
+    ) -> None:
+        """A long erasure is done beside the cycles, one of which flushes it: by then the device may be another one."""
+        simulation = simulate(16 * MIB, 16 * MIB, placer=Striped(64))
+        store = simulation.open()
+        record = upload(store, b"deleted" * 500_000)
+        delete = Delete(record.uuid)
+        following: list[Change] = store.cycle([delete]).following
+        (erase,) = following
+        assert isinstance(erase, Erase)
+        device = simulation.devices[0]
+        if what == "it was away":
+            detach_device(store, 0)
+        store.erase(erase)
+        if what == "it fails":
+            device.fail_flushes = 1
+            store.blocks.flush([0])
+        else:
+            detach_device(store, 0)
+            device.cut_power()
+        if what in ("it is back", "it was away"):
+            attach_device(store, str(simulation.paths[0]))
+        outcomes = {}
+        while following:
+            cycle = store.cycle(following)
+            outcomes.update(cycle.outcomes)
+            following = cycle.following
+        assert isinstance(outcomes[delete], Record) is (what in ("it is back", "it was away"))
+        if what == "it fails":
+            simulation.cut_power()
+            store = simulation.open()
+        if what == "it is away":
+            attach_device(store, str(simulation.paths[0]))
+        run(store)
+        assert not any(any(simulation.read(*extent)) for extent in record.extents)
         check_sound(store)
 
     def test_a_device_that_was_used_alone_is_left_out(self, pair: Simulation, disk_path: Path) -> None:
