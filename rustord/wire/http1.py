@@ -130,6 +130,7 @@ def read_request_head(data: bytes, start: int, limits: Limits) -> RequestHead | 
     if old:
         if fields.chunked:
             raise InvalidRequest("HTTP/1.0 has no chunked bodies")
+        fields = fields._replace(expects_continue=False)  # RFC 9110, 10.1.1: it knows no reply before the reply
         return RequestHead(method, target, fields, fields.keeps, True, end + 4)
     if "host" not in fields.by_name:
         raise InvalidRequest("the Host field is missing", hint="HTTP/1.1 demands one; any value will do")

@@ -69,6 +69,13 @@ def test_a_connection_is_kept_as_the_version_and_the_field_say(lines: list[str],
     assert head("\r\n".join([*lines, "", ""]).encode()).keep_alive is keep_alive
 
 
+def test_an_old_client_is_not_told_to_go_on() -> None:
+    """It would take that for the reply (RFC 9110, 10.1.1)."""
+    fields = "Host: a\r\nContent-Length: 1\r\nExpect: 100-continue\r\n\r\n"
+    told = {minor: head(f"PUT / HTTP/1.{minor}\r\n{fields}".encode()).fields.expects_continue for minor in (0, 1)}
+    assert told == {0: False, 1: True}
+
+
 def test_an_absolute_target_is_understood() -> None:
     assert head(b"GET HTTP://localhost:80/v1/pool?a=b HTTP/1.1\r\nHost: a\r\n\r\n").target == "/v1/pool?a=b"
 
