@@ -65,11 +65,11 @@ def attach_device(store: ObjectStore, path: str) -> int:
     store.keystore.checkpoint()  # which knows how far it has got in the device's journal
     # udev tells everybody to look again at what was open for writing: who refuses that each time is told so for ever.
     with closing(open_device(path, read_only=True, exclusive=False)) as device:
-        store.keystore.remove_ring(_returned(store, device).index)
+        store.keystore.remove_ring(_returned(store, device)[0].index)
     device = open_device(path)
     try:
         require_ours(device)
-        slot = _returned(store, device)
+        slot, returned = _returned(store, device)
         slot.bad = read_bad_blocks(device, slot)
         store.allocator.condemn(Extent(slot.index, run.block, run.count) for run in slot.bad.runs)
     except BaseException:
@@ -77,13 +77,17 @@ def attach_device(store: ObjectStore, path: str) -> int:
         raise
     slot.device, slot.why = device, ""
     store.keystore.keep_all(store.layers.by_uuid)  # what it did not take when it failed
-    renew_labels(store, store.label)
+    members = (returned if m.device_index == slot.index else m for m in store.label.members)
+    renew_labels(store, replace(store.label, members=tuple(members)))
     store.erase_again()
     return slot.index
 
 
-def _returned(store: ObjectStore, device: BlockDevice) -> Slot:
-    """The slot of a device that was missing; the KeyStore has its journal then. Raises as `attach_device`."""
+def _returned(store: ObjectStore, device: BlockDevice) -> tuple[Slot, Member]:
+    """The slot of a device that was missing, and the member with the label that it has; the KeyStore has its journal.
+
+    Raises as `attach_device`.
+    """
     label = read_label(device)
     member = next((m for m in store.label.members if label and m.device_uuid == label.device_uuid), None)
     if label is None or member is None:
@@ -101,7 +105,7 @@ def _returned(store: ObjectStore, device: BlockDevice) -> Slot:
         raise PoolError(
             f"{device.path} holds changes that the index does not know", hint="restart rustord, which replays them"
         )
-    return slot
+    return slot, replace(member, generation=label.generation, round=label.round)
 
 
 def detach_device(store: ObjectStore, index: int) -> None:

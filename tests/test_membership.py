@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from rustord.blockdevice import ImageFile, RawDevice, open_device
-from rustord.blockstore import BlockStore, Slot, read_label
+from rustord.blockdevice import BlockDevice, ImageFile, RawDevice, open_device
+from rustord.blockstore import BlockStore, Slot, read_label, write_label
 from rustord.change import Change, Delete, Erase, Put
 from rustord.errors import DeviceError, InvalidRequest, NoSpace, PoolError
-from rustord.label import Geometry, Standing
+from rustord.label import Geometry, Label, Standing
 from rustord.membership import (
     add_device,
     attach_device,
@@ -27,7 +27,7 @@ from rustord.membership import (
 from rustord.mover import Mover
 from rustord.objectstore import ObjectStore
 from rustord.placer import Mirrored, Striped
-from rustord.pool import open_devices
+from rustord.pool import open_devices, renew_labels
 from rustord.record import Record
 from rustord.repair import Repairer
 from rustord.scrub import Scrub
@@ -168,6 +168,34 @@ class TestReturning:
         run(store)
         assert not any(any(simulation.read(*extent)) for extent in record.extents)
         check_sound(store)
+
+    def test_a_device_that_takes_no_label_again_and_again_rejoins(
+        self, pair: Simulation, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is as the pool has left it, however often the pool has tried to say so on it."""
+
+        def write(device: BlockDevice, label: Label) -> None:
+            if label.device_index == 1:
+                device.failed = "as it was told to"
+                raise DeviceError(device.failed)
+            write_label(device, label)
+
+        store = pair.open()
+        key = store.put(b"mirrored")
+        with monkeypatch.context() as broken:
+            broken.setattr("rustord.pool.write_label", write)
+            for _ in range(2):
+                renew_labels(store, store.label)
+                detach_device(store, 1)
+                pair.devices[1].close()
+                attach_device(store, str(pair.paths[1]))
+        assert store.blocks.slots[1].state == "failed"
+        detach_device(store, 1)
+        attach_device(store, str(pair.paths[1]))
+        pair.cut_power()
+        store = pair.open()
+        assert store.blocks.slots[1].state == "online"
+        assert store.get(key.uuid) == b"mirrored"
 
     def test_a_device_that_was_used_alone_is_left_out(self, pair: Simulation, disk_path: Path) -> None:
         pair.open().put(b"both")
