@@ -114,6 +114,7 @@ class LayerMerger:
             self._store.blocks.writable(layer.home)
         least = BASE if lower.head.base != NOTHING else ZEROS  # zeros over nothing need not be said
         chunks = {chunk: address for chunk, address in lower.chunks() if address > least and upper.get(chunk) == BASE}
+        self._volumes.call(lambda: self._place(upper, lower, chunks))
         left = iter(chunks.items())
         while batch := list(islice(left, _BATCH_CHUNKS)):
             if not self._volumes.call(lambda batch=batch: self._take_over(upper, lower, batch)):  # type: ignore[misc]
@@ -121,25 +122,23 @@ class LayerMerger:
         with nullcontext() if is_written else self._layers.still():
             return self._volumes.call(lambda: self._finish(upper, lower, chunks))
 
-    def _take_over(self, upper: Layer, lower: Layer, chunks: list[tuple[int, int]]) -> bool:
-        """Say in the journal that chunks are the upper Layer's. Called between cycles."""
+    def _place(self, upper: Layer, lower: Layer, chunks: Iterable[int]) -> None:
+        """See to it that the upper Layer has slots for the pages of all ``chunks``. Called between cycles.
+
+        That is before any chunk is taken over: from then on nobody can open the volume until the last one is.
+        """
         if not self._layers.is_mergeable(upper, lower):
-            return False
-        pages = self._take_slots(upper, {page_of(chunk) for chunk, _ in chunks} - upper.places.keys())
-        was_torn = lower.uuid in self._layers.torn
-        self._layers.torn.add(lower.uuid)
-        has_begun = False
+            return
+        pages = self._take_slots(upper, {page_of(chunk) for chunk in chunks} - upper.places.keys())
+        left = iter(sorted(pages.items()))
         try:
-            with self._store.journals.note([MapEntry(upper.uuid, sorted(pages.items()), chunks)]):
-                has_begun = True
-                upper.places |= pages  # not before: the volume says where a page is only if the Layer has none yet
-        except (ReadOnly, Unavailable):
-            if not has_begun:  # no journal has it
-                if not was_torn:
-                    self._layers.torn.discard(lower.uuid)
-                self._store.allocator.release([extent_at(address, SLOT_COUNT) for address in pages.values()])
+            while batch := list(islice(left, _BATCH_CHUNKS)):
+                with self._store.journals.note([MapEntry(upper.uuid, batch, ())]):
+                    upper.places.update(batch)
+        except RustordError:  # no journal has those that the Layer does not have
+            rest = pages.keys() - upper.places.keys()
+            self._store.allocator.release([extent_at(pages[number], SLOT_COUNT) for number in rest])
             raise
-        return True
 
     def _take_slots(self, upper: Layer, numbers: Iterable[int]) -> dict[int, int]:
         """Slots for pages; all of them, or NoSpace."""
@@ -151,6 +150,22 @@ class LayerMerger:
             self._store.allocator.release(taken.values())
             raise
         return {number: address_of(extent) for number, extent in taken.items()}
+
+    def _take_over(self, upper: Layer, lower: Layer, chunks: list[tuple[int, int]]) -> bool:
+        """Say in the journal that chunks are the upper Layer's. Called between cycles."""
+        if not self._layers.is_mergeable(upper, lower):
+            return False
+        was_torn = lower.uuid in self._layers.torn
+        self._layers.torn.add(lower.uuid)
+        has_begun = False
+        try:
+            with self._store.journals.note([MapEntry(upper.uuid, (), chunks)]):
+                has_begun = True
+        except (ReadOnly, Unavailable):
+            if not (has_begun or was_torn):  # no journal has it
+                self._layers.torn.discard(lower.uuid)
+            raise
+        return True
 
     def _finish(self, upper: Layer, lower: Layer, chunks: dict[int, int]) -> bool:
         """Have the upper Layer without the lower one. Called between cycles, and nobody reads."""

@@ -230,6 +230,7 @@ def test_chunks_that_two_layers_name_are_the_upper_ones(bench: Bench, seed: int,
     merger = LayerMerger(bench.store, bench.volumes)
     ((upper, lower),) = bench.store.layers.mergeable()
     chunks = {chunk: address for chunk, address in lower.chunks() if not upper.get(chunk)}
+    merger._place(upper, lower, chunks)
     assert merger._take_over(upper, lower, [*chunks.items()])
     if stage == "named":
         assert merger._finish(upper, lower, chunks)
@@ -265,9 +266,13 @@ def fill_up(store: ObjectStore, home: int) -> list[Extent]:
     return taken
 
 
+@pytest.mark.parametrize("batch", [1, 4096])
 @pytest.mark.parametrize("writer", ["merger", "volume"])
-def test_a_merge_without_room_loses_nothing_of_what_comes_later(bench: Bench, writer: str) -> None:
+def test_a_merge_without_room_loses_nothing_of_what_comes_later(
+    bench: Bench, writer: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It needs slots for two pages, and finds those for one."""
+    monkeypatch.setattr("rustord.layermerger._BATCH_CHUNKS", batch)
     far = PAGE_CHUNKS * CHUNK_BYTES
     bench.volumes.create("disk", far + CHUNK_BYTES)
     volume = bench.volumes.open("disk")
@@ -299,7 +304,6 @@ def test_a_merge_without_room_loses_nothing_of_what_comes_later(bench: Bench, wr
 def test_a_merge_without_room_is_made_when_there_is_some(
     simulate: Callable[..., Simulation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Until then the volume may have a map that is not in order, and nobody can open it."""
     monkeypatch.setattr("rustord.layermerger._AGAIN_S", 0.1)
     store = simulate(32 * MIB).open()
     writer = Writer(store)
@@ -369,7 +373,9 @@ def test_a_merge_that_needs_a_missing_device_holds_up_no_other_one(bench: Bench)
         delete(bench.store, "gone")
     (_, (upper, lower)) = bench.store.layers.mergeable()
     assert upper.head.name == last
-    assert LayerMerger(bench.store, volumes)._take_over(upper, lower, [*lower.chunks()])
+    merger = LayerMerger(bench.store, volumes)
+    merger._place(upper, lower, dict(lower.chunks()))
+    assert merger._take_over(upper, lower, [*lower.chunks()])
     bench.simulation.cut_power()
     bench.store = bench.simulation.open(without={homes[first]})
     bench.volumes = Volumes(bench.store, Direct(bench.store))
