@@ -94,6 +94,8 @@ class Volume:
         In ``pending`` changes of the map are noted before they are answered.
         """
         self.layer = layer
+        self.key = layer.head.name
+        """The volume's name, also while a snapshot has taken it from one Layer, and we are not on the next one yet."""
         self.size = layer.head.size
         self.read_only = False
         self.rotational = blocks.device(layer.home).rotational
@@ -127,11 +129,6 @@ class Volume:
         self._erasing = 0
         self._erased = threading.Condition()
 
-    @property
-    def key(self) -> str:
-        """The volume's name."""
-        return self.layer.head.name
-
     @contextmanager
     def still(self) -> Iterator[None]:
         """What the volume has is durable, and nobody reads, writes or moves it: its Layers may be changed."""
@@ -154,11 +151,11 @@ class Volume:
         What the volume has at this moment is durable then. Raises what ``split`` raises, which may have done it.
         """
         with self.still():
-            left, name = self.layer, self.key
+            left = self.layer
             try:
                 split(left)
             finally:
-                self.layer = self._layers.volumes[name]
+                self.layer = self._layers.volumes[self.key]
                 self.give_back_spare()  # it is the other Layer's
         return left
 
@@ -207,7 +204,7 @@ class Volume:
                 try:
                     yield
                 finally:
-                    self._ended = not self.key
+                    self._ended = not self.layer.head.name
                     if self._ended and self._pending is not None:
                         self._pending.close()
                 if self._ended and not self._layers.is_frozen(self.layer):

@@ -22,6 +22,7 @@ from rustord.errors import (
     Unavailable,
 )
 from rustord.keystore.lmdb import LmdbBackend
+from rustord.layer import Layer
 from rustord.layermerger import LayerMerger
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
@@ -1041,3 +1042,22 @@ def test_what_waits_for_the_index_is_not_lost_when_a_map_cannot_be_kept(
     bench.reopen(clean=False)
     assert bench.store.get(kept.uuid) == b"kept"
     assert bench.volumes.names() == ["disk"]
+
+
+def test_a_volume_has_its_name_also_while_a_snapshot_takes_it_from_its_layer(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks at that moment would have it served by another process than the others, or take it for gone."""
+    bench.volumes.create("disk", SIZE)
+    volume = bench.volumes.open("disk")
+    cover, names = bench.volumes._cover, []
+
+    def look(left: Layer) -> Layer:
+        top = cover(left)
+        names.append(volume.key)
+        return top
+
+    monkeypatch.setattr(bench.volumes, "_cover", look)
+    bench.volumes.snapshot("disk")
+    assert names == ["disk"]
+    volume.close()
