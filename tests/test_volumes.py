@@ -917,9 +917,9 @@ def test_who_makes_an_object_of_a_volume_gives_up_when_the_daemon_stops(
     volume.close()
     read_all = bench.store.layers.fill
 
-    def fill(*args: Any) -> None:
+    def fill(*args: Any, **how: Any) -> None:
         bench.volumes.stop()
-        read_all(*args)
+        read_all(*args, **how)
 
     monkeypatch.setattr(bench.store.layers, "fill", fill)
     with pytest.raises(Unavailable, match="stopping"):
