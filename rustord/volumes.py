@@ -86,6 +86,8 @@ class Volumes:
         self._volumes: dict[str, Volume] = {}
         self._open: dict[str, int] = {}
         self._busy: set[str] = set()
+        self._opening: list[str] = []
+        """By all who open it at this moment, which many may do at once."""
         self._warned = False
         self._lock = threading.Lock()
         self._making = threading.Lock()
@@ -127,8 +129,9 @@ class Volumes:
     def _working_on(self, name: str, *, closed: bool) -> Iterator[None]:
         """Nobody else makes, changes or opens the volume meanwhile; with ``closed``, nobody has it open either."""
         with self._lock:
-            if name in self._busy:
-                raise InUse(f"volume {name} is being worked on", hint="try again when that has finished")
+            self._check_idle(name)
+            if name in self._opening:
+                raise InUse(f"volume {name} is being opened", hint="try again in a moment")
             if closed and self._open.get(name):
                 raise InUse(f"volume {name} is in use", hint="detach it first; or take a snapshot, which may be")
             self._busy.add(name)
@@ -138,15 +141,25 @@ class Volumes:
             with self._lock:
                 self._busy.discard(name)
 
+    def _check_idle(self, name: str) -> None:
+        if name in self._busy:
+            raise InUse(f"volume {name} is being worked on", hint="try again when that has finished")
+
     # Using
 
     def open(self, name: str) -> Volume:
         """The volume to read and write, until its `Volume.close`. Raises NotFound, InUse or DeviceError."""
-        with self._working_on(name, closed=False):
+        with self._lock:
+            self._check_idle(name)
+            self._opening.append(name)
+        try:
             volume = self._volume(name)
             volume.read_only = bool(self._store.read_only)
             with self._lock:
                 self._open[name] = self._open.get(name, 0) + 1
+        finally:
+            with self._lock:
+                self._opening.remove(name)
         return volume
 
     def _volume(self, name: str) -> Volume:

@@ -1061,3 +1061,24 @@ def test_a_volume_has_its_name_also_while_a_snapshot_takes_it_from_its_layer(
     bench.volumes.snapshot("disk")
     assert names == ["disk"]
     volume.close()
+
+
+def test_a_volume_is_opened_by_many_at_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a client does that had several connections, when it connects again."""
+    bench.volumes.create("disk", SIZE)
+    check_whole, opened = bench.volumes._check_whole, []
+
+    def open_another(layer: Layer) -> None:
+        monkeypatch.setattr(bench.volumes, "_check_whole", check_whole)
+        opened.append(bench.volumes.open("disk"))
+        with pytest.raises(InUse):
+            bench.volumes.snapshot("disk")
+        with pytest.raises(InUse):
+            bench.volumes.delete("disk")
+
+    monkeypatch.setattr(bench.volumes, "_check_whole", open_another)
+    opened.append(bench.volumes.open("disk"))
+    assert bench.volumes.stat("disk").open_count == 2
+    for volume in opened:
+        volume.close()
+    bench.volumes.delete("disk")
