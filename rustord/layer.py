@@ -41,6 +41,9 @@ from rustord.page import (
 )
 from rustord.record import Record, RecordId
 
+_NO_PAGE = array("Q", bytes(8 * PAGE_CHUNKS))
+"""Where nothing is but what the base has."""
+
 
 class Layer:
     """``address`` is where the slots of its head are, ``places`` where those of its other pages, by page number.
@@ -80,6 +83,14 @@ class Layer:
     def has_page(self, number: int) -> bool:
         """Whether any of the chunks of a page was ever anything but the base's."""
         return number in self._pages
+
+    def page(self, number: int) -> Sequence[int]:
+        """The addresses of the chunks of a page."""
+        return self._pages.get(number, _NO_PAGE)
+
+    def page_numbers(self) -> list[int]:
+        """Of the pages that it `has_page`."""
+        return [*self._pages]
 
     def set(self, chunk: int, address: int) -> None:
         """Change the address of a chunk."""
@@ -408,23 +419,32 @@ class Layers:
 
     def shared_count(self, chain: Sequence[Layer]) -> int:
         """How many chunks the top Layer has from those below it."""
-        own, below = dict(chain[0].chunks()), dict[int, int]()
-        for layer in reversed(chain[1:]):
-            below |= layer.chunks()
-        base_count = -(-self.base_size(chain) // CHUNK_BYTES)
-        covered = sum(chunk < base_count for chunk in own.keys() | below.keys())
-        return base_count - covered + sum(a > ZEROS and chunk not in own for chunk, a in below.items())
+        count = base_count = -(-self.base_size(chain) // CHUNK_BYTES)
+        for number in _pages_of(chain):
+            from_base = min(max(base_count - (number - 1) * PAGE_CHUNKS, 0), PAGE_CHUNKS)
+            own, below = chain[0].page(number), self._find_all(chain[1:], number)
+            shared = [ZEROS if address else other for address, other in zip(own, below, strict=True)]
+            in_layers = PAGE_CHUNKS - shared.count(BASE) - shared.count(ZEROS)
+            count += in_layers + shared[:from_base].count(BASE) - from_base
+        return count
 
     def used_size(self, chain: Sequence[Layer]) -> int:
         """Up to which byte there may be anything but zeros."""
-        addresses = dict[int, int]()
-        for layer in reversed(chain):
-            addresses |= layer.chunks()
-        last = max((chunk for chunk, address in addresses.items() if address > ZEROS), default=-1)
-        base_last = -(-self.base_size(chain) // CHUNK_BYTES) - 1
-        while base_last > last and addresses.get(base_last, BASE) == ZEROS:
-            base_last -= 1
-        return (max(last, base_last) + 1) * CHUNK_BYTES
+        base_count = -(-self.base_size(chain) // CHUNK_BYTES)
+        base_end = page_of(base_count - 1)
+        beyond = sorted((number for number in _pages_of(chain) if number > base_end), reverse=True)
+        for number in (*beyond, *range(base_end, 0, -1)):
+            for chunk, address in reversed([*enumerate(self._find_all(chain, number), (number - 1) * PAGE_CHUNKS)]):
+                if address > ZEROS or (address == BASE and chunk < base_count):
+                    return (chunk + 1) * CHUNK_BYTES
+        return 0
+
+    def _find_all(self, chain: Sequence[Layer], number: int) -> Sequence[int]:
+        """The addresses of the chunks of a page, as `find` tells them."""
+        pages = [layer.page(number) for layer in chain if layer.has_page(number)]
+        if len(pages) > 1:
+            return [next(filter(None, found), BASE) for found in zip(*pages, strict=True)]
+        return pages[0] if pages else _NO_PAGE
 
     def fill(self, chain: Sequence[Layer], offset: int, buffer: memoryview, *, reread: bool = False) -> None:
         """Fill ``buffer`` with what the volume has from ``offset`` on. Raises DeviceError, Damaged or NotFound.
@@ -525,3 +545,7 @@ class Layers:
             hint = "'rustorctl pool check' tells what else is missing"
             raise NotFound(f"Object {uuid_text(uuid)}, on which a volume builds, is gone", hint=hint)
         return record
+
+
+def _pages_of(chain: Iterable[Layer]) -> set[int]:
+    return {number for layer in chain for number in layer.page_numbers()}

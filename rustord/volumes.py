@@ -119,6 +119,10 @@ class Volumes:
         opened = self._open.get(name, 0)
         return Info(name, head.size, own * CHUNK_BYTES, shared * CHUNK_BYTES, head.created_ns, len(chain), opened)
 
+    def size(self, name: str) -> int:
+        """The size of a volume in bytes, which costs less than all of `stat`. Raises NotFound."""
+        return self._layer(name).head.size
+
     def _layer(self, name: str) -> Layer:
         layer = self._layers.volumes.get(name)
         if layer is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -26,7 +27,7 @@ from rustord.layer import Layer
 from rustord.layermerger import LayerMerger
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
-from rustord.page import CHUNK_BYTES, SLOT_COUNT, extent_at
+from rustord.page import BASE, CHUNK_BYTES, PAGE_CHUNKS, SLOT_COUNT, ZEROS, Head, extent_at
 from rustord.placer import Contiguous, FirstFit, Mirrored, Striped
 from rustord.pool import open_devices
 from rustord.rebuild import rebuild
@@ -1082,3 +1083,41 @@ def test_a_volume_is_opened_by_many_at_once(bench: Bench, monkeypatch: pytest.Mo
     for volume in opened:
         volume.close()
     bench.volumes.delete("disk")
+
+
+def test_to_tell_what_a_volume_has_takes_no_copy_of_its_map(bench: Bench) -> None:
+    bench.volumes.create("disk", 1 << 28)
+    lower = bench.store.layers.volumes["disk"]
+    bench.volumes.snapshot("disk")
+    upper = bench.store.layers.volumes["disk"]
+    for layer in (lower, upper):
+        for chunk in range(16 * PAGE_CHUNKS):
+            layer.set(chunk, 1 << 48 | 10_000 + 16 * chunk)
+    tracemalloc.start()
+    info = bench.volumes.stat("disk")
+    used = bench.store.layers.used_size([upper, lower])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (info.own_bytes, info.shared_bytes, used) == (1 << 28, 0, 1 << 28)
+    assert peak < 100_000
+
+
+def test_what_is_shared_or_used_is_what_is_found(bench: Bench, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance, layers = random.Random(seed), bench.store.layers
+    for _ in range(40):
+        base_count = chance.choice([0, 1, 3, PAGE_CHUNKS, 3 * PAGE_CHUNKS + 1])
+        monkeypatch.setattr(layers, "base_size", lambda chain, count=base_count: count * CHUNK_BYTES)
+        chain = [Layer(bytes(16), 0, Head(1 << 36, 0, bytes(16), 1, "")) for _ in range(chance.randrange(1, 5))]
+        for layer in chain:
+            for first in chance.sample(range(0, 5 * PAGE_CHUNKS, PAGE_CHUNKS), chance.randrange(4)):
+                for chunk in chance.sample(range(PAGE_CHUNKS), chance.choice([3, PAGE_CHUNKS])):
+                    layer.set(first + chunk, chance.choice([BASE, ZEROS, ZEROS, ZEROS, 10_000]))
+
+        def has_data(chunk: int, chain: list[Layer] = chain, base_count: int = base_count) -> bool:
+            address = layers.find(chain, chunk)
+            return address > ZEROS or (address == BASE and chunk < base_count)
+
+        chunks = range(6 * PAGE_CHUNKS)
+        last = max((chunk for chunk in chunks if has_data(chunk)), default=-1)
+        assert layers.used_size(chain) == (last + 1) * CHUNK_BYTES
+        assert layers.shared_count(chain) == sum(has_data(c) and chain[0].get(c) == BASE for c in chunks)

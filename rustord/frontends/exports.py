@@ -94,7 +94,7 @@ class Exports:
         volumes = list(islice(self._volumes.names(), NAME_COUNT_MAX))
         for name in volumes:
             try:
-                yield name, _volume_text(self._volumes.stat(name).size)
+                yield name, _volume_text(self._volumes.size(name))
             except NotFound:
                 continue  # it has just gone
         for name, uuid in self._store.names(limit=NAME_COUNT_MAX):
@@ -105,7 +105,7 @@ class Exports:
     def look(self, name: str, role: Role) -> tuple[Shape, str]:
         """What can be told of an export, and its description. Raises NotFound."""
         if name in self._volumes.names():
-            size = self._volumes.stat(name).size
+            size = self._volumes.size(name)
             disks = [slot.device for slot in self._store.blocks.slots.values()]
             rotational = any(disk is not None and disk.rotational for disk in disks)
             return Outline(size, role < Role.WRITER, rotational), _volume_text(size)
