@@ -25,6 +25,7 @@ from rustord.objectstore import ObjectStore
 from rustord.objkey import is_uuid, parse_uuid
 from rustord.page import CHUNK_BYTES, SLOT_COUNT, Head, LayerEntry, MapEntry, address_of
 from rustord.pending import PENDING, Pending, circumstances
+from rustord.placement import too_long
 from rustord.pool import renew_labels
 from rustord.record import Metadata, Record, RecordId
 from rustord.volume import Volume
@@ -479,6 +480,7 @@ class Volumes:
         """
         with self._working_on(name, closed=True):
             layer, volume = self._layer(name), self._volume(name)
+            self._check_length(layer)
             volume.flush()
             frozen = self._sum(layer, volume.read, object_name or name)
             with self.reshaping:  # who moves its chunks waits for readers of the volume, not for those of an Object
@@ -495,6 +497,7 @@ class Volumes:
             self._check_new(object_name)
             layer = self._layer(name)
             self._check_depth(layer)
+            self._check_length(layer)
             left = self._volume(name).split(lambda left: self.call(lambda: self._cover(left)))
         try:
             frozen = self._sum(left, partial(self._layers.read, left), object_name)
@@ -518,6 +521,11 @@ class Volumes:
     def _check_new(self, object_name: str) -> None:
         if object_name and self._store.resolve(object_name) is not None:
             raise PreconditionFailed(f"there is an Object named {object_name!r} already", hint="choose another name")
+
+    def _check_length(self, layer: Layer) -> None:
+        """Raise NoSpace if no journal takes an Object with the checksums of all of it: to make them takes hours."""
+        if 8 * (layer.head.size // CHUNK_BYTES) > self._store.keystore.batch_bytes_max // 2:
+            raise too_long(layer.head.size, 1)
 
     def _store_frozen(self, frozen: Frozen, object_name: str) -> Record:
         put = Put(frozen, Metadata(object_name), if_none_match=bool(object_name))

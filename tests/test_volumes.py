@@ -1121,3 +1121,17 @@ def test_what_is_shared_or_used_is_what_is_found(bench: Bench, seed: int, monkey
         last = max((chunk for chunk in chunks if has_data(chunk)), default=-1)
         assert layers.used_size(chain) == (last + 1) * CHUNK_BYTES
         assert layers.shared_count(chain) == sum(has_data(c) and chain[0].get(c) == BASE for c in chunks)
+
+
+@pytest.mark.parametrize("what", ["freeze", "snapshot"])
+def test_a_volume_that_is_too_long_for_an_object_is_not_read_first(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def fill(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("it is read")
+
+    bench.volumes.create("disk", 1 << 36)
+    monkeypatch.setattr(bench.store.layers, "fill", fill)
+    with pytest.raises(NoSpace, match="Object of 68719476736 bytes"):
+        getattr(bench.volumes, what)("disk")
+    assert bench.volumes.stat("disk").layer_count == 1
