@@ -105,15 +105,17 @@ class Allocator:
             (extents,) = self._take(chosen, count, placer.copies)
             return _split(extents)
 
-    def run(self, count: int, device: int = -1, avoid: Collection[int] = ()) -> Extent:
+    def run(self, count: int, device: int = -1, avoid: Collection[int] = (), *, is_new: bool = False) -> Extent:
         """``count`` blocks in one run: on ``device`` if it has one, else on the emptiest that has, but for ``avoid``.
 
-        For what no Placer is asked about, since it is no Object. Raises NoSpace.
+        For what no Placer is asked about, since it is no Object; ``is_new`` if it is data that comes in as that of one
+        does. Raises NoSpace.
         """
         with self._lock:
-            offered = [index for index in self._writable() if index in self._free and index not in avoid]
-            offered.sort(key=lambda index: (index != device, -self._free[index].free_count))
-            for index in offered:
+            self._offered = [index for index in self._writable() if index in self._free and index not in avoid]
+            if is_new and len(self._offered) < len(self._free):
+                self._check_set_aside(count)
+            for index in sorted(self._offered, key=lambda index: (index != device, -self._free[index].free_count)):
                 block = self._free[index].best_fit(count)
                 if block is not None:
                     self._free[index].take(block, count)
@@ -124,7 +126,7 @@ class Allocator:
         )
 
     def _check_set_aside(self, count: int) -> None:
-        """Raise NoSpace if ``count`` more blocks of new Objects would take the room of what is on devices that leave.
+        """Raise NoSpace if ``count`` more blocks of new data would take the room of what is on devices that leave.
 
         There was room for that when they began to leave, and there is until they are gone, whatever comes in meanwhile.
         """

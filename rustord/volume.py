@@ -354,7 +354,7 @@ class Volume:
 
     def _run(self) -> Extent:
         """Blocks for a chunk. Raises NoSpace."""
-        return self._allocator.run(self._layers.chunk_blocks, self.layer.home)
+        return self._allocator.run(self._layers.chunk_blocks, self.layer.home, is_new=not self._is_copy)
 
     def _take_announced(self) -> tuple[Extent, list[RecordId]]:
         """Blocks for a chunk, and the grave that they are until the next flush.

@@ -193,6 +193,24 @@ def test_a_device_is_emptied_of_what_a_client_has_given_back_and_not_flushed(poo
     assert index not in one.store.blocks.slots
 
 
+def test_what_is_written_meanwhile_does_not_take_its_room(pool: Callable[..., Pool]) -> None:
+    one = pool(16 * MIB, 16 * MIB)
+    one.volumes.create("disk", 256 * CHUNK_BYTES)
+    volume = one.volumes.open("disk")
+    write(volume, 0, b"x" * (40 * CHUNK_BYTES))
+    volume.flush()
+    one.writer.call(lambda: set_standing(one.store, volume.layer.home, Standing.LEAVING))
+    end = 40 * CHUNK_BYTES
+    with pytest.raises(NoSpace):  # noqa: PT012
+        while True:
+            write(volume, end, b"y" * CHUNK_BYTES)
+            end += CHUNK_BYTES
+    one.mover.start()
+    one.done()
+    assert read(volume, 0, end) == b"x" * (40 * CHUNK_BYTES) + b"y" * (end - 40 * CHUNK_BYTES)
+    volume.close()
+
+
 def test_a_volume_is_written_and_read_while_it_moves(pool: Callable[..., Pool], seed: int) -> None:
     one = pool(64 * MIB, 64 * MIB)
     one.volumes.create("disk", 300 * CHUNK_BYTES)
