@@ -120,9 +120,7 @@ class Layer:
     def extents(self, chunk_blocks: int) -> list[Extent]:
         """All blocks that the Layer names: chunks of ``chunk_blocks`` blocks, and slots."""
         slots = [slot for address in (self.address, *self.places.values()) for slot in slots_at(address)]
-        chunks = [
-            extent_at(address, chunk_blocks) for page in [*self._pages.values()] for address in page if address > ZEROS
-        ]
+        chunks = [run for page in [*self._pages.values()] for run in _runs(page, chunk_blocks)]
         runs: list[Extent] = []
         extend(runs, sorted(chunks))
         return runs + slots
@@ -549,3 +547,17 @@ class Layers:
 
 def _pages_of(chain: Iterable[Layer]) -> set[int]:
     return {number for layer in chain for number in layer.page_numbers()}
+
+
+def _runs(addresses: Iterable[int], count: int) -> Iterator[Extent]:
+    """The chunks of ``count`` blocks that have these addresses; those that adjoin as one, for there may be millions."""
+    first = end = -1
+    for address in sorted(addresses):
+        if address == end:
+            end += count
+        elif address > ZEROS:
+            if end > 0:
+                yield extent_at(first, end - first)
+            first, end = address, address + count
+    if end > 0:
+        yield extent_at(first, end - first)

@@ -22,6 +22,7 @@ from rustord.errors import (
     ReadOnly,
     Unavailable,
 )
+from rustord.extent import Extent
 from rustord.keystore.lmdb import LmdbBackend
 from rustord.layer import Layer
 from rustord.layermerger import LayerMerger
@@ -1096,9 +1097,11 @@ def test_to_tell_what_a_volume_has_takes_no_copy_of_its_map(bench: Bench) -> Non
     tracemalloc.start()
     info = bench.volumes.stat("disk")
     used = bench.store.layers.used_size([upper, lower])
+    extents = lower.extents(16)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (info.own_bytes, info.shared_bytes, used) == (1 << 28, 0, 1 << 28)
+    assert extents[:-SLOT_COUNT] == [Extent(1, 10_000, 16 * 16 * PAGE_CHUNKS)]
     assert peak < 100_000
 
 
