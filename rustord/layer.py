@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from operator import sub
 from typing import NamedTuple
 
 from rustord.blockstore import BlockStore
@@ -98,6 +99,18 @@ class Layer:
         if number not in self._pages:
             self._pages[number] = array("Q", bytes(8 * PAGE_CHUNKS))
         self._pages[number][chunk % PAGE_CHUNKS] = address
+
+    def take_over(self, lower: Layer, least: int) -> None:
+        """Name what ``lower`` has above ``least``, and this one lacks; that does not name it any more.
+
+        Page by page, for all of the pool waits meanwhile.
+        """
+        for number in lower.page_numbers():
+            own, others = self.page(number), lower.page(number)
+            taken = [0 if address or other <= least else other for address, other in zip(own, others, strict=True)]
+            if any(taken):
+                self._pages[number] = array("Q", map(max, own, taken))
+                lower._pages[number] = array("Q", map(sub, others, taken))
 
     def drop(self, chunks: Iterable[int]) -> None:
         """Name these chunks no more: another Layer does."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import nullcontext
 from itertools import islice
 
@@ -112,24 +112,23 @@ class LayerMerger:
         """The upper Layer is not changed meanwhile."""
         for layer in (upper, lower):
             self._store.blocks.writable(layer.home)
-        least = BASE if lower.head.base != NOTHING else ZEROS  # zeros over nothing need not be said
-        chunks = {chunk: address for chunk, address in lower.chunks() if address > least and upper.get(chunk) == BASE}
-        self._volumes.call(lambda: self._place(upper, lower, chunks))
-        left = iter(chunks.items())
+        numbers = {page_of(chunk) for chunk, _ in _wanted(upper, lower)}
+        self._volumes.call(lambda: self._place(upper, lower, numbers))
+        left = _wanted(upper, lower)
         while batch := list(islice(left, _BATCH_CHUNKS)):
             if not self._volumes.call(lambda batch=batch: self._take_over(upper, lower, batch)):  # type: ignore[misc]
                 return False
         with nullcontext() if is_written else self._layers.still():
-            return self._volumes.call(lambda: self._finish(upper, lower, chunks))
+            return self._volumes.call(lambda: self._finish(upper, lower))
 
-    def _place(self, upper: Layer, lower: Layer, chunks: Iterable[int]) -> None:
-        """See to it that the upper Layer has slots for the pages of all ``chunks``. Called between cycles.
+    def _place(self, upper: Layer, lower: Layer, numbers: Collection[int]) -> None:
+        """See to it that the upper Layer has slots for all pages that get a chunk. Called between cycles.
 
         That is before any chunk is taken over: from then on nobody can open the volume until the last one is.
         """
         if not self._layers.is_mergeable(upper, lower):
             return
-        pages = self._take_slots(upper, {page_of(chunk) for chunk in chunks} - upper.places.keys())
+        pages = self._take_slots(upper, {*numbers} - upper.places.keys())
         left = iter(sorted(pages.items()))
         try:
             while batch := list(islice(left, _BATCH_CHUNKS)):
@@ -167,18 +166,27 @@ class LayerMerger:
             raise
         return True
 
-    def _finish(self, upper: Layer, lower: Layer, chunks: dict[int, int]) -> bool:
+    def _finish(self, upper: Layer, lower: Layer) -> bool:
         """Have the upper Layer without the lower one. Called between cycles, and nobody reads."""
         if not self._layers.is_mergeable(upper, lower):
             return False
         head = upper.head._replace(base=lower.head.base)
         with self._store.journals.note([LayerEntry(upper.uuid, upper.address, head.encode())]):
             self._layers.users[lower.uuid] += 1  # it stays, if it is in doubt that it may go
-            for chunk, address in chunks.items():
-                upper.set(chunk, address)
-            lower.drop(chunks)
+            upper.take_over(lower, _least(lower))
             self._layers.torn.discard(lower.uuid)
             self._layers.rebase(upper, head)
         self._layers.let_go(lower.uuid)
         self._store.sweep()
         return True
+
+
+def _least(lower: Layer) -> int:
+    """What need not be said of a chunk is up to this: zeros, if there is nothing below them."""
+    return BASE if lower.head.base != NOTHING else ZEROS
+
+
+def _wanted(upper: Layer, lower: Layer) -> Iterator[tuple[int, int]]:
+    """What the upper Layer is to take over: (chunk, address). There may be millions."""
+    least = _least(lower)
+    return ((chunk, address) for chunk, address in lower.chunks() if address > least and upper.get(chunk) == BASE)

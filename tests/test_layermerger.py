@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,7 +20,7 @@ from rustord.extent import Extent
 from rustord.layer import Layer
 from rustord.layermerger import LayerMerger
 from rustord.objectstore import ObjectStore
-from rustord.page import CHUNK_BYTES, PAGE_CHUNKS, SLOT_COUNT
+from rustord.page import CHUNK_BYTES, PAGE_CHUNKS, SLOT_COUNT, page_of
 from rustord.record import Record
 from rustord.volumes import LAYERS_MAX, Volumes
 from rustord.writer import Writer
@@ -230,10 +231,10 @@ def test_chunks_that_two_layers_name_are_the_upper_ones(bench: Bench, seed: int,
     merger = LayerMerger(bench.store, bench.volumes)
     ((upper, lower),) = bench.store.layers.mergeable()
     chunks = {chunk: address for chunk, address in lower.chunks() if not upper.get(chunk)}
-    merger._place(upper, lower, chunks)
+    merger._place(upper, lower, {page_of(chunk) for chunk in chunks})
     assert merger._take_over(upper, lower, [*chunks.items()])
     if stage == "named":
-        assert merger._finish(upper, lower, chunks)
+        assert merger._finish(upper, lower)
     bench.simulation.cut_power()
     if fate == "rebuild":
         rebuild_index(bench.simulation)
@@ -374,7 +375,7 @@ def test_a_merge_that_needs_a_missing_device_holds_up_no_other_one(bench: Bench)
     (_, (upper, lower)) = bench.store.layers.mergeable()
     assert upper.head.name == last
     merger = LayerMerger(bench.store, volumes)
-    merger._place(upper, lower, dict(lower.chunks()))
+    merger._place(upper, lower, {page_of(chunk) for chunk, _ in lower.chunks()})
     assert merger._take_over(upper, lower, [*lower.chunks()])
     bench.simulation.cut_power()
     bench.store = bench.simulation.open(without={homes[first]})
@@ -456,3 +457,19 @@ def test_a_chunk_has_data_while_it_goes_from_one_layer_to_the_next(
     assert bench.volumes.stat("disk").layer_count == 1
     volume.close()
     bench.check()
+
+
+def test_a_merge_takes_no_copy_of_the_map(bench: Bench) -> None:
+    """That of 100 GiB would be 200 MiB, and a long time for all who wait for the pool."""
+    bench.volumes.create("disk", 256 * PAGE_CHUNKS * CHUNK_BYTES)
+    lower = bench.store.layers.volumes["disk"]
+    bench.volumes._volume("disk").split(bench.volumes._cover)
+    bench.volumes._let_go(lower)
+    for chunk in range(256 * PAGE_CHUNKS):
+        lower.set(chunk, 1 << 48 | 10_000 + chunk)
+    tracemalloc.start()
+    assert LayerMerger(bench.store, bench.volumes).run() == 1
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert bench.volumes.stat("disk").own_bytes == 1 << 32
+    assert peak < 4 << 20
