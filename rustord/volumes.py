@@ -213,11 +213,13 @@ class Volumes:
     def warning(self) -> str:
         """Why writes to volumes may soon fail; "" if there is room."""
         store = self._store
-        sizes = {index: slot.geometry.data_block_count for index, slot in list(store.blocks.slots.items())}
-        free = sum(map(store.allocator.free_count, sizes)) / sum(sizes.values())
+        slots, accepting = store.blocks.slots, {*store.blocks.accepting_indices()}
+        sizes = {index: slot.geometry.data_block_count for index, slot in slots.items() if index in accepting}
+        free = sum(map(store.allocator.free_count, sizes)) / max(sum(sizes.values()), 1)
         if not self._layers.volumes or free >= _SCARCE:
             return ""
-        return f"{free:.0%} of the pool are free: writes to volumes may soon fail; delete something, or add a device"
+        what = f"{free:.0%} of the devices that take new data are free: writes to volumes may soon fail"
+        return f"{what}; delete something, or add a device"
 
     def call(self, function: Callable[[], T]) -> T:
         """Run ``function`` on the writer's thread, between cycles. Raises what it does, or Unavailable."""

@@ -24,8 +24,10 @@ from rustord.errors import (
 )
 from rustord.extent import Extent
 from rustord.keystore.lmdb import LmdbBackend
+from rustord.label import Standing
 from rustord.layer import Layer
 from rustord.layermerger import LayerMerger
+from rustord.membership import detach_device, set_standing
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
 from rustord.page import BASE, CHUNK_BYTES, PAGE_CHUNKS, SLOT_COUNT, ZEROS, Head, extent_at
@@ -1138,3 +1140,20 @@ def test_a_volume_that_is_too_long_for_an_object_is_not_read_first(
     with pytest.raises(NoSpace, match="Object of 68719476736 bytes"):
         getattr(bench.volumes, what)("disk")
     assert bench.volumes.stat("disk").layer_count == 1
+
+
+@pytest.mark.parametrize("how", ["missing", "leaving"])
+def test_room_on_a_device_that_takes_no_new_data_is_none(bench: Bench, how: str) -> None:
+    bench.volumes.create("disk", SIZE)
+    taken = []
+    with suppress(NoSpace):
+        while True:
+            taken.append(bench.store.allocator.run(SLOT_COUNT, avoid=[1]))
+    assert not bench.volumes.warning()
+    if how == "missing":
+        detach_device(bench.store, 1)
+    else:
+        set_standing(bench.store, 1, Standing.LEAVING)
+    assert "writes to volumes may soon fail" in bench.volumes.warning()
+    bench.store.allocator.release(taken)
+    assert not bench.volumes.warning()
