@@ -424,11 +424,19 @@ class Volume:
         while first < end:
             page_end = min(end, page_of(first) * PAGE_CHUNKS)
             self._limit_pending()
-            with self._gate, self._mapping:
-                if not self._is_hole(page_of(first)):
-                    for chunk in range(first, page_end):
-                        self._trim_chunk(chunk)
+            try:
+                self._trim_page(first, page_end)
+            except NoSpace:
+                self._reclaim()
+                self._trim_page(first, page_end)
             first = page_end
+
+    def _trim_page(self, first: int, end: int) -> None:
+        """Give back chunks of one page."""
+        with self._gate, self._mapping:
+            if not self._is_hole(page_of(first)):
+                for chunk in range(first, end):
+                    self._trim_chunk(chunk)
 
     def _trim_chunk(self, chunk: int) -> None:
         address, bare = self.layer.get(chunk), ZEROS if self._has_base(chunk) else BASE

@@ -1157,3 +1157,24 @@ def test_room_on_a_device_that_takes_no_new_data_is_none(bench: Bench, how: str)
     assert "writes to volumes may soon fail" in bench.volumes.warning()
     bench.store.allocator.release(taken)
     assert not bench.volumes.warning()
+
+
+@pytest.mark.parametrize("how", ["trim", "zero"])
+def test_room_that_was_given_back_is_there_for_what_has_to_be_said_of_zeros(bench: Bench, how: str) -> None:
+    """That a chunk is zeros, and not what the base has, takes a page; what was given back is free behind a flush."""
+    far = PAGE_CHUNKS * CHUNK_BYTES
+    bench.store.put(b"image" * (far // 5 + 20_000), name="image")
+    bench.volumes.clone("image", "disk")
+    volume = bench.volumes.open("disk")
+    write(volume, 0, b"x" * CHUNK_BYTES)
+    volume.flush()
+    with suppress(NoSpace):
+        while True:
+            bench.store.allocator.run(1)
+    volume.trim(0, CHUNK_BYTES)
+    if how == "trim":
+        volume.trim(far, CHUNK_BYTES)
+    else:
+        volume.zero(far, CHUNK_BYTES, keep=False, fast=False)
+    assert read(volume, far, CHUNK_BYTES) == bytes(CHUNK_BYTES)
+    volume.close()
