@@ -201,13 +201,14 @@ class Volume:
                 with suppress(RustordError):
                     self._flush()
                 self.give_back_spare()
+                is_frozen = self._layers.is_frozen(self.layer)
                 try:
                     yield
                 finally:
                     self._ended = not self.layer.head.name
                     if self._ended and self._pending is not None:
                         self._pending.close()
-                if self._ended and not self._layers.is_frozen(self.layer):
+                if self._ended and not is_frozen:
                     self._erase(_all(self._freed))  # which could not be flushed: the Layer does not name it any more
         finally:
             if self._ended:

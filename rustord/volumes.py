@@ -376,11 +376,12 @@ class Volumes:
                 volume.size = layer.head.size
         return self.stat(name)
 
-    def _set_head(self, layer: Layer, renew: Callable[[Head], Head]) -> None:
+    def _set_head(self, layer: Layer, renew: Callable[[Head], Head], then: Callable[[], object] = lambda: None) -> None:
         def change() -> None:
             head = renew(layer.head)  # of now: a merge may have changed what the Layer builds on
             with self._store.journals.note([_entry(layer, head)]):
                 self._layers.rename(layer, head)
+                then()
 
         self.call(change)
 
@@ -391,9 +392,22 @@ class Volumes:
 
     def _drop(self, layer: Layer) -> None:
         name = layer.head.name
-        self._forget(layer)
         erased: Future[RustordError | None] = Future()
-        self.call(lambda: self._store.sweep(erased.set_result))
+
+        def hold() -> None:  # or somebody else might have it erased, and we would not be told
+            self._layers.users[layer.uuid] += 1
+
+        def sweep() -> None:
+            self._layers.let_go(layer.uuid)
+            self._store.sweep(erased.set_result)
+
+        try:
+            self._forget(layer, hold)
+        except RustordError:
+            if not layer.head.name:
+                self.call(lambda: self._layers.let_go(layer.uuid))
+            raise
+        self.call(sweep)
         try:
             error = erased.result(_ERASE_S)
         except TimeoutError:
@@ -402,15 +416,15 @@ class Volumes:
         if error:
             raise error
 
-    def _forget(self, layer: Layer) -> None:
-        """Take the name off a Layer, which is not written any more."""
+    def _forget(self, layer: Layer, then: Callable[[], object] = lambda: None) -> None:
+        """Take the name off a Layer, which is not written any more. ``then`` is called before anything else changes."""
         name = layer.head.name
         with self._making:
             self._ending.add(name)
             volume = self._volumes.get(name)
         try:
             with volume.ending() if volume else nullcontext():
-                self._set_head(layer, lambda head: head._replace(name=""))
+                self._set_head(layer, lambda head: head._replace(name=""), then)
         finally:
             if not layer.head.name:
                 self._volumes.pop(name, None)

@@ -1178,3 +1178,23 @@ def test_room_that_was_given_back_is_there_for_what_has_to_be_said_of_zeros(benc
         volume.zero(far, CHUNK_BYTES, keep=False, fast=False)
     assert read(volume, far, CHUNK_BYTES) == bytes(CHUNK_BYTES)
     volume.close()
+
+
+def test_who_deletes_a_volume_is_told_what_becomes_of_it_whoever_else_erases(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.volumes.create("disk", SIZE)
+    volume = bench.volumes.open("disk")
+    write(volume, 0, b"x" * CHUNK_BYTES)
+    volume.flush()
+    volume.close()
+    forget = bench.volumes._forget
+
+    def forget_and_sweep(*args: Any) -> None:
+        forget(*args)
+        bench.store.sweep()  # as when somebody deletes a snapshot
+        bench.simulation.devices[volume.layer.home].fail_writes = True
+
+    monkeypatch.setattr(bench.volumes, "_forget", forget_and_sweep)
+    with pytest.raises(DeviceError):
+        bench.volumes.delete("disk")
