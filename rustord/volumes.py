@@ -338,10 +338,15 @@ class Volumes:
         slots = self._store.allocator.run(SLOT_COUNT, left.home if left else -1)
         layer = Layer(self._store.keygen.uuid(), address_of(slots), head)
         nameless = [(left, left.head._replace(name=""))] if left else []
-        with self._store.journals.note([_entry(*one) for one in ((layer, head), *nameless)]):
-            self._layers.add(layer)
-            for other, other_head in nameless:
-                other.head = other_head
+        try:
+            with self._store.journals.note([_entry(*one) for one in ((layer, head), *nameless)]):
+                self._layers.add(layer)
+                for other, other_head in nameless:
+                    other.head = other_head
+        except RustordError:
+            if layer.uuid not in self._layers.by_uuid:  # no journal has it
+                self._store.allocator.release([slots])
+            raise
         return layer
 
     def _check_depth(self, layer: Layer) -> None:

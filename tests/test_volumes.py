@@ -1198,3 +1198,18 @@ def test_who_deletes_a_volume_is_told_what_becomes_of_it_whoever_else_erases(
     monkeypatch.setattr(bench.volumes, "_forget", forget_and_sweep)
     with pytest.raises(DeviceError):
         bench.volumes.delete("disk")
+
+
+def test_nothing_is_taken_for_a_volume_that_no_journal_takes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def note(*_: object) -> NoReturn:
+        raise Unavailable("the journal is full")
+
+    bench.volumes.create("disk", SIZE)
+    before = free_count(bench.store)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.store.journals, "note", note)
+        for act in (lambda: bench.volumes.create("other", SIZE), lambda: bench.volumes.snapshot("disk")):
+            with pytest.raises(Unavailable):
+                act()
+    assert free_count(bench.store) == before
+    assert bench.volumes.names() == ["disk"]
