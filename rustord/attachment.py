@@ -115,7 +115,7 @@ def attached() -> Iterator[Attached]:
             backend = directory / "backend"
             yield Attached(
                 f"/dev/{directory.name}",
-                backend.read_text().strip() if backend.exists() else "",
+                backend.read_text().removesuffix("\n") if backend.exists() else "",
                 512 * int((directory / "size").read_text()),
                 (directory / "ro").read_text().strip() == "1",
             )
@@ -185,7 +185,7 @@ def _receive(sock: socket.socket, length: int) -> bytes:
 def find(which: str) -> Attached:
     """What is attached as the device ``which``, or under that name. Raises NotFound."""
     for device in attached():
-        if which in (device.path, device.name):
+        if which and which in (device.path, device.name):  # those of other programs have no name
             return device
     raise NotFound(f"{which!r} is not attached", hint="'rustorctl attached' shows what is")
 

@@ -149,8 +149,9 @@ def test_what_is_attached_is_known_by_the_kernel(kernel: FakeKernel) -> None:
         ("/dev/nbd10", "images/a:b", 4 * MIB, True),
     ]
     assert find("images/a:b") == find("/dev/nbd10")
-    with pytest.raises(NotFound, match="'images/c' is not attached"):
-        find("images/c")
+    for nothing in ("images/c", ""):  # what other programs have attached has no name
+        with pytest.raises(NotFound, match=f"'{nothing}' is not attached"):
+            find(nothing)
 
 
 def test_attaching(kernel: Any, serve: Serve) -> None:
@@ -165,6 +166,19 @@ def test_attaching(kernel: Any, serve: Serve) -> None:
     served.store.put(b"", name="empty")
     with pytest.raises(InvalidRequest, match="'empty' is empty"):
         attach(kernel, served.path, "empty")
+
+
+def test_a_name_is_known_again_with_the_blanks_at_its_ends(kernel: Any, serve: Serve) -> None:
+    """Else it could be attached twice, and nobody would connect it again."""
+    served = serve()
+    served.store.put(bytes(MIB), name=" disk ")
+    number, link, _ = attach(kernel, served.path, " disk ")
+    assert find(" disk ").number == number
+    with pytest.raises(InUse):
+        attach(kernel, served.path, " disk ")
+    kernel.losses = [3]
+    keep(kernel, number, link, served.path, " disk ")
+    assert kernel.reconnected == [1]
 
 
 def test_to_attach_read_only_is_told_to_the_kernel(kernel: Any, serve: Serve) -> None:
