@@ -79,7 +79,7 @@ class PluginManager:
         plugin = _describe(entry)
         try:
             module = entry.load()
-        except Exception as error:  # whatever its code does at import, it is that plugin's fault
+        except (Exception, SystemExit) as error:  # whatever its code does at import, it is that plugin's fault
             raise PluginError(
                 f"plugin {plugin} cannot be imported: {type(error).__name__}: {error}",
                 hint=f"reinstall {plugin.distribution}, or take {name!r} out of 'plugins' in rustord.toml",
@@ -115,7 +115,7 @@ class PluginManager:
             for name, factory in offers.items():
                 if not (1 <= len(name) <= 32 and name.isascii() and name.isprintable() and callable(factory)):
                     raise ValueError(f"{name!r}: a name of 1 to 32 ASCII characters and a callable are wanted")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
                 f"{hook} of plugin {plugin} failed: {type(error).__name__}: {error}",
                 hint=f"tell those who make {plugin.distribution}",
@@ -149,7 +149,7 @@ class PluginManager:
             raise
         except ValueError as error:
             raise ConfigError(f"[{role}.options]: {error}", hint=f"{plugin.distribution} documents them") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
                 f"plugin {plugin} cannot make the {role} {name!r}: {type(error).__name__}: {error}",
                 hint=f"choose another {role} in rustord.toml, or tell those who make {plugin.distribution}",

@@ -112,6 +112,8 @@ def test_one_name_offered_twice(install: Install, taken: str) -> None:
         ("import module_that_is_absent", "No module named 'module_that_is_absent'"),
         ("this is no Python", "SyntaxError"),
         ("1 / 0", "ZeroDivisionError"),
+        ("raise SystemExit(0)", "SystemExit"),
+        (good("x").replace("return", "raise SystemExit(0)  #"), "SystemExit"),
         (good("x").replace("RUSTORD_API_VERSION = 1", ""), "says nothing of the API version"),
         (good("x").replace("RUSTORD_API_VERSION = 1", "RUSTORD_API_VERSION = 2"), "is for 2 as the API version"),
         (good("x").replace("RUSTORD_API_VERSION = 1", "RUSTORD_API_VERSION = 0"), "is for 0 as the API version"),
@@ -138,6 +140,7 @@ def test_plugin_that_is_broken_is_named_with_its_distribution(install: Install, 
     [
         ("ValueError('copies: 3 is odd')", ConfigError, "[placer.options]: copies: 3 is odd"),
         ("KeyError('copies')", PluginError, "'far' (of rustord-placer-far 1.2)"),
+        ("SystemExit(0)", PluginError, "'far' (of rustord-placer-far 1.2)"),
     ],
 )
 def test_factory_that_fails(install: Install, raises: str, expected: type[Any], told: str) -> None:
