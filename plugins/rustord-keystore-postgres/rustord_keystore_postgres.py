@@ -115,13 +115,16 @@ class PostgresBackend:
         self._read_only = read_only
         self._comment = f"index of the rustord pool at {path}"
         with self._translated():
-            self._writer = self._connect_alone()
+            self._writer = self._connect_alone(create=True)
 
     def _connect(self) -> psycopg.Connection[Any]:
         return psycopg.connect(**self._parameters, autocommit=True)
 
-    def _connect_alone(self) -> psycopg.Connection[Any]:
-        """A connection that holds the lock, to a server that keeps what it commits, where the table is."""
+    def _connect_alone(self, *, create: bool = False) -> psycopg.Connection[Any]:
+        """A connection that holds the lock, to a server that keeps what it commits.
+
+        Only who opens the index may ``create`` a table that is missing: one that is gone later had all that is there.
+        """
         connection = self._connect()
         try:
             self._lock(connection)
@@ -129,7 +132,7 @@ class PostgresBackend:
                 raise DeviceError("the server runs with fsync=off: it loses commits", hint="set it on, and restart it")
             if _value(connection, "SHOW synchronous_commit") == "off":
                 connection.execute("SET synchronous_commit = on")
-            if _value(connection, "SELECT to_regclass(%s)", self._table_name) is None:
+            if create and _value(connection, "SELECT to_regclass(%s)", self._table_name) is None:
                 self._create(connection)
         except BaseException:
             connection.close()

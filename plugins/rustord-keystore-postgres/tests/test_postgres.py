@@ -207,6 +207,20 @@ def test_commit_does_not_go_on_when_another_has_taken_over(
         assert other.get(b"key") is None
 
 
+def test_table_that_is_gone_is_not_made_anew_under_a_pool_that_is_open(
+    server: Server, backend: PostgresBackend, make: Any, tmp_path: Path
+) -> None:
+    """It would have the last batch and none before, and the journals would let go of that."""
+    backend.commit({b"key": b"value"}, ())
+    table = backend.info()["table"]
+    server.stop()
+    server.start()
+    server.execute(f"DROP TABLE {table}")
+    with pytest.raises(DeviceError, match="does not exist"):
+        backend.commit({b"other": b"value"}, ())
+    assert not server.execute(f"SELECT FROM pg_tables WHERE tablename = '{table}'")
+
+
 def test_read_that_breaks_off_leaves_others_alone(server: Server, backend: PostgresBackend) -> None:
     backend.commit({bytes([number]): bytes(100_000) for number in range(100)}, ())
     scan = backend.scan(b"", LAST)
