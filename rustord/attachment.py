@@ -317,15 +317,22 @@ class Kernel:
 
 
 def attach(
-    kernel: Kernel, path: Path, name: str, *, connections: int = 1, read_only: bool = False
+    kernel: Kernel, path: Path, name: str, *, connections: int = 1, read_only: bool = False, take_over: bool = False
 ) -> tuple[int, Link, str]:
     """Make an export a block device: its number, what it is connected by, and what the kernel calls it.
 
-    Raises InUse if it is one already, and what `open_link` and `Kernel` raise.
+    Raises InUse if it is one already, and what `open_link` and `Kernel` raise. With ``take_over``, one that is a block
+    device already stays that, and is connected again if nobody did so meanwhile.
     """
     backend = backend_of(path, name)
     for device in attached():
         if device.backend == backend:
+            if take_over and device.read_only >= read_only:
+                link = open_link(path, name, connections)
+                link.close()
+                link = link._replace(size=device.size)
+                _reconnect(kernel, device.number, link, path, name)
+                return device.number, link, backend
             raise InUse(f"{name!r} is attached already, as {device.path}", hint=f"'rustorctl detach {name}' ends that")
     link = open_link(path, name, connections)
     try:

@@ -181,6 +181,27 @@ def test_a_name_is_known_again_with_the_blanks_at_its_ends(kernel: Any, serve: S
     assert kernel.reconnected == [1]
 
 
+def test_a_device_whose_keeper_is_gone_is_taken_over(kernel: Any, serve: Serve) -> None:
+    served = serve()
+    attach(kernel, served.path, "disk", connections=2)
+    number, link, _ = attach(kernel, served.path, "disk", connections=2, take_over=True)
+    assert (number, link.size, kernel.reconnected) == (3, 8 * MIB, [2]), "it may have lost its connections meanwhile"
+    kernel.losses = [3]
+    keep(kernel, number, link, served.path, "disk")
+    assert kernel.reconnected == [2, 2]
+
+
+def test_another_disk_or_mode_is_not_taken_over(kernel: Any, serve: Serve) -> None:
+    served = serve()
+    attach(kernel, served.path, "disk")
+    served.store.put(bytes(MIB), name="disk")
+    with pytest.raises(DeviceError, match="had 8388608 bytes, and now has 1048576"):
+        attach(kernel, served.path, "disk", take_over=True)
+    (kernel.system / "nbd3" / "ro").write_text("0\n")
+    with pytest.raises(InUse):
+        attach(kernel, served.path, "disk", read_only=True, take_over=True)
+
+
 def test_to_attach_read_only_is_told_to_the_kernel(kernel: Any, serve: Serve) -> None:
     attach(kernel, serve().path, "disk", read_only=True)
     assert kernel.flags & Flag.READ_ONLY

@@ -52,7 +52,9 @@ def attach(
 
     path = _nbd_socket(socket, nbd_socket)
     with attachment.Kernel() as kernel:
-        number, link, _ = attachment.attach(kernel, path, name, connections=connections, read_only=read_only)
+        number, link, _ = attachment.attach(
+            kernel, path, name, connections=connections, read_only=read_only, take_over=foreground
+        )
         say(f"/dev/nbd{number}")
         if foreground:
             _when_told_to_end(lambda: _detach(kernel, number))
