@@ -10,10 +10,11 @@ import click
 from rustord.cli.edge import Commands
 from rustord.cli.output import print_json, print_table, say
 from rustord.cli.parameters import connect, json_option
+from rustord.errors import PluginError
 
 if TYPE_CHECKING:
     from rustord.config import Config
-    from rustord.plugins import PluginManager
+    from rustord.plugins import Plugin, PluginManager
 
 config_option = click.option(
     "--config", "file", type=click.Path(path_type=Path), help="The configuration [/etc/rustord/rustord.toml]."
@@ -50,17 +51,37 @@ def _offers_text(offers: dict[str, list[str]]) -> str:
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @config_option
 def check_plugins(names: tuple[str, ...], file: Path | None) -> None:
-    """Load plugins and say what they offer. Works without the daemon.
+    """Load plugins, say what they offer, and run the contract of each role on it.
 
-    Without a NAME, those that the configuration names.
+    The contract needs pytest and hypothesis, and takes a while. Without a NAME, those that the configuration names are
+    loaded, and no more. Works without the daemon.
     """
     from rustord.config import load
     from rustord.plugins import PluginManager
 
-    for entry in PluginManager(names or load(file).plugins).plugins():
+    plugins = PluginManager(names or load(file).plugins)
+    for entry in plugins.plugins():
         if entry.loaded:
             offers = {role: list(offered) for role, offered in entry.offers.items()}
             say(f"{entry.name} ({entry.distribution} {entry.version}): {_offers_text(offers)}")
+    failed = [_run_contracts(plugins, entry) for entry in plugins.plugins() if entry.name in names]
+    if any(failed):
+        raise PluginError(f"{sum(failed)} tests of the contract failed", hint="rustord.testing has the contracts")
+
+
+def _run_contracts(plugins: PluginManager, entry: Plugin) -> int:
+    """Say how each thing that a plugin offers does; the number of tests that failed."""
+    from rustord.testing import check
+
+    failed = 0
+    for role, offered in entry.offers.items():
+        for name in offered:
+            report = check(role, plugins.find(role, name)[1])
+            say(f"{role} {name}: {report.passed} tests of the contract passed, {len(report.failures)} failed")
+            for failure in report.failures:
+                say(f"  {failure.test}: {failure.what.splitlines()[0]}")
+            failed += len(report.failures)
+    return failed
 
 
 @click.group(cls=Commands)

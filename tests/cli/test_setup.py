@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,41 @@ def test_plugins_are_checked_without_a_daemon(rustorctl: Command, disk_path: Pat
     assert "plugin 'nothing' is not installed" in done.stderr
     (disk_path / "rustord.toml").write_text('plugins = ["nothing"]')
     assert rustorctl("plugin", "check", "--config", disk_path / "rustord.toml").returncode == 14
+
+
+BENT = """
+from rustord.hookspecs import hookimpl
+from rustord.placer import Contiguous
+
+RUSTORD_API_VERSION = 1
+
+class Bent(Contiguous):
+    def place(self, count, free):
+        return [extents[:-1] for extents in super().place(count, free)]
+
+@hookimpl
+def rustord_placers():
+    return {"straight": lambda options: Contiguous(), "bent": lambda options: Bent()}
+"""
+
+
+def test_plugins_that_are_named_have_to_keep_the_contract(rustorctl: Any, disk_path: Path) -> None:
+    """As plugins/README.md says."""
+    (information := disk_path / "rustord_bent-1.0.dist-info").mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: rustord-bent\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text("[rustord.plugins]\nbent = rustord_bent\n")
+    (disk_path / "rustord_bent.py").write_text(BENT)
+    path = os.pathsep.join(filter(None, (str(disk_path), os.environ.get("PYTHONPATH"))))
+    environment = {**rustorctl.environment, "PYTHONPATH": path}
+    done = rustorctl("plugin", "check", "bent", env=environment)
+    assert done.returncode == 14, done
+    assert "bent (rustord-bent 1.0): placer straight, bent\n" in done.stdout
+    assert re.search(r"\nplacer straight: \d+ tests of the contract passed, 0 failed\n", done.stdout)
+    assert re.search(r"\nplacer bent: \d+ tests of the contract passed, [1-9]\d* failed\n  test_", done.stdout)
+    assert "tests of the contract failed" in done.stderr
+    (disk_path / "rustord.toml").write_text('plugins = ["bent"]')
+    done = rustorctl("plugin", "check", "--config", disk_path / "rustord.toml", env=environment)
+    assert (done.returncode, "contract" in done.stdout) == (0, False), done
 
 
 def test_a_configuration_is_checked_with_what_it_names(rustorctl: Command, disk_path: Path) -> None:
