@@ -94,13 +94,18 @@ def config() -> None:
 def check_config(file: Path | None) -> None:
     """Check what the daemon would read: FILE, by default /etc/rustord/rustord.toml, and conf.d beside it.
 
-    The plugins that it names are loaded, and what it chooses of them is tried. Works without the daemon.
+    The plugins that it names are loaded, and what it chooses of them is tried; so are the files for TLS. Works without
+    the daemon.
     """
     from rustord.config import load
+    from rustord.frontends.nbd import server_tls, tcp_address
     from rustord.plugins import PluginManager
 
     loaded = load(file)
     _make_all(PluginManager(loaded.plugins), loaded)
+    tls = server_tls(loaded.nbd.tls_certificate, loaded.nbd.tls_key, loaded.nbd.tls_authority)
+    if loaded.nbd.listen:
+        tcp_address(loaded.nbd.listen, tls)
     for source in loaded.sources:
         say(f"{source}: ok")
     if not loaded.sources:

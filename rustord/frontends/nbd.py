@@ -63,33 +63,45 @@ def server_tls(certificate: Path | None, key: Path | None, authority: Path | Non
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_mode = ssl.CERT_REQUIRED
-    loading = certificate
+    loading = f"{certificate} with the key {key}"
     try:
         context.load_cert_chain(certificate, key)
-        loading = authority
+        loading = str(authority)
         context.load_verify_locations(authority)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise ConfigError(f"{loading} cannot be used for TLS: {error}", hint="it must be a file in PEM") from error
     return context
 
 
-def listen_tcp(address: str, tls: ssl.SSLContext | None) -> socket.socket:
-    """A listening socket at an address and port. Raises ConfigError, also if it would need TLS and there is none."""
+def tcp_address(address: str, tls: ssl.SSLContext | None) -> tuple[socket.AddressFamily, str, int]:
+    """Family, host and port of an address. Raises ConfigError, also if it would need TLS and there is none."""
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     try:
         known = ipaddress.ip_address(host)
         if int(port) > 65535:
             raise ValueError("there is no such port")
-        if tls is None and not known.is_loopback:
-            raise ConfigError(
-                f"nbd.listen is {address}, which is not this machine alone, and there is no TLS",
-                hint="set nbd.tls_certificate, nbd.tls_key and nbd.tls_authority",
-            )
-        family = socket.AF_INET6 if known.version == 6 else socket.AF_INET
-        return socket.create_server((host, int(port)), family=family, backlog=1024)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"nobody can listen on {address}: {error}", hint="choose another nbd.listen") from error
+    except ValueError as error:
+        raise _no_listening(address, error) from error
+    if tls is None and not known.is_loopback:
+        raise ConfigError(
+            f"nbd.listen is {address}, which is not this machine alone, and there is no TLS",
+            hint="set nbd.tls_certificate, nbd.tls_key and nbd.tls_authority",
+        )
+    return socket.AF_INET6 if known.version == 6 else socket.AF_INET, host, int(port)
+
+
+def listen_tcp(address: str, tls: ssl.SSLContext | None) -> socket.socket:
+    """A listening socket at an address and port. Raises ConfigError as `tcp_address` does."""
+    family, host, port = tcp_address(address, tls)
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise _no_listening(address, error) from error
+
+
+def _no_listening(address: str, error: Exception) -> ConfigError:
+    return ConfigError(f"nobody can listen on {address}: {error}", hint="choose another nbd.listen")
 
 
 class Client:

@@ -84,6 +84,14 @@ def test_a_configuration_is_checked_with_what_it_names(rustorctl: Command, disk_
         ("[placer]\noptions.copies = 2", 78, "[placer.options] copies: there is no such setting"),
         ('[keystore]\nbackend = "files"', 14, "there is no keystore 'files'"),
         ('plugins = ["nothing"]', 14, "plugin 'nothing' is not installed"),
+        ('[nbd]\nlisten = "127.0.0.1:99999"', 78, "nobody can listen on 127.0.0.1:99999"),
+        ('[nbd]\nlisten = "192.0.2.1:10809"', 78, "nbd.listen is 192.0.2.1:10809, which is not this machine alone"),
+        ('[nbd]\ntls_key = "/dev/null"', 78, "TLS needs all of"),
+        (
+            "[nbd]\n" + "".join(f'tls_{name} = "/none/{name}"\n' for name in ("certificate", "key", "authority")),
+            78,
+            "/none/certificate with the key /none/key cannot be used for TLS",
+        ),
         ("[", 78, ""),
     ],
 )
