@@ -318,7 +318,9 @@ class Volumes:
     def _clone(self, key: str, name: str) -> None:
         uuid = parse_uuid(key) if is_uuid(key) else self._store.resolve(key)
         if uuid is None:
-            raise NotFound(f"there is no Object named {key[:80]!r}", hint="'rustorctl ls' lists the names")
+            is_volume = key in self._layers.volumes
+            hint = "that is a volume; clone a snapshot of it" if is_volume else "'rustorctl ls' lists the names"
+            raise NotFound(f"there is no Object named {key[:80]!r}", hint=hint)
         record = self._store.stat(uuid)
         base = self._layers.numbered(record.layer).uuid if record.layer else uuid
         self._make(name, _rounded(record.size), base)

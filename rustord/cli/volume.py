@@ -12,6 +12,7 @@ from rustord.cli.edge import Commands, complain
 from rustord.cli.output import print_facts, print_json, print_table, say
 from rustord.cli.parameters import connect, json_option, to_size
 from rustord.errors import RustordError
+from rustord.objkey import is_uuid
 from rustord.quantity import human_size
 
 if TYPE_CHECKING:
@@ -29,9 +30,23 @@ def _complete(context: click.Context, parameter: click.Parameter, incomplete: st
         return []
 
 
-_name = click.argument("name", shell_complete=_complete)
+def _to_name(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    if not value:
+        raise click.BadParameter("it is empty")
+    return value
+
+
+def _to_object_name(context: click.Context, parameter: click.Parameter, value: str | None) -> str:
+    if value == "":
+        raise click.BadParameter("it is empty; leave it out if the Object needs none of its own")
+    if value and is_uuid(value):
+        raise click.BadParameter(f"{value!r} would be taken for a uuid")
+    return value or ""
+
+
+_name = click.argument("name", callback=_to_name, shell_complete=_complete)
 _size = click.option("--size", callback=to_size, required=True, help='Such as "100 GiB"; rounded up to 64 KiB.')
-_as_name = click.option("--as", "object_name", default="", metavar="NAME", help="Name of the Object.")
+_as_name = click.option("--as", "object_name", callback=_to_object_name, metavar="NAME", help="Name of the Object.")
 
 
 @click.group(cls=Commands)

@@ -364,7 +364,7 @@ class Operations:
         new, volumes = read_new_volume(exchange.body), self._admin.volumes
 
         def create() -> Reply:
-            info = volumes.clone(new.source, new.name) if new.source else volumes.create(new.name, new.size)
+            info = volumes.clone(new.source, new.name) if new.source is not None else volumes.create(new.name, new.size)
             return json_reply(_volume_json(info), 201)
 
         self._ask(exchange, create)

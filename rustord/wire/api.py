@@ -484,7 +484,7 @@ class NewVolume(NamedTuple):
 
     name: str
     size: int
-    source: str
+    source: str | None
 
 
 def read_new_volume(body: Data) -> NewVolume:
@@ -493,7 +493,7 @@ def read_new_volume(body: Data) -> NewVolume:
     given = _read_fields(body, {"name": str, "size": int, "source": str}, hint)
     if "name" not in given or ("size" in given) == ("source" in given):
         raise InvalidRequest("a volume needs a name, and a size or a source", hint=hint)
-    return NewVolume(given["name"], given.get("size", 0), given.get("source", ""))
+    return NewVolume(given["name"], given.get("size", 0), given.get("source"))
 
 
 def read_volume_size(body: Data) -> int:

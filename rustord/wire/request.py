@@ -266,7 +266,7 @@ def _volume_path(name: str) -> str:
 
 
 def _json_request(method: str, target: str, body: Mapping[str, object]) -> tuple[Request, bytes]:
-    return Request(method, target, ("Content-Type: application/json",)), json.dumps(body).encode()
+    return Request(method, target, ("Content-Type: application/json",)), json.dumps(body, ensure_ascii=False).encode()
 
 
 def start_scrub(again: bool) -> Request:

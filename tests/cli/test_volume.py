@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,25 @@ def test_what_is_wrong_is_told(daemon: object, rustorctl: Any) -> None:
         assert done.returncode == status, done
         assert done.stderr.startswith(("rustorctl:", "Usage:")), done
     assert [volume["name"] for volume in json.loads(rustorctl.ok("volume", "ls", "--json"))] == ["disk"]
+
+
+def test_a_name_that_says_nothing_is_refused_in_plain_words(daemon: object, rustorctl: Any) -> None:
+    rustorctl.ok("volume", "create", "disk", "--size", "1MiB")
+    uuid = "0190b8f0-0000-7000-8000-000000000000"
+    for status, message, arguments in (
+        (2, "--as': it is empty", ("snapshot", "disk", "--as", "")),
+        (2, "--as': it is empty", ("freeze", "disk", "--as", "")),
+        (2, f"--as': '{uuid}' would be taken for a uuid", ("snapshot", "disk", "--as", uuid)),
+        (2, "'NAME': it is empty", ("stat", "")),
+        (2, "'NAME': it is empty", ("delete", "")),
+        (2, "is not UTF-8\nhint: names and attributes are text", ("create", b"\xff", "--size", "1MiB")),
+        (3, "there is no Object named ''", ("clone", "", "new")),
+        (3, "clone a snapshot of it", ("clone", "disk", "new")),
+    ):
+        done = rustorctl("volume", *map(os.fsdecode, arguments))
+        assert (done.returncode, message in done.stderr) == (status, True), done
+    assert [volume["name"] for volume in json.loads(rustorctl.ok("volume", "ls", "--json"))] == ["disk"]
+    assert rustorctl.ok("ls", "--all") == ""
 
 
 def test_who_makes_a_volume_in_a_mirrored_pool_is_told_that_it_is_kept_once(
