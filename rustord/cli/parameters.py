@@ -17,10 +17,15 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 
 def to_size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
     """Callback of an option that takes a size."""
+    if value is None:
+        return None
     try:
-        return None if value is None else parse_size(value)
+        size = parse_size(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
+    if size >> 63:
+        raise click.BadParameter(f"{value!r} is more than a file can have")
+    return size
 
 
 def connect(socket: Path | None) -> Client:

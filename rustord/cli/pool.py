@@ -15,6 +15,7 @@ from rustord.cli.edge import Commands
 from rustord.cli.map import map_devices
 from rustord.cli.output import print_facts, print_json, print_table, say
 from rustord.cli.parameters import connect, json_option, to_size
+from rustord.cli.transfer import named
 from rustord.errors import ClaimRefused, InvalidRequest, NotFound
 from rustord.quantity import human_size
 
@@ -186,7 +187,7 @@ def _images(devices: Sequence[Path], size: int | None, dry_run: bool) -> Iterato
     made: list[Path] = []
     try:
         for path in missing if not dry_run else ():
-            with path.open("xb") as image:
+            with named(path), path.open("xb") as image:
                 made.append(path)
                 image.truncate(size)
         yield missing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ def test_all_reasons_against_all_devices_are_told(rustorctl: Command, pool_image
         (["missing.img"], 3, "there is no missing.img"),
         (["--size", "64 MiB", "missing/x.img"], 74, "missing/x.img: No such file or directory"),
         (["--size", "64 Megs", "x.img"], 2, "a size is a number of bytes or a number with a unit"),
+        (["--size", "9999 PiB", "x.img"], 2, "'9999 PiB' is more than a file can have"),
         (["--size", "1 MiB", "x.img"], 12, "x.img has only 1048576 bytes"),
         (["--size", "64 MiB", "x.img", "./x.img"], 2, "x.img is named twice"),
         (["--size", "64 MiB", "--block-size", "5000", "x.img"], 2, "'5000' is not one of"),
@@ -109,6 +111,15 @@ def test_bad_input(rustorctl: Command, disk_path: Path, arguments: list[str], st
     assert (done.returncode, done.stdout) == (status, ""), done
     assert message in done.stderr
     assert done.stderr.startswith("rustorctl: ")
+    assert not (disk_path / "x.img").exists()
+
+
+def test_an_image_that_cannot_be_so_large_is_named(rustorctl: Command, disk_path: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    done = rustorctl("pool", "create", "--size", "64 MiB", "x.img", cwd=disk_path, preexec_fn=limit)
+    assert (done.returncode, done.stderr) == (74, "rustorctl: x.img: File too large\n")
     assert not (disk_path / "x.img").exists()
 
 
