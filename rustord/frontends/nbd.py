@@ -208,7 +208,8 @@ class _Connection:
     def _begin_tls(self) -> None:
         assert self._tls is not None
         self._sock.settimeout(max(self._deadline - time.monotonic(), 0.001))
-        self._sock = self._tls.wrap_socket(self._sock, server_side=True)
+        self._sock = sock = self._tls.wrap_socket(self._sock, server_side=True, do_handshake_on_connect=False)
+        sock.do_handshake()  # only now: whoever wants to `cut` it meanwhile has to find it
 
     def _transmit(self, agreement: Agreement, rest: bytes) -> None:
         log.info("%s has opened %r", self.client.text, agreement.name)
@@ -246,7 +247,7 @@ class _Connection:
     def cut(self, how: int = socket.SHUT_RDWR) -> None:
         """End it from another thread: with SHUT_RD once what has come is answered, else at once."""
         with suppress(OSError):
-            self._sock.shutdown(how)
+            socket.socket.shutdown(self._sock, how)  # TLS's own would have what is sent from then on go in the clear
 
     def close(self) -> None:
         """Let go of everything; for its thread, or who cannot give it one."""

@@ -16,6 +16,7 @@ import pytest
 
 from rustord.errors import ConfigError
 from rustord.frontends.nbd import listen_tcp, server_tls
+from rustord.objectexport import ObjectExport
 from rustord.wire.api import Role
 from rustord.wire.limits import NbdLimits
 from tests.frontends.nbdserved import NbdServed
@@ -148,6 +149,43 @@ def test_with_a_certificate_all_is_as_ever(served: NbdServed, certificates: Path
             (told,) = served.server.exports()
             assert str(told["client"]).startswith("127.0.0.1 port ")
     assert served.works()
+
+
+def test_what_is_answered_while_the_server_ends_is_secured_too(
+    served: NbdServed, certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = ObjectExport.read
+
+    def read_at_the_end(export: ObjectExport, offset: int, buffer: memoryview) -> None:
+        for connection in served.server._connections:
+            connection.leave()
+        read(export, offset, buffer)
+
+    port = served.listen(context(certificates))
+    with socket.create_connection(("127.0.0.1", port)) as raw:
+        greet(raw)
+        assert ask(raw, STARTTLS) == 1
+        with client_context(certificates, "client").wrap_socket(raw, server_hostname="127.0.0.1") as sock:
+            assert ask(sock, GO, info_request("disk")) == 1
+            monkeypatch.setattr(ObjectExport, "read", read_at_the_end)
+            sock.sendall(request(READ, 4096, 4096, cookie=1))
+            assert receive(sock, 16 + 4096)[16:] == served.data[4096:8192]
+            assert sock.recv(1) == b""
+
+
+def test_who_does_not_get_on_with_tls_makes_room(
+    make_image: Callable[[int], Path], disk_path: Path, certificates: Path
+) -> None:
+    limits = NbdLimits(negotiating=1, handshake_s=10 * SECONDS_MAX)
+    served = NbdServed(make_image(64 << 20), disk_path / "nbd.sock", limits, None)
+    try:
+        with socket.create_connection(("127.0.0.1", served.listen(context(certificates)))) as sock:
+            greet(sock)
+            assert ask(sock, STARTTLS) == 1
+            assert served.works()
+            assert sock.recv(1) == b"", "it is not only left out of account"
+    finally:
+        served.stop()
 
 
 @pytest.mark.parametrize("name", ["", "stranger"])
