@@ -329,9 +329,11 @@ class Holding:
     def flush(self, channel: Channel) -> None:
         """Make durable all that was written through any session before. Raises OSError or RustordError."""
         with self._flushing:
+            with self._learning:  # what is being changed may have been granted and written by somebody else already
+                is_changing = any(question.changes for question in self._questions)
             with self._dirtying:
                 self._syncing, self._dirty = self._dirty, set()
-                must_call, self._must_call = self._must_call, False
+                must_call, self._must_call = self._must_call or is_changing, False
             try:
                 if must_call or not all(self._sync(handle, channel) for handle in self._syncing):
                     must_call = bool(channel.call(Call.FLUSH, data=array("H", self._syncing).tobytes())[0])
@@ -439,8 +441,8 @@ class HeldExport:
             reply = self._channel.call(call, offset, length, data, flags=flags)
             places = Places.decode(reply) if reply else None
         finally:
+            self._holding.called()  # first: see `Holding.flush`
             self._holding.learn(question, places)
-            self._holding.called()
 
     def runs(self, offset: int, length: int) -> Iterator[Run]:
         while length > 0:

@@ -18,7 +18,7 @@ from rustord.blockdevice import ImageFile
 from rustord.errors import DeviceError, RustordError
 from rustord.export import Kind
 from rustord.frontends.channel import Call, Channel, Request
-from rustord.frontends.holding import HeldExport, Holding, Places, chunks_of
+from rustord.frontends.holding import HeldExport, Holding, Places, Question, chunks_of
 from rustord.lease import Place
 from rustord.page import CHUNK_BYTES, PAGE_CHUNKS
 
@@ -298,6 +298,29 @@ def test_a_flush_is_its_own_unless_the_other_process_has_something_to_flush(
     for _ in range(3):
         side.export.flush()
     assert called(side) == [Call.FLUSH] * 3, "as long as it says so"
+
+
+@pytest.mark.parametrize("when", ["before it is answered", "as soon as that is known"])
+def test_a_flush_beside_a_change_is_one_of_the_other_process(
+    side: Side, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The chunk has been granted and written already; but only a flush of the other process makes its place durable."""
+    side.places[1] = Place()
+    assert read(side, CHUNK_BYTES, 4) == bytes(4)
+    side.export.flush()
+    called(side)
+    learn = side.holding.learn
+
+    def flush_then(question: Question, places: Places | None) -> None:
+        if when == "before it is answered":
+            side.export.flush()
+        learn(question, places)
+        if when == "as soon as that is known":
+            side.export.flush()
+
+    monkeypatch.setattr(side.holding, "learn", flush_then)
+    side.export.write(CHUNK_BYTES, DATA)
+    assert called(side) == [Call.WRITE, Call.FLUSH]
 
 
 def test_a_flush_that_fails_is_told_and_flushed_again_by_nobody_alone(
