@@ -81,11 +81,12 @@ class Attached(NamedTuple):
 
 
 class Link(NamedTuple):
-    """Connected sockets, and what they lead to."""
+    """Connected sockets, and what they lead to: ``key`` will mean that or nothing, whatever its name comes to mean."""
 
     sockets: list[socket.socket]
     size: int
     flags: int
+    key: str
 
     def close(self) -> None:
         for sock in self.sockets:
@@ -127,13 +128,13 @@ def open_link(path: Path, name: str, count: int) -> Link:
     Raises Unreachable, NotFound, Forbidden, InvalidRequest, or DeviceError for whatever else it refuses.
     """
     with ExitStack() as opened:
-        sockets, size, flags = [], 0, 0
+        sockets, size, flags, key = [], 0, 0, name
         for _ in range(count):
             sock = opened.enter_context(socket.socket(socket.AF_UNIX))
             sock.settimeout(_TIMEOUT_S)
             try:
                 sock.connect(str(path))
-                size, flags = _choose(sock, name)
+                size, flags, key = _choose(sock, name)
             except OSError as error:
                 raise Unreachable(
                     f"nobody serves block devices on {path}: {error.strerror or error}",
@@ -142,24 +143,26 @@ def open_link(path: Path, name: str, count: int) -> Link:
             sock.settimeout(None)
             sockets.append(sock)
         opened.pop_all()
-        return Link(sockets, size, flags)
+        return Link(sockets, size, flags, key)
 
 
-def _choose(sock: socket.socket, name: str) -> tuple[int, int]:
+def _choose(sock: socket.socket, name: str) -> tuple[int, int, str]:
     magic, have, _ = GREETING.unpack(_receive(sock, GREETING.size))
     if (magic, have) != (NBDMAGIC, IHAVEOPT):
         raise DeviceError("this is no NBD server")
     encoded = name.encode()
-    data = struct.pack(">I", len(encoded)) + encoded + b"\0\0"
+    data = struct.pack(">I", len(encoded)) + encoded + struct.pack(">HH", 1, Info.KEY)
     flags = CLIENT_FLAGS.pack(FLAG_C_FIXED_NEWSTYLE | FLAG_C_NO_ZEROES)
     sock.sendall(flags + OPTION.pack(IHAVEOPT, Opt.GO, len(data)) + data)
-    chosen = (0, 0)
+    size, its_flags, key = 0, 0, name
     while True:
         kind, told = _option_reply(sock)
         if kind == Rep.ACK:
-            return chosen
+            return size, its_flags, key
         if kind == Rep.INFO and told[:2] == Info.EXPORT.to_bytes(2, "big"):
-            chosen = EXPORT_INFO.unpack_from(told, 2)
+            size, its_flags = EXPORT_INFO.unpack_from(told, 2)
+        elif kind == Rep.INFO and told[:2] == Info.KEY.to_bytes(2, "big"):
+            key = told[2:].decode()
         elif kind >> 31:
             why = told.decode(errors="replace")
             raise _REFUSALS.get(kind, DeviceError)(why or f"the export {name!r} was refused")
@@ -368,12 +371,12 @@ def keep(
 
 
 def _reconnect(kernel: Kernel, number: int, link: Link, path: Path, name: str) -> None:
-    again = open_link(path, name, len(link.sockets))
+    again = open_link(path, link.key, len(link.sockets))
     try:
-        # A volume may have grown: the device stays as long as it is. An Object of another size is another one.
-        may_be_longer = not (again.flags | link.flags) & Flag.READ_ONLY
-        if again.size < link.size or (again.size > link.size and not may_be_longer):
-            raise DeviceError(f"{name!r} had {link.size} bytes, and now has {again.size}")
+        # A volume may have grown: the device stays as long as it is.
+        if again.key != link.key or again.size < link.size:
+            was, is_now = (f"{each.key}, {each.size} bytes" for each in (link, again))
+            raise DeviceError(f"{name!r} is not what was attached: that was {was}, and this is {is_now}")
         kernel.reconnect(number, again, backend_of(path, name))
     finally:
         again.close()

@@ -35,6 +35,10 @@ class Shape(Protocol):
     """What can be told of an export that is not open."""
 
     @property
+    def key(self) -> str:
+        """What it is found by again, also when its name has come to mean another: an Object's uuid, a volume's name."""
+
+    @property
     def size(self) -> int:
         """In bytes, a multiple of 512."""
 
@@ -59,10 +63,6 @@ class Export(Shape, Protocol):
 
     @property
     def kind(self) -> Kind: ...
-
-    @property
-    def key(self) -> str:
-        """What it is found by again, also when its name has come to mean another: an Object's uuid, a volume's name."""
 
     def read(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer``, which is not empty. If it raises, what is in the buffer then is undefined."""

@@ -47,6 +47,7 @@ class FakeKernel:
         self.system = system
         self.losses: list[int | None] = []
         self.reconnected: list[int] = []
+        self.keys: list[str] = []
         self.flags = 0
 
     def connect(self, link: Link, backend: str) -> int:
@@ -65,6 +66,7 @@ class FakeKernel:
 
     def reconnect(self, number: int, link: Link, backend: str) -> None:
         self.reconnected.append(len(link.sockets))
+        self.keys.append(link.key)
 
     def wait_for_loss(self, timeout_s: float) -> int | None:
         if not self.losses:
@@ -225,7 +227,7 @@ def test_it_is_tried_until_the_daemon_is_back(kernel: Any, serve: Serve, monkeyp
         tries += 1
         if tries < 3:
             raise Unreachable("nobody is there")
-        return Link([], link.size, link.flags)
+        return Link([], *link[1:])
 
     monkeypatch.setattr(attachment, "open_link", fails_twice)
     kernel.losses = [3]
@@ -247,13 +249,39 @@ def test_a_daemon_that_comes_back_late_is_better_than_none(
     assert kernel.reconnected == [1]
 
 
-@pytest.mark.parametrize("size", [MIB, 16 * MIB])
+@pytest.mark.parametrize("size", [MIB, 8 * MIB, 16 * MIB])
 def test_another_disk_does_not_take_its_place(kernel: Any, serve: Serve, size: int) -> None:
     served = serve()
     number, link, _ = attach(kernel, served.path, "disk")
+    until(lambda: not served.server._connections, "nobody has it open")
     served.store.put(bytes(size), name="disk")
-    with pytest.raises(DeviceError, match=f"had 8388608 bytes, and now has {size}"):
+    with pytest.raises(NotFound):
         attachment._reconnect(kernel, number, link, served.path, "disk")
+    assert kernel.reconnected == []
+
+
+def test_nor_does_a_volume_of_its_name(kernel: Any, serve: Serve) -> None:
+    served = serve()
+    number, link, _ = attach(kernel, served.path, "disk")
+    served.volumes.create("disk", 8 * MIB)
+    attachment._reconnect(kernel, number, link, served.path, "disk")
+    assert kernel.keys == [link.key]
+
+
+@pytest.mark.parametrize("instead", ["a shorter one", "an Object"])
+def test_nor_does_what_is_there_instead_of_a_volume(kernel: Any, serve: Serve, instead: str) -> None:
+    served = serve()
+    served.volumes.create("data", 8 * MIB)
+    number, link, _ = attach(kernel, served.path, "data")
+    until(lambda: not served.server._connections, "nobody has it open")
+    served.volumes.delete("data")
+    if instead == "an Object":
+        served.store.put(bytes(8 * MIB), name="data")
+    else:
+        served.volumes.create("data", MIB)
+    with pytest.raises(DeviceError, match="'data' is not what was attached: that was data, 8388608 bytes"):
+        attachment._reconnect(kernel, number, link, served.path, "data")
+    assert kernel.reconnected == []
 
 
 def test_a_volume_that_has_grown_meanwhile_takes_its_place(kernel: Any, serve: Serve) -> None:
@@ -315,7 +343,7 @@ def test_a_connection_that_is_lost_while_others_are_made_is_not_forgotten(
     done = told(netlink.ERROR, bytes(4))
     for said in (lost[0], lost[1], done):
         theirs.send(said)
-    kernel.reconnect(3, Link([], MIB, 0), "rustord:socket:disk")
+    kernel.reconnect(3, Link([], MIB, 0, "disk"), "rustord:socket:disk")
     theirs.send(lost[0])
     assert [kernel.wait_for_loss(0.01) for _ in range(4)] == [3, 4, 3, None]
 

@@ -31,6 +31,7 @@ OPEN_S = 20.0
 class Outline(NamedTuple):
     """The `rustord.export.Shape` of a volume that is not open."""
 
+    key: str
     size: int
     read_only: bool
     rotational: bool
@@ -108,7 +109,7 @@ class Exports:
             size = self._volumes.size(name)
             disks = [slot.device for slot in self._store.blocks.slots.values()]
             rotational = any(disk is not None and disk.rotational for disk in disks)
-            return Outline(size, role < Role.WRITER, rotational), _volume_text(size)
+            return Outline(name, size, role < Role.WRITER, rotational), _volume_text(size)
         record = self._store.stat(self._uuid(name))
         return ObjectExport(self._store, record), _object_text(record)
 

@@ -80,6 +80,8 @@ class Info(IntEnum):
     NAME = 1
     DESCRIPTION = 2
     BLOCK_SIZE = 3
+    KEY = 0x8000
+    """The `rustord.export.Export.key`. Not of the specification; who does not ask for it is not told."""
 
 
 class Flag(IntFlag):

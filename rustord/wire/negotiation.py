@@ -241,6 +241,8 @@ class Negotiation:
             infos.append(_U16.pack(Info.DESCRIPTION) + description.encode())
         if Info.BLOCK_SIZE in wanted:
             infos.append(BLOCK_SIZE_INFO.pack(Info.BLOCK_SIZE, 1, export.block_size, PAYLOAD_BYTES_MAX))
+        if Info.KEY in wanted:
+            infos.append(_U16.pack(Info.KEY) + export.key.encode())
         yield b"".join(option_reply(option, Rep.INFO, info) for info in infos) + option_reply(option, Rep.ACK)
 
     def _meta_context(self, option: int, data: bytes) -> Iterator[bytes]:

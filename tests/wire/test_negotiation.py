@@ -100,6 +100,11 @@ def test_go_without_information_requests(talk: Talk) -> None:
     assert set(infos(talk.ask(GO, info_request("disk")))) == {0}
 
 
+def test_what_is_found_by_again_is_told_to_who_knows_that(talk: Talk) -> None:
+    talk.catalogue.exports["cd"].key = "01a2"
+    assert infos(talk.ask(GO, info_request("cd", 0x8000)))[0x8000] == b"01a2"
+
+
 def test_info_opens_nothing(talk: Talk) -> None:
     assert set(infos(talk.ask(INFO, info_request("disk", 3)))) == {0, 3}
     assert (talk.state, talk.catalogue.opened) == (State.OPTIONS, [])
