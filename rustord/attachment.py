@@ -193,13 +193,13 @@ def find(which: str) -> Attached:
     raise NotFound(f"{which!r} is not attached", hint="'rustorctl attached' shows what is")
 
 
-def check_unused(device: Attached) -> None:
+def check_unused(path: str) -> None:
     """Raise InUse if the device is mounted, or held by another program."""
     try:
-        os.close(os.open(device.path, os.O_RDONLY | os.O_EXCL))
+        os.close(os.open(path, os.O_RDONLY | os.O_EXCL))
     except OSError as error:
         if error.errno == errno.EBUSY:
-            raise InUse(f"{device.path} is mounted, or otherwise in use", hint="unmount it first") from error
+            raise InUse(f"{path} is mounted, or otherwise in use", hint="unmount it first") from error
         raise
 
 
@@ -333,9 +333,10 @@ def attach(
             if take_over and device.read_only >= read_only:
                 link = open_link(path, name, connections)
                 link.close()
-                link = link._replace(size=device.size)
-                _reconnect(kernel, device.number, link, path, name)
-                return device.number, link, backend
+                if link.key == name:  # or else it may mean something else by now
+                    link = link._replace(size=device.size)
+                    _reconnect(kernel, device.number, link, path, name)
+                    return device.number, link, backend
             raise InUse(f"{name!r} is attached already, as {device.path}", hint=f"'rustorctl detach {name}' ends that")
     link = open_link(path, name, connections)
     try:
@@ -350,16 +351,37 @@ def attach(
 
 
 def keep(
-    kernel: Kernel, number: int, link: Link, path: Path, name: str, say: Callable[[str], None] = lambda text: None
+    kernel: Kernel,
+    number: int,
+    link: Link,
+    path: Path,
+    name: str,
+    say: Callable[[str], None] = lambda text: None,
+    is_to_end: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Connect a device anew whenever it has lost its connections; returns once it is no longer attached."""
+    """Connect a device anew whenever it has lost its connections; returns once it is no longer attached.
+
+    Once it ``is_to_end``, the device is detached as soon as nobody uses it.
+    """
     backend = backend_of(path, name)
-    while _is_attached(number, backend):
+
+    has_said = False
+
+    def goes_on() -> bool:
+        nonlocal has_said
+        if not _is_attached(number, backend) or (is_to_end() and _let_go(kernel, number)):
+            return False
+        if is_to_end() and not has_said:
+            say(f"/dev/nbd{number} is mounted, or otherwise in use: it stays attached until that has ended")
+            has_said = True
+        return True
+
+    while goes_on():
         if kernel.wait_for_loss(1.0) != number:
             continue
         say(f"/dev/nbd{number} has lost a connection")
         dead_at = time.monotonic() + DEAD_S
-        while _is_attached(number, backend):
+        while goes_on():
             try:
                 _reconnect(kernel, number, link, path, name)
             except RustordError as error:
@@ -380,6 +402,15 @@ def _reconnect(kernel: Kernel, number: int, link: Link, path: Path, name: str) -
         kernel.reconnect(number, again, backend_of(path, name))
     finally:
         again.close()
+
+
+def _let_go(kernel: Kernel, number: int) -> bool:
+    try:
+        check_unused(f"/dev/nbd{number}")
+    except InUse:
+        return False
+    kernel.disconnect(number)
+    return True
 
 
 def _is_attached(number: int, backend: str) -> bool:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from rustord import attachment
-from rustord.attachment import Attached, Kernel, Link, attach, attached, backend_of, find, keep, open_link
+from rustord.attachment import Kernel, Link, attach, attached, backend_of, find, keep, open_link
 from rustord.errors import DeviceError, Forbidden, InUse, InvalidRequest, NotFound, Unreachable, Unsupported
 from rustord.frontends.peer import Peer
+from rustord.objkey import uuid_text
 from rustord.wire import netlink
 from rustord.wire.api import Role
 from rustord.wire.limits import NbdLimits
@@ -48,6 +49,7 @@ class FakeKernel:
         self.losses: list[int | None] = []
         self.reconnected: list[int] = []
         self.keys: list[str] = []
+        self.disconnected: list[int] = []
         self.flags = 0
 
     def connect(self, link: Link, backend: str) -> int:
@@ -67,6 +69,10 @@ class FakeKernel:
     def reconnect(self, number: int, link: Link, backend: str) -> None:
         self.reconnected.append(len(link.sockets))
         self.keys.append(link.key)
+
+    def disconnect(self, number: int) -> None:
+        self.disconnected.append(number)
+        (self.system / f"nbd{number}" / "pid").unlink()
 
     def wait_for_loss(self, timeout_s: float) -> int | None:
         if not self.losses:
@@ -185,23 +191,29 @@ def test_a_name_is_known_again_with_the_blanks_at_its_ends(kernel: Any, serve: S
 
 def test_a_device_whose_keeper_is_gone_is_taken_over(kernel: Any, serve: Serve) -> None:
     served = serve()
-    attach(kernel, served.path, "disk", connections=2)
-    number, link, _ = attach(kernel, served.path, "disk", connections=2, take_over=True)
+    uuid = uuid_text(served.store.resolve("disk") or b"")
+    attach(kernel, served.path, uuid, connections=2)
+    number, link, _ = attach(kernel, served.path, uuid, connections=2, take_over=True)
     assert (number, link.size, kernel.reconnected) == (3, 8 * MIB, [2]), "it may have lost its connections meanwhile"
     kernel.losses = [3]
-    keep(kernel, number, link, served.path, "disk")
+    keep(kernel, number, link, served.path, uuid)
     assert kernel.reconnected == [2, 2]
 
 
-def test_another_disk_or_mode_is_not_taken_over(kernel: Any, serve: Serve) -> None:
+def test_what_may_be_another_disk_or_mode_is_not_taken_over(kernel: Any, serve: Serve) -> None:
     served = serve()
     attach(kernel, served.path, "disk")
-    served.store.put(bytes(MIB), name="disk")
-    with pytest.raises(DeviceError, match="had 8388608 bytes, and now has 1048576"):
+    with pytest.raises(InUse):  # what has the name now need not be what had it then
         attach(kernel, served.path, "disk", take_over=True)
+
+
+def test_what_is_writable_is_not_taken_over_as_read_only(kernel: Any, serve: Serve) -> None:
+    served = serve()
+    uuid = uuid_text(served.store.resolve("disk") or b"")
+    attach(kernel, served.path, uuid)
     (kernel.system / "nbd3" / "ro").write_text("0\n")
     with pytest.raises(InUse):
-        attach(kernel, served.path, "disk", read_only=True, take_over=True)
+        attach(kernel, served.path, uuid, read_only=True, take_over=True)
 
 
 def test_to_attach_read_only_is_told_to_the_kernel(kernel: Any, serve: Serve) -> None:
@@ -305,7 +317,36 @@ def test_a_volume_that_has_grown_meanwhile_takes_its_place(kernel: Any, serve: S
 def test_what_is_not_mounted_may_go(tmp_path: Path) -> None:
     file = tmp_path / "device"
     file.touch()
-    attachment.check_unused(Attached(str(file), "", 0, False))
+    attachment.check_unused(str(file))
+
+
+@pytest.mark.parametrize("losses", [[None, None], [3, None]])
+def test_who_is_told_to_end_detaches_what_nobody_uses_any_more(
+    kernel: Any, serve: Serve, monkeypatch: pytest.MonkeyPatch, losses: list[int | None]
+) -> None:
+    """What is mounted stays, and is connected again, until it has been unmounted."""
+    served = serve()
+    number, link, _ = attach(kernel, served.path, "disk")
+    used = [True, *[True for loss in losses if loss], True, False]
+    kernel.losses = [*losses, None, None]
+
+    def check_unused(path: str) -> None:
+        assert path == "/dev/nbd3"
+        if used.pop(0):
+            raise InUse("mounted")
+
+    monkeypatch.setattr(attachment, "check_unused", check_unused)
+    keep(kernel, number, link, served.path, "disk", is_to_end=lambda: True)
+    assert (kernel.disconnected, used) == ([3], [])
+    assert kernel.reconnected == [1 for loss in losses if loss]
+
+
+def test_who_is_told_to_end_when_it_is_detached_leaves_the_next_one_alone(kernel: Any, serve: Serve) -> None:
+    served = serve()
+    number, link, _ = attach(kernel, served.path, "disk")
+    (kernel.system / "nbd3" / "backend").write_text(backend_of(served.path, "another") + "\n")
+    keep(kernel, number, link, served.path, "disk", is_to_end=lambda: True)
+    assert kernel.disconnected == []
 
 
 FAMILY = 30

@@ -7,19 +7,13 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import click
 
 from rustord.cli.output import print_json, print_table, say
 from rustord.cli.parameters import connect, json_option
-from rustord.errors import InUse, NotFound
 from rustord.quantity import human_size
-
-if TYPE_CHECKING:
-    from rustord.attachment import Kernel
-
-_LOOK_AGAIN_S = 1.0
 
 nbd_socket_option = click.option(
     "--nbd-socket", type=click.Path(path_type=Path), help="The daemon's NBD socket [nbd.sock beside its other one]."
@@ -36,7 +30,7 @@ def _nbd_socket(socket: Path | None, nbd_socket: Path | None) -> Path:
 @click.argument("name", metavar="UUID|NAME")
 @click.option("--read-only", is_flag=True, help="Let nobody write to it, where it could be written to.")
 @click.option("--connections", type=click.IntRange(1, 16), default=1, show_default=True, help="More use more CPUs.")
-@click.option("--foreground", is_flag=True, help="Stay, for a service manager; detach when told to end and unmounted.")
+@click.option("--foreground", is_flag=True, help="Stay, for a service manager; detach when told to end, and unused.")
 @nbd_socket_option
 @click.pass_obj
 def attach(
@@ -57,37 +51,16 @@ def attach(
         )
         say(f"/dev/nbd{number}")
         if foreground:
-            _when_told_to_end(lambda: _detach(kernel, number))
+            told: list[int] = []
+            for signal_number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(signal_number, lambda number, _: told.append(number))
             with contextlib.closing(Supervisor()) as supervisor:
                 supervisor.alive(f"{name} is /dev/nbd{number}")
-            attachment.keep(kernel, number, link, path, name, lambda text: click.echo(text, err=True))
+            attachment.keep(
+                *(kernel, number, link, path, name, lambda text: click.echo(text, err=True)), lambda: bool(told)
+            )
         elif os.fork() == 0:
             _stay(lambda: attachment.keep(kernel, number, link, path, name))
-
-
-def _when_told_to_end(detach: Callable[[], None]) -> None:
-    """Have the device detached by a signal: at once, or when it is unmounted, for a filesystem would lose its data."""
-
-    def end(signum: int, frame: object) -> None:
-        try:
-            detach()
-        except NotFound:  # somebody else has done it
-            pass
-        except InUse as error:
-            if signum != signal.SIGALRM:
-                click.echo(f"{error.message}: it stays attached until that has ended", err=True)
-            signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN_S)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
-        signal.signal(number, end)
-
-
-def _detach(kernel: Kernel, number: int) -> None:
-    """Take a device away. Raises InUse if it is mounted."""
-    from rustord import attachment
-
-    attachment.check_unused(attachment.find(f"/dev/nbd{number}"))
-    kernel.disconnect(number)
 
 
 def _stay(keep: Callable[[], None]) -> NoReturn:
@@ -109,9 +82,10 @@ def detach(which: str) -> None:
     """Take a block device away. It must not be mounted."""
     from rustord import attachment
 
-    number = attachment.find(which).number
+    device = attachment.find(which)
+    attachment.check_unused(device.path)
     with attachment.Kernel() as kernel:
-        _detach(kernel, number)
+        kernel.disconnect(device.number)
 
 
 @click.command()
