@@ -64,13 +64,17 @@ def attach(
 
 
 def _stay(keep: Callable[[], None]) -> NoReturn:
-    """Go to the background, where nobody is told anything any more."""
+    """Go to the background, where nobody is told anything any more, and hold nothing of who began this."""
     try:
         os.setsid()
         os.chdir("/")
         nowhere = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(nowhere, descriptor)
+        for descriptor in [int(name) for name in os.listdir("/proc/self/fd")]:
+            with contextlib.suppress(OSError):  # that of the directory
+                if descriptor > 2 and os.get_inheritable(descriptor):  # our own are not
+                    os.close(descriptor)
         keep()
     finally:
         os._exit(0)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from rustord import attachment
 from rustord.cli.attach import attach
 from rustord.errors import InUse
 from tests.frontends.nbdserved import NbdPeer
+from tests.frontends.served import SECONDS_MAX
 
 Command = Callable[..., Any]
 
@@ -51,6 +55,22 @@ def test_without_nbd_in_the_kernel_attaching_shows_other_ways(daemon: object, ru
     assert done.returncode == 16
     assert "nbdfuse" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_who_stays_in_the_background_holds_nothing_of_who_began_it() -> None:
+    """A script that has a lock in a descriptor lets go of it when it ends."""
+    ours, theirs = os.pipe()
+    program = "import signal; from rustord.cli.attach import _stay; _stay(signal.pause)"
+    with open(ours, "rb") as until_nobody_has_it:
+        begun = subprocess.Popen([sys.executable, "-c", program], pass_fds=(theirs,))
+        os.close(theirs)
+        try:
+            ready, _, _ = select.select([until_nobody_has_it], [], [], SECONDS_MAX)
+            assert ready
+            assert begun.poll() is None
+        finally:
+            begun.kill()
+            begun.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
