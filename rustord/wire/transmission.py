@@ -224,6 +224,8 @@ class Transmission:
 
     def _next(self) -> Iterator[memoryview]:
         """Work on one request, whatever it is."""
+        if self._replies.is_full:  # of small reads
+            yield from self._send()
         magic, flags, command, cookie, offset, length = self._request.unpack_from(self._in, self._at)
         if magic != self._magic:
             self.ended = True

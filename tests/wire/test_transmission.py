@@ -128,6 +128,20 @@ def test_write(talk: Talk) -> None:
         assert talk.export.log[-1] == ("write", offset, length)
 
 
+@pytest.mark.parametrize("room", [0, 1, 15, 100])
+@pytest.mark.parametrize("command", [TRIM, ZEROES, READ, 99])
+@pytest.mark.parametrize("mode", MODES, ids=["simple", "structured", "extended"])
+def test_a_reply_behind_reads_that_leave_no_room_for_it(mode: Mode, command: int, room: int) -> None:
+    talk = Talk(mode, 2 * MIB)
+    head_bytes = talk.transmission._replies.data_head_bytes
+    rest = BUFFER_BYTES - PIECE_BYTES - 2 * head_bytes - room
+    reads = talk.request(READ, 0, PIECE_BYTES, cookie=1) + talk.request(READ, 0, rest, cookie=2)
+    told = talk.ask(reads + talk.request(command, 2 * MIB, command == 99, cookie=3), {1: PIECE_BYTES, 2: rest, 3: 0})
+    assert [reply.cookie for reply in told] == [1, 2, 3]
+    assert [bool(reply.error) for reply in told] == [False, False, command == 99]
+    assert talk.in_sync()
+
+
 def test_nothing_is_read_and_written(talk: Talk) -> None:
     assert talk.one(READ, 100, 0)[2:] == (0, True, 0, b"")
     assert talk.ask(talk.write(100, b""))[0].error == 0
