@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 
@@ -26,6 +26,7 @@ from rustord.layer import Layer
 from rustord.objectstore import ObjectStore
 from rustord.objkey import uuid_text
 from rustord.page import BASE, SLOT_COUNT, ZEROS, LayerEntry, MapEntry, address_of, extent_at, page_of
+from rustord.record import RecordId
 from rustord.volumes import Volumes
 
 log = logging.getLogger(__name__)
@@ -113,7 +114,11 @@ class LayerMerger:
         for layer in (upper, lower):
             self._store.blocks.writable(layer.home)
         numbers = {page_of(chunk) for chunk, _ in _wanted(upper, lower)}
-        self._volumes.call(lambda: self._place(upper, lower, numbers))
+        try:
+            self._volumes.call(lambda: self._place(upper, lower, numbers))
+        except NoSpace:
+            self._give_back(upper, lower, is_written=is_written)
+            raise
         left = _wanted(upper, lower)
         while batch := list(islice(left, _BATCH_CHUNKS)):
             if not self._volumes.call(lambda batch=batch: self._take_over(upper, lower, batch)):  # type: ignore[misc]
@@ -138,6 +143,24 @@ class LayerMerger:
             rest = pages.keys() - upper.places.keys()
             self._store.allocator.release([extent_at(pages[number], SLOT_COUNT) for number in rest])
             raise
+
+    def _give_back(self, upper: Layer, lower: Layer, *, is_written: bool) -> None:
+        """Erase what the lower Layer has and nobody can see: next time there may be room for the merge."""
+        hidden = ((chunk, address) for chunk, address in lower.chunks() if address > ZEROS and upper.get(chunk) != BASE)
+        while batch := dict(islice(hidden, _BATCH_CHUNKS)):
+            left, graves = self._volumes.call(lambda batch=batch: self._leave(upper, lower, batch))  # type: ignore[misc]
+            if not is_written:
+                self._layers.drain()
+            self._volumes.free(left, ids=graves)
+
+    def _leave(self, upper: Layer, lower: Layer, chunks: dict[int, int]) -> tuple[Sequence[Extent], Sequence[RecordId]]:
+        """Have the lower Layer without these chunks. Returns what it has left, a grave. Called between cycles."""
+        if not self._layers.is_mergeable(upper, lower):
+            return (), ()
+        left = [extent_at(address, self._layers.chunk_blocks) for address in chunks.values()]
+        with self._store.journals.note([MapEntry(lower.uuid, (), [(c, BASE) for c in chunks])], (), left) as graves:
+            lower.drop(chunks)
+        return left, graves
 
     def _take_slots(self, upper: Layer, numbers: Iterable[int]) -> dict[int, int]:
         """Slots for pages; all of them, or NoSpace."""

@@ -302,6 +302,48 @@ def test_a_merge_without_room_loses_nothing_of_what_comes_later(
     bench.check()
 
 
+@pytest.mark.parametrize("is_written", [True, False], ids=["volume", "snapshot"])
+@pytest.mark.parametrize("fate", ["goes on", "cut", "rebuild"])
+def test_a_full_pool_gets_back_what_only_a_snapshot_had(bench: Bench, fate: str, *, is_written: bool) -> None:
+    """The merge needs slots for a page; the snapshot has more that nobody can see any more."""
+    far = PAGE_CHUNKS * CHUNK_BYTES
+    bench.volumes.create("disk", far + CHUNK_BYTES)
+    volume = bench.volumes.open("disk")
+    write(volume, 0, b"older" * CHUNK_BYTES)
+    write(volume, far, b"far")
+    bench.volumes.snapshot("disk", "gone")
+    write(volume, 0, b"newer" * CHUNK_BYTES)
+    if not is_written:
+        bench.volumes.snapshot("disk", "kept")
+    volume.close()
+    expected = contents(bench.store, bench.volumes)
+    del expected["gone"]
+    delete(bench.store, "gone")
+    taken = []
+    with suppress(NoSpace):
+        while True:
+            taken.append(bench.store.allocator.run(1))
+    with pytest.raises(NoSpace):
+        LayerMerger(bench.store, bench.volumes).run()
+    run(bench.store)
+    if fate == "goes on":
+        assert free_count(bench.store) >= 5 * bench.store.layers.chunk_blocks
+        assert contents(bench.store, bench.volumes) == expected
+        assert LayerMerger(bench.store, bench.volumes).run() == 1
+        bench.store.allocator.release(taken)
+    else:
+        bench.simulation.cut_power()
+        if fate == "rebuild":
+            rebuild_index(bench.simulation)
+        bench.store = bench.simulation.open()
+        bench.volumes = Volumes(bench.store, Direct(bench.store))
+    assert contents(bench.store, bench.volumes) == expected
+    bench.check()
+    bench.reopen(clean=False)
+    assert contents(bench.store, bench.volumes) == expected
+    bench.check()
+
+
 def test_a_merge_without_room_is_made_when_there_is_some(
     simulate: Callable[..., Simulation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
