@@ -274,7 +274,7 @@ class Audit:
         if self._contents is None:
             return pages
         whole = [page for page in indexed.values() if (page.layer, 0) in indexed]
-        erased_next = self._needless_layers(whole)  # nobody writes their pages to the slots any more
+        erased = needless | self._needless_layers(whole)  # or next: nobody writes their pages to the slots any more
         for key in pages.keys() | indexed.keys():
             found, page = pages.get(key), indexed.get(key)
             if found == page or key[0] in self._pending:
@@ -282,7 +282,7 @@ class Audit:
             what = f"page {key[1]} of the map of layer {uuid_text(key[0])}"
             if page is not None and (found is None or found.generation < page.generation):
                 pages[key] = page
-                if key[0] in erased_next or not self._blocks.is_there((slot_of(page),)):
+                if key[0] in erased or not self._blocks.is_there((slot_of(page),)):
                     continue
                 if self._contents is not None and self._contents.unkept:
                     self._find("footer", f"{what} is not on the devices yet", _NEXT_START, harmless=True)

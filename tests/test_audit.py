@@ -17,6 +17,7 @@ from rustord.change import Delete, Put
 from rustord.errors import DeviceError, PoolError
 from rustord.keystore.lmdb import LmdbBackend
 from rustord.label import Standing
+from rustord.layermerger import LayerMerger
 from rustord.membership import detach_device, set_standing
 from rustord.objectstore import ObjectStore
 from rustord.page import CHUNK_BYTES, Page, slot_of
@@ -517,6 +518,23 @@ def test_a_page_that_a_device_did_not_take_is_written_by_the_next_start(disk_pat
     pool.open()
     pool.close()
     assert findings(pool) == []
+
+
+def test_what_a_merge_has_erased_is_not_lost_if_the_index_does_not_know_yet(disk_path: Path) -> None:
+    pool = Simulation(disk_path, (32 * MIB,))
+    store = pool.open()
+    volumes = Volumes(store, Direct(store))
+    volumes.create("disk", 40 * CHUNK_BYTES)
+    with closing(volumes.open("disk")) as volume:
+        volume.write(70_000, b"written")
+    store.delete(volumes.snapshot("disk").uuid)
+    store.keystore.checkpoint()
+    assert LayerMerger(store, volumes).run() == 1
+    run(store)
+    pool.cut_power()
+    with audit_of(pool, repair=True, data=True) as audit:
+        assert all(finding.harmless for finding in audit.findings)
+        assert audit.plan == []
 
 
 def test_a_volume_that_is_deleted_while_its_home_is_away(disk_path: Path) -> None:
