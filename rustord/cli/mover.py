@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rustord.cli.output import is_terminal, print_json, say
-from rustord.cli.parameters import connect, json_option
+from rustord.cli.parameters import ask_patiently, connect, json_option
 from rustord.cli.pool import device, dry_run_option, force_option, pool, say_verdict
 from rustord.errors import RustordError
 from rustord.quantity import human_size
@@ -133,11 +133,11 @@ def _move(socket: Path | None, work: str, stop: bool, wait: bool, as_json: bool)
 def wait_until_done(client: Client, *, as_json: bool) -> None:
     """Show how far it is until it has ended. Raises RustordError if it has failed, or was stopped."""
     show = _progress() if is_terminal(sys.stderr) and not as_json else lambda status: None
-    status = client.mover()
+    status = ask_patiently(client.mover)
     while status["state"] == "running":
         show(status)
         time.sleep(_POLL_S)
-        status = client.mover()
+        status = ask_patiently(client.mover)
     if as_json:
         print_json(status)
     elif status["state"] == "done":

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
+from rustord.errors import Unavailable
 from rustord.quantity import parse_size
 
 if TYPE_CHECKING:
     from rustord.client import Client
+
+T = TypeVar("T")
+
+_RESTART_S = 300.0
+_POLL_S = 0.5
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
@@ -33,3 +41,15 @@ def connect(socket: Path | None) -> Client:
     from rustord.client import Client
 
     return Client() if socket is None else Client(socket)
+
+
+def ask_patiently(ask: Callable[[], T]) -> T:
+    """What the daemon answers; one that is started again meanwhile goes on with what it did."""
+    deadline = time.monotonic() + _RESTART_S
+    while True:
+        try:
+            return ask()
+        except Unavailable:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_S)

@@ -5,21 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from rustord.cli.edge import Commands
 from rustord.cli.output import print_facts, print_json, say
-from rustord.cli.parameters import connect, json_option
-from rustord.errors import Damaged, RustordError, Unavailable
+from rustord.cli.parameters import ask_patiently, connect, json_option
+from rustord.errors import Damaged, RustordError
 from rustord.quantity import human_size
 
-if TYPE_CHECKING:
-    from rustord.client import Client
-
 _POLL_S = 1.0
-_RESTART_S = 300.0
 
 
 @click.group(cls=Commands)
@@ -44,22 +40,10 @@ def start(socket: Path | None, again: bool, wait: bool, as_json: bool) -> None:
         report = client.start_scrub(again=again)
         while wait and report["running"]:
             time.sleep(_POLL_S)
-            report = _look(client)
+            report = ask_patiently(client.scrub)
     _show(report, as_json)
     if wait:
         _judge(report)
-
-
-def _look(client: Client) -> dict[str, Any]:
-    """How far it is; a daemon that is started again meanwhile goes on with it."""
-    deadline = time.monotonic() + _RESTART_S
-    while True:
-        try:
-            return client.scrub()
-        except Unavailable:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(_POLL_S)
 
 
 @scrub.command()

@@ -8,9 +8,10 @@ from typing import Any, cast
 
 import pytest
 
+from rustord.cli import mover, parameters
 from rustord.cli.mover import wait_until_done
 from rustord.client import Client
-from rustord.errors import RustordError
+from rustord.errors import RustordError, Unavailable, Unreachable
 from tests.cli.conftest import Command
 
 
@@ -80,3 +81,31 @@ class Stopped:
 def test_who_waits_is_told_that_somebody_stopped_it() -> None:
     with pytest.raises(RustordError, match="healing: somebody stopped it before it was done"):
         wait_until_done(cast(Client, Stopped()), as_json=False)
+
+
+class StartedAgain:
+    """A client of a daemon that is started again while its mover is at work."""
+
+    def __init__(self) -> None:
+        self.answers: list[dict[str, Any] | Unavailable] = [
+            {"state": "running", "job": "healing", "done_bytes": 1, "total_bytes": 2, "moved": 7},
+            Unreachable("nobody listens"),
+            Unavailable("it is starting"),
+            {"state": "done", "job": "healing", "moved": 7},
+        ]
+
+    def mover(self) -> dict[str, Any]:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Unavailable):
+            raise answer
+        return answer
+
+
+def test_who_waits_goes_on_waiting_while_the_daemon_is_started_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the daemon goes on with what it did."""
+    monkeypatch.setattr(mover, "_POLL_S", 0)
+    monkeypatch.setattr(parameters, "_POLL_S", 0)
+    wait_until_done(cast(Client, StartedAgain()), as_json=False)
+    assert capsys.readouterr().out == "done: 7 Objects have been moved\n"
