@@ -70,6 +70,9 @@ _PIECE_BYTES = 1 << 20
 class Client(Connection):
     """A connection to the daemon, made when it is needed, and again when it was lost; for one thread at a time."""
 
+    _download: Download | None = None
+    """What was opened last, and may not have been read to its end."""
+
     def __enter__(self) -> Client:
         return self
 
@@ -108,11 +111,12 @@ class Client(Connection):
     def open(self, key: str, *, start: int = 0, end: int | None = None) -> Download:
         """Begin to read an Object, or its bytes from ``start`` to before ``end``.
 
-        A negative ``start`` counts from its end. Read it all or close it before the next request. Raises NotFound,
-        RangeNotSatisfiable, Damaged, ...
+        A negative ``start`` counts from its end. Read it all before the next request, which breaks it off. Raises
+        NotFound, RangeNotSatisfiable, Damaged, ...
         """
         head = self._check(self._send(fetch(key, start, end)))
-        return Download(self, read_info(head), head.fields.content_length or 0)
+        self._download = Download(self, key, read_info(head), head.fields.content_length or 0)
+        return self._download
 
     def stat(self, key: str) -> Info:
         """An Object's metadata. Raises NotFound."""
@@ -257,6 +261,9 @@ class Client(Connection):
         progress: Callable[[int], object] = lambda size: None,
     ) -> ReplyHead:
         """Send a request, and read the head of its reply. Raises Unreachable."""
+        if self._download is not None:
+            self._download.break_off()
+            self._download = None
         try:
             sock = self._connected()
             if data is None:
@@ -401,11 +408,13 @@ class Client(Connection):
 class Download:
     """An Object on its way here, or a part of it: ``size`` bytes of the one that ``info`` describes."""
 
-    def __init__(self, client: Client, info: Info, size: int) -> None:
+    def __init__(self, client: Client, key: str, info: Info, size: int) -> None:
         self.info = info
         self.size = size
         self._client = client
+        self._key = key
         self._left = size
+        self._is_broken_off = False
 
     def __enter__(self) -> Download:
         return self
@@ -417,8 +426,14 @@ class Download:
 
     def close(self) -> None:
         """Read no more of it."""
+        if self._left and not self._is_broken_off:
+            self._client.close()
+        self._left = 0
+
+    def break_off(self) -> None:
+        """The connection is wanted for the next request."""
         if self._left:
-            self._left = 0
+            self._is_broken_off = True
             self._client.close()
 
     def readinto(self, buffer: Data) -> int:
@@ -426,6 +441,11 @@ class Download:
         view = memoryview(buffer).cast("B")[: self._left]
         if not view:
             return 0
+        if self._is_broken_off:
+            raise InvalidRequest(
+                f"{self._left} bytes of {self._key[:80]!r} were not read before the next request",
+                hint="read them first, or use another Client for it",
+            )
         count = self._client.read_into(view)
         if not count:
             missing, self._left = self._left, 0

@@ -182,6 +182,45 @@ def test_an_object_that_was_not_read_is_not_taken_for_the_next_reply(client: Cli
         client.delete("none")
 
 
+def test_two_objects_that_are_open_at_once_are_not_mixed_up(client: Client) -> None:
+    one, other = (client.put(letter * (5 * MIB), name=name).name for letter, name in ((b"a", "one"), (b"b", "other")))
+    with client.open(one) as first, client.open(other) as second:
+        with pytest.raises(InvalidRequest, match="5242880 bytes of 'one' were not read before the next request"):
+            first.read()
+        first.close()
+        assert second.read() == b"b" * (5 * MIB)
+    with client.open(one) as first:
+        next(iter(first))
+        assert client.stat(other).size == 5 * MIB
+        with pytest.raises(InvalidRequest):
+            first.read()
+
+
+def test_what_comes_late_is_not_taken_for_the_next_reply(tmp_path: Path) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+
+        def serve() -> None:
+            with listener.accept()[0] as slow:
+                slow.recv(1 << 16)
+                slow.sendall(head % 1000)
+                if slow.recv(1 << 16):  # the next request, in the middle of the reply
+                    slow.sendall((head % 7).ljust(1000))
+                    return
+            with listener.accept()[0] as other:
+                other.recv(1 << 16)
+                other.sendall(head % 5)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with Client(tmp_path / "socket") as client, client.open("slow"):
+            size = client.stat("other").size
+        thread.join()
+    assert size == 5
+
+
 def test_conditions(client: Client) -> None:
     first = client.put(b"first", name="n", replace=False)
     with pytest.raises(PreconditionFailed):
