@@ -68,7 +68,10 @@ class AsyncClient(Connection):
         return await self._whole(ask.fetch(key, start, end))
 
     async def pieces(self, key: str, *, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
-        """The same piece by piece. Raises Unavailable if the rest does not come: what came is not the Object."""
+        """The same piece by piece. Raises Unavailable if the rest does not come: what came is not the Object.
+
+        It has its turn until the last piece: a task that asks for something else in between waits for itself.
+        """
         async with self._reply(ask.fetch(key, start, end)):
             while self._left:
                 yield await self._some()
