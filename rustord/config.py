@@ -337,7 +337,7 @@ def load(file: Path | None = None) -> Config:
     Raises ConfigError that names file, table and key.
     """
     main = DEFAULT_FILE if file is None else file
-    sources = sorted((main.parent / "conf.d").glob("*.toml"))
+    sources = _drop_ins(main.parent / "conf.d")
     if file is not None or main.exists():
         sources.insert(0, main)
     merged: dict[str, Any] = {}
@@ -346,12 +346,27 @@ def load(file: Path | None = None) -> Config:
     return _build(merged, tuple(sources))
 
 
+def _drop_ins(directory: Path) -> list[Path]:
+    """What is in conf.d. Only an absent one is like one that is empty."""
+    try:
+        return sorted(path for path in directory.iterdir() if path.suffix == ".toml")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _unreadable(directory, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> ConfigError:
+    hint = "name another file, or let the user who runs this read it"
+    return ConfigError(f"{path}: it cannot be read: {error.strerror}", hint=hint)
+
+
 def _read(source: Path) -> dict[str, Any]:
     try:
         with source.open("rb") as opened:
             return tomllib.load(opened)
     except OSError as error:
-        raise ConfigError(f"{source}: it cannot be read: {error.strerror}", hint="name another file") from error
+        raise _unreadable(source, error) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source}: byte {error.start} is not UTF-8", hint="save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:  # also a number that is too long, or tables in tables without end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import rustord.config
 from rustord.config import Config, changes, load
 from rustord.errors import ConfigError
+from tests.conftest import PlainUser
 
 Write = Callable[..., Path]
 
@@ -99,6 +101,19 @@ def test_the_default_file_may_be_absent_but_not_one_that_is_named(
 
 
 # What is refused
+
+
+@pytest.mark.parametrize("closed", ["conf.d", "."])
+def test_what_may_not_be_read_is_not_taken_for_absent(plain_user: PlainUser, closed: str) -> None:
+    """A pool would go by the defaults: each Object once, say, where it was to be there twice."""
+    main = plain_user.directory / "rustord" / "rustord.toml"
+    main.with_name("conf.d").mkdir(parents=True)
+    (main.parent / closed).chmod(0)
+    program = f"import rustord.config, pathlib; rustord.config.DEFAULT_FILE = pathlib.Path({str(main)!r})\n"
+    program += "try: print(rustord.config.load())\nexcept rustord.errors.ConfigError as error: print('refused:', error)"
+    done = plain_user.run(sys.executable, "-c", program)
+    assert done.stdout.startswith(f"refused: {main.parent}/"), done
+    assert "it cannot be read: Permission denied" in done.stdout
 
 
 @pytest.mark.parametrize(
