@@ -33,8 +33,9 @@ class AsyncClient(Connection):
     """
 
     def __init__(self, path: str | os.PathLike[str] = DEFAULT_SOCKET, *, timeout_s: float = 300.0) -> None:
-        """``timeout_s``: how long the daemon may stay silent."""
+        """``timeout_s``: how long the daemon may stay silent, unless it is asked for what takes long."""
         super().__init__(path, timeout_s=timeout_s)
+        self._silent_s: float | None = timeout_s
         self._turn = asyncio.Lock()
         self._left = 0
         """Bytes of the reply under way that are still to be read; -1 before its head."""
@@ -147,6 +148,7 @@ class AsyncClient(Connection):
     async def _ask(self, request: Request, data: Data | AsyncIterable[Data] | None) -> ReplyHead:
         try:
             await self._connect()
+            self._silent_s = None if request.takes_long else self._timeout_s
             if data is None:
                 await self._send(request.head())
             elif isinstance(data, (bytes, bytearray, memoryview)):
@@ -233,7 +235,7 @@ class AsyncClient(Connection):
 
     async def _receive(self) -> bytes:
         assert self._sock is not None
-        async with asyncio.timeout(self._timeout_s):
+        async with asyncio.timeout(self._silent_s):
             return await asyncio.get_running_loop().sock_recv(self._sock, _READ_BYTES)
 
 

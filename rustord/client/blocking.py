@@ -266,6 +266,7 @@ class Client(Connection):
             self._download = None
         try:
             sock = self._connected()
+            sock.settimeout(None if request.takes_long else self._timeout_s)
             if data is None:
                 sock.sendall(request.head())
                 return self._reply_head(sock)
@@ -347,7 +348,6 @@ class Client(Connection):
                 # A connect that does not block fails at once while the daemon is busy, instead of waiting for it.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(self._timeout_s), 0))
                 sock.connect(self._path)
-                sock.settimeout(self._timeout_s)
             except OSError as error:
                 sock.close()
                 raise self._unreachable(error) from error

@@ -28,7 +28,7 @@ class Connection:
     """A connection to the daemon, made when it is needed, and again when it was lost."""
 
     def __init__(self, path: str | os.PathLike[str] = DEFAULT_SOCKET, *, timeout_s: float = 300.0) -> None:
-        """``timeout_s``: how long the daemon may stay silent."""
+        """``timeout_s``: how long the daemon may stay silent, unless it is asked for what takes long."""
         self._path = os.fspath(path)
         self._timeout_s = timeout_s
         self._sock: socket.socket | None = None

@@ -59,6 +59,8 @@ class Request(NamedTuple):
     method: str
     target: str
     fields: tuple[str, ...] = ()
+    takes_long: bool = False
+    """The answer may come after hours: all that is asked about is read or overwritten first."""
 
     def head(self, *more: str) -> bytes:
         """The head's bytes, with ``more`` fields."""
@@ -108,7 +110,7 @@ def look(key: str) -> Request:
 
 def delete(key: str, if_match: str) -> Request:
     """Delete an Object. Raises InvalidRequest."""
-    return Request("DELETE", _path(key), _if_match(if_match))
+    return Request("DELETE", _path(key), _if_match(if_match), takes_long=True)
 
 
 def manifest(uuid: str) -> Request:
@@ -243,12 +245,17 @@ def resize_volume(name: str, size: int) -> tuple[Request, bytes]:
 
 def freeze_volume(name: str, object_name: str) -> tuple[Request, bytes]:
     """Make a volume an Object."""
-    return _json_request("POST", _volume_path(name) + "/freeze", {"name": object_name} if object_name else {})
+    return _to_object(name, "freeze", object_name)
 
 
 def snapshot_volume(name: str, object_name: str) -> tuple[Request, bytes]:
     """Make an Object of what a volume has."""
-    return _json_request("POST", _volume_path(name) + "/snapshot", {"name": object_name} if object_name else {})
+    return _to_object(name, "snapshot", object_name)
+
+
+def _to_object(name: str, deed: str, object_name: str) -> tuple[Request, bytes]:
+    request, body = _json_request("POST", f"{_volume_path(name)}/{deed}", {"name": object_name} if object_name else {})
+    return request._replace(takes_long=True), body
 
 
 def get_volume(name: str) -> Request:
@@ -258,7 +265,7 @@ def get_volume(name: str) -> Request:
 
 def delete_volume(name: str) -> Request:
     """Delete a volume."""
-    return Request("DELETE", _volume_path(name))
+    return Request("DELETE", _volume_path(name), takes_long=True)
 
 
 def _volume_path(name: str) -> str:
@@ -275,7 +282,7 @@ def start_scrub(again: bool) -> Request:
 
 
 POOL = Request("GET", "/v1/pool")
-CHECK = Request("POST", "/v1/check")
+CHECK = Request("POST", "/v1/check", takes_long=True)
 VOLUMES = Request("GET", "/v1/volumes")
 SCRUB = Request("GET", "/v1/scrub")
 STOP_SCRUB = Request("DELETE", "/v1/scrub")

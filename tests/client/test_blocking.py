@@ -9,6 +9,7 @@ import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -456,6 +457,34 @@ def test_a_silent_daemon_is_given_up(tmp_path: Path) -> None:
         listener.listen()
         with Client(tmp_path / "s", timeout_s=0.1) as client, pytest.raises(Unreachable, match="silent"):
             client.pool()
+
+
+LONG: dict[str, Callable[[Client], object]] = {
+    "delete": lambda client: client.delete("large"),
+    "delete a volume": lambda client: client.delete_volume("large"),
+    "freeze": lambda client: client.freeze_volume("large"),
+    "snapshot": lambda client: client.snapshot_volume("large"),
+    "check": lambda client: client.check(),
+}
+
+
+@pytest.mark.parametrize("work", LONG)
+def test_who_asks_for_what_may_take_hours_waits_for_it(tmp_path: Path, work: str) -> None:
+    """A terabyte is read to be hashed, or overwritten; a daemon that ends meanwhile closes the connection."""
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, ThreadPoolExecutor() as threads:
+        listener.bind(str(path))
+        listener.listen()
+        with Client(path, timeout_s=0.1) as client, Client(path, timeout_s=0.3) as other:
+            asked = threads.submit(LONG[work], client)
+            with listener.accept()[0] as sock:
+                sock.recv(1 << 16)
+                with pytest.raises(Unreachable, match="silent"):
+                    other.stat("small")
+                body = b'{"code": "not-found", "detail": "it is not there"}'
+                sock.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+                with pytest.raises(NotFound):
+                    asked.result()
 
 
 def test_it_is_quick_to_import() -> None:
