@@ -202,7 +202,7 @@ class Admin:
         if not give_up:
             self._store.blocks.writable(slot.index)
             self._check_room(slot)
-        standing = Standing.GIVEN_UP if give_up else Standing.LEAVING
+        standing = Standing.GIVEN_UP if give_up or slot.behind else Standing.LEAVING
         self._call(lambda: set_standing(self._store, slot.index, standing))
         self._mover.start()
         return self._device(slot)

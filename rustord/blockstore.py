@@ -38,7 +38,8 @@ _REPAIR_BYTES = 1 << 20
 class Slot:
     """The place of one device in the pool. ``device`` is None while it is missing; then ``why`` says why.
 
-    ``bad`` are its blocks that are never used again, ``standing`` is what the pool means to do with it.
+    ``bad`` are its blocks that are never used again, ``standing`` is what the pool means to do with it. It is
+    ``behind`` if it was given up, and something may be on it that counts as erased.
     """
 
     index: int
@@ -48,6 +49,7 @@ class Slot:
     why: str = ""
     bad: BadBlocks = field(default_factory=BadBlocks)
     standing: Standing = Standing.IN_USE
+    behind: bool = False
     flush_s: Distribution = field(default_factory=Distribution)
     """How long its flushes took, in seconds."""
 
@@ -276,7 +278,10 @@ class BlockStore:
     def _without_bad(self, extent: Extent) -> Iterable[Extent]:
         """The good part of what is to be erased; the bad part has been seen to, and what is given up is left."""
         slot = self.slots.get(extent.device)
-        if slot is None or self.is_given_up(extent.device):
+        if slot is None:
+            return ()
+        if self.is_given_up(extent.device):
+            slot.behind = True
             return ()
         if not slot.bad.runs:
             return (extent,)

@@ -119,9 +119,14 @@ def detach_device(store: ObjectStore, index: int) -> None:
 def set_standing(store: ObjectStore, index: int, standing: Standing) -> None:
     """Say what the pool means to do with a device, durably: one that leaves takes no new data from now on.
 
-    Raises InvalidRequest if no other device is left, DeviceError.
+    Raises InvalidRequest if no other device is left, or if this one was given up and is behind; DeviceError.
     """
     slot = _slot(store, index)
+    if slot.behind and standing is not Standing.GIVEN_UP:
+        raise InvalidRequest(
+            f"device {index} was given up, and what was deleted since may still be on it",
+            hint="let it be emptied ('rustorctl device fail'), then it can be claimed anew with --force",
+        )
     if standing is not Standing.IN_USE and not set(store.blocks.accepting_indices()) - {index}:
         raise _last(index)
     if slot.standing is not standing:

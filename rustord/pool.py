@@ -35,6 +35,7 @@ from rustord.label import (
     Geometry,
     Label,
     Member,
+    Standing,
     State,
 )
 from rustord.layer import Layers
@@ -233,6 +234,7 @@ def assemble(devices: Sequence[BlockDevice], erase_policy: ErasePolicy) -> tuple
             None,
             "not found",
             standing=member.standing,
+            behind=member.standing is Standing.GIVEN_UP,  # for all that we know
         )
         if member.device_uuid in there:
             device, label = there[member.device_uuid]

@@ -316,6 +316,30 @@ class TestLeaving:
         simulation.close()
         assert list(simulation.open(without=[1]).blocks.slots) == [0]
 
+    @pytest.mark.parametrize("starts", [0, 1])
+    def test_one_that_was_given_up_is_not_kept_with_what_was_deleted_meanwhile(
+        self, simulate: Callable[..., Simulation], starts: int
+    ) -> None:
+        simulation = simulate(16 * MIB, 16 * MIB)
+        store = simulation.open()
+        key = store.put(b"deleted")
+        (index,) = store.stat(key.uuid).devices
+        set_standing(store, index, Standing.GIVEN_UP)
+        set_standing(store, index, Standing.IN_USE)  # by mistake, then: nothing has happened
+        set_standing(store, index, Standing.GIVEN_UP)
+        detach_device(store, index)
+        simulation.devices[index].close()
+        store.delete(key.uuid)
+        attach_device(store, str(simulation.paths[index]))
+        for _ in range(starts):
+            simulation.close()
+            store = simulation.open()
+        for standing in (Standing.IN_USE, Standing.LEAVING):
+            with pytest.raises(InvalidRequest, match="what was deleted since may still be on it"):
+                set_standing(store, index, standing)
+        remove_device(store, index)
+        assert list(store.blocks.slots) == [1 - index]
+
     def test_one_that_is_given_up_is_let_go_as_it_is(self, pair: Simulation) -> None:
         store = pair.open()
         pair.devices[1].fail_flushes = 1
