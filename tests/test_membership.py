@@ -15,6 +15,7 @@ from rustord.blockdevice import BlockDevice, ImageFile, RawDevice, open_device
 from rustord.blockstore import BlockStore, Slot, read_label, write_label
 from rustord.change import Change, Delete, Erase, Put
 from rustord.errors import DeviceError, InvalidRequest, NoSpace, PoolError
+from rustord.keystore.ring import Ring
 from rustord.label import Geometry, Label, Standing
 from rustord.membership import (
     add_device,
@@ -315,6 +316,18 @@ class TestLeaving:
         check_sound(store)
         simulation.close()
         assert list(simulation.open(without=[1]).blocks.slots) == [0]
+
+    def test_one_may_go_while_somebody_looks_at_the_journals(
+        self, pair: Simulation, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = pair.open()
+
+        def used(ring: Ring) -> float:
+            detach_device(store, 1)
+            return 0.5
+
+        monkeypatch.setattr(Ring, "used", property(used))
+        assert store.keystore.journal_used() == 0.5
 
     @pytest.mark.parametrize("starts", [0, 1])
     def test_one_that_was_given_up_is_not_kept_with_what_was_deleted_meanwhile(

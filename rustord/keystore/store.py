@@ -96,7 +96,7 @@ class KeyStore:
         self._pool_uuid = pool_uuid
         self._directory = directory
         self.verify(progress)
-        self._rings: dict[int, Ring] = {}
+        self._rings: Mapping[int, Ring] = {}  # never changed but replaced: a commit may go through it
         self._overlays = Overlay(), Overlay()  # what was learnt last, and what a commit is about to put into the index
         self._expected: dict[bytes, bytes | None] = {}  # what the index has, or is about to have, and learning will ask
         self._learning = threading.Lock()  # held while the overlay changes hands, and for each `learn`
@@ -160,13 +160,13 @@ class KeyStore:
                 "there: the index is an old copy, or the journal is damaged",
                 hint="put back the index directory that was last used with this pool, or rebuild it from the devices",
             )
-        self._rings[device] = ring
+        self._rings = {**self._rings, device: ring}
         self._note_rings()
         return batches
 
     def remove_ring(self, device: int) -> None:
         """Let go of a device's journal, which the index must hold."""
-        del self._rings[device]
+        self._rings = {other: ring for other, ring in self._rings.items() if other != device}
         self._note_rings()
 
     def _note_rings(self) -> None:
