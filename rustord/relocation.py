@@ -67,7 +67,7 @@ class Relocation:
         self._salvage = salvage
         self._moves: list[tuple[int, int, Extent]] = []  # number of the copy, offset in bytes, new blocks
         self._devices: dict[int, BlockDevice] = {}
-        self._copying = threading.Lock()  # held for each piece, which is never longer than `PIECE_BYTES`
+        self._copying = threading.Lock()  # held while it is placed, and for each piece of up to `PIECE_BYTES`
 
     @property
     def body_block_count(self) -> int:
@@ -94,6 +94,10 @@ class Relocation:
         striped Object goes to those that have nothing of it yet: a device stands in for the one that is left. Raises
         NoSpace; the caller has to `abort` then.
         """
+        with self._copying:  # who takes it back meanwhile would give back what is not needed once more
+            self._place(leave, avoid)
+
+    def _place(self, leave: Sequence[Extent], avoid: Collection[int]) -> None:
         plans = [self._plan(copy, leave) for copy in self.record.copies]
         layouts = [_Layout((extent, start) for extent, start, leaves in plan if not leaves) for plan in plans]
         tail_count = self._tail_count(sum(map(len, plans)) + len(plans))

@@ -22,6 +22,7 @@ from rustord.placer import Contiguous, Mirrored, Striped
 from rustord.pool import open_devices
 from rustord.rebuild import rebuild
 from rustord.record import Metadata
+from rustord.relocation import Relocation
 from tests.simulation import (
     MIB,
     PowerCut,
@@ -47,6 +48,37 @@ class TestRaces:
         store.delete(record.uuid)
         with pytest.raises(NotFound):
             stored(run(store, change)[0])
+        run(store)
+        assert free_count(store) == free
+        check_sound(store)
+
+    def test_an_object_that_is_deleted_while_it_is_given_its_place(
+        self, simulation: Simulation, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A block that the place turns out not to need must not be given back by both."""
+        store = simulation.open()
+        free = free_count(store)
+        give_back, taken_back = Relocation._give_back, []
+
+        def while_deleted(relocation: Relocation, unused: list[Extent]) -> None:
+            thread = threading.Thread(target=lambda: taken_back.extend(store.relocations.take_back(record.uuid)))
+            thread.start()
+            if not relocation._copying.locked():
+                thread.join()
+            give_back(relocation, unused)
+            threads.append(thread)
+
+        monkeypatch.setattr(Relocation, "_give_back", while_deleted)
+        threads: list[threading.Thread] = []
+        length = 3800
+        while not threads:  # until the footer is as long as a block, so that one extent more makes it two
+            record = store.stat(store.put(DATA[: 2 * BLOCK], long="a" * length).uuid)
+            store.relocations.place(record, record.extents[:1]).abort()
+            store.delete(record.uuid)
+            length += 8
+        threads[0].join()
+        for erase in taken_back:
+            store.erasures.add(erase)
         run(store)
         assert free_count(store) == free
         check_sound(store)
