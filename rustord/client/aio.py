@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from rustord.client.blocking import Client
-from rustord.client.connection import DEFAULT_SOCKET, EXPECT_BYTES, HEAD_BYTES_MAX, Connection, SourceFailed
+from rustord.client.connection import DEFAULT_SOCKET, EXPECT_BYTES, HEAD_BYTES_MAX, LONG_S, Connection, SourceFailed
 from rustord.errors import Unavailable
 from rustord.manifest import Data
 from rustord.wire import request as ask
@@ -35,7 +35,7 @@ class AsyncClient(Connection):
     def __init__(self, path: str | os.PathLike[str] = DEFAULT_SOCKET, *, timeout_s: float = 300.0) -> None:
         """``timeout_s``: how long the daemon may stay silent, unless it is asked for what takes long."""
         super().__init__(path, timeout_s=timeout_s)
-        self._silent_s: float | None = timeout_s
+        self._silent_s = timeout_s
         self._turn = asyncio.Lock()
         self._left = 0
         """Bytes of the reply under way that are still to be read; -1 before its head."""
@@ -148,7 +148,7 @@ class AsyncClient(Connection):
     async def _ask(self, request: Request, data: Data | AsyncIterable[Data] | None) -> ReplyHead:
         try:
             await self._connect()
-            self._silent_s = None if request.takes_long else self._timeout_s
+            self._silent_s = max(self._timeout_s, LONG_S) if request.takes_long else self._timeout_s
             if data is None:
                 await self._send(request.head())
             elif isinstance(data, (bytes, bytearray, memoryview)):

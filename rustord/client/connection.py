@@ -12,6 +12,8 @@ DEFAULT_SOCKET = "/run/rustord/rustord.sock"
 EXPECT_BYTES = 1 << 20
 """A longer body is announced first: the daemon may refuse it before it is sent."""
 HEAD_BYTES_MAX = 64 << 10
+LONG_S = 86_400.0
+"""How long the daemon may stay silent when it is asked for what takes long."""
 _STATUS = "'systemctl status rustord' says how the daemon is, and 'systemctl start rustord' starts it"
 _STATUS_BY_HAND = f"start the daemon whose socket that is ('rustord --socket'), or name another ({DEFAULT_SOCKET})"
 
