@@ -160,10 +160,11 @@ def test_an_idle_client_does_not_delay_the_end(daemon: Daemon) -> None:
     assert "were still busy" not in daemon.log
 
 
-def test_a_snapshot_under_way_does_not_keep_it_from_stopping(make_daemon: MakeDaemon, image: Path) -> None:
-    """All of the volume is read for its sum, which takes many minutes."""
+def test_a_snapshot_under_way_does_not_keep_it_from_stopping(make_daemon: MakeDaemon, make_image: MakeImage) -> None:
+    """All of the volume is read for its sum, which takes minutes."""
+    make_pool(image := make_image(64 << 30))  # the longer its journal, the longer an Object may be
     daemon = make_daemon(image, patch="daemon.DRAIN_S = 0.2").start()
-    size = 8 << 40
+    size = 512 << 30
     assert daemon.request("POST", "/v1/volumes", json.dumps({"name": "disk", "size": size})).status == 201
     with closing(daemon.connect()) as connection:
         connection.request("POST", "/v1/volumes/disk/snapshot", json.dumps({}))
