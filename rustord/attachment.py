@@ -311,6 +311,8 @@ class Kernel:
         answer: dict[int, bytes] = {}
         while True:
             for told in self._receive():
+                if told.sequence != self._sequence:
+                    continue  # it answers what nobody waits for any more
                 if told.family == netlink.ERROR:
                     if told.error:
                         raise OSError(told.error, os.strerror(told.error))

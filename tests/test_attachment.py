@@ -372,8 +372,8 @@ def netlinked(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Kernel, socket.
             yield kernel, theirs
 
 
-def told(family: int, body: bytes) -> bytes:
-    return netlink.HEADER.pack(netlink.HEADER.size + len(body), family, 0, 0, 0) + body
+def told(family: int, body: bytes, sequence: int = 0) -> bytes:
+    return netlink.HEADER.pack(netlink.HEADER.size + len(body), family, 0, sequence, 0) + body
 
 
 def test_a_connection_that_is_lost_while_others_are_made_is_not_forgotten(
@@ -381,12 +381,24 @@ def test_a_connection_that_is_lost_while_others_are_made_is_not_forgotten(
 ) -> None:
     kernel, theirs = netlinked
     lost = [told(FAMILY, bytes([netlink.LINK_DEAD, 1, 0, 0]) + netlink.u32(netlink.INDEX, n)) for n in (3, 4)]
-    done = told(netlink.ERROR, bytes(4))
+    done = told(netlink.ERROR, bytes(4), 1)
     for said in (lost[0], lost[1], done):
         theirs.send(said)
     kernel.reconnect(3, Link([], MIB, 0, "disk"), "rustord:socket:disk")
     theirs.send(lost[0])
     assert [kernel.wait_for_loss(0.01) for _ in range(4)] == [3, 4, 3, None]
+
+
+def test_an_answer_that_comes_late_counts_for_nothing_else(netlinked: tuple[Kernel, socket.socket]) -> None:
+    kernel, theirs = netlinked
+    kernel._socket.settimeout(0.01)
+    with pytest.raises(DeviceError):
+        kernel.disconnect(3)
+    late = told(netlink.ERROR, bytes(4), 1)
+    connected = told(FAMILY, bytes([netlink.CONNECT, 1, 0, 0]) + netlink.u32(netlink.INDEX, 5), 2)
+    for said in (late, connected, told(netlink.ERROR, bytes(4), 2)):
+        theirs.send(said)
+    assert kernel.connect(Link([], MIB, 0, "disk"), "rustord:socket:disk") == 5
 
 
 @pytest.mark.skipif(Path("/sys/module/nbd").exists(), reason="this kernel has nbd")

@@ -36,11 +36,12 @@ _TYPE_MASK = 0x3FFF
 
 
 class Message(NamedTuple):
-    """``error`` is an errno, for a message that says how a request went (0: well)."""
+    """``error`` is an errno, for a message that says how the request ``sequence`` went (0: well)."""
 
     family: int
     command: int
     attributes: Mapping[int, bytes]
+    sequence: int
     error: int = 0
 
 
@@ -79,16 +80,16 @@ def read_messages(data: bytes) -> Iterator[Message]:
     while data:
         if len(data) < HEADER.size:
             raise InvalidRequest("a netlink message is cut off")
-        length, kind, _, _, _ = HEADER.unpack_from(data)
+        length, kind, _, sequence, _ = HEADER.unpack_from(data)
         if not HEADER.size <= length <= len(data):
             raise InvalidRequest("a netlink message is cut off")
         body = data[HEADER.size : length]
         if kind == ERROR:
             if len(body) < 4:
                 raise InvalidRequest("a netlink message is cut off")
-            yield Message(kind, 0, {}, -struct.unpack_from("=i", body)[0])
+            yield Message(kind, 0, {}, sequence, -struct.unpack_from("=i", body)[0])
         elif len(body) >= COMMAND.size:
-            yield Message(kind, body[0], read_attributes(body[COMMAND.size :]))
+            yield Message(kind, body[0], read_attributes(body[COMMAND.size :]), sequence)
         data = data[(length + 3) & ~3 :]
 
 

@@ -29,8 +29,8 @@ def test_what_the_kernel_answers() -> None:
     failed = struct.pack("=IHHIIi", 20, netlink.ERROR, 0, 9, 1, -16)
     dead = struct.pack("=IHHIIBBHHHI", 28, 31, 0, 0, 0, netlink.LINK_DEAD, 1, 0, 8, netlink.INDEX, 3)
     assert list(read_messages(failed + dead)) == [
-        Message(netlink.ERROR, 0, {}, 16),
-        Message(31, netlink.LINK_DEAD, {netlink.INDEX: struct.pack("=I", 3)}),
+        Message(netlink.ERROR, 0, {}, 9, 16),
+        Message(31, netlink.LINK_DEAD, {netlink.INDEX: struct.pack("=I", 3)}, 0),
     ]
     assert (read_u32(struct.pack("=I", 3)), read_u16(struct.pack("=H", 3))) == (3, 3)
 
