@@ -61,6 +61,8 @@ _QUEUE_LENGTH_MAX = 4096
 """The longest queue of a socket (net.core.somaxconn), unless somebody has made it longer."""
 LOOK_AGAIN_S = 5.0
 """When the devices are looked at again if that failed."""
+REFUSED_S = 60.0
+"""When a device of the pool that was refused is looked at again: what was in the way may be over."""
 STUCK_S = 60.0
 """A writer that has not got on for longer than this is no sign of life: the watchdog may restart us."""
 
@@ -451,7 +453,8 @@ class _Daemon:
                     await asyncio.wait_for(self._stop.wait(), LOOK_AGAIN_S)
                 continue
             loop.add_reader(hotplug, self._look.set)
-            await self._look.wait()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._look.wait(), REFUSED_S if hotplug.has_refused else None)
             loop.remove_reader(hotplug)
         hotplug.close()
 

@@ -136,6 +136,11 @@ class Hotplug:
         """Readable when `follow` has something to do."""
         return self._watcher.fileno()
 
+    @property
+    def has_refused(self) -> bool:
+        """Whether a device that bears the pool's label was not taken in."""
+        return bool(self._refusals)
+
     def follow(self) -> None:
         """Let go of what has vanished, and look at everything that may be a device of the pool that is missing.
 

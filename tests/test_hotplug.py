@@ -470,6 +470,33 @@ daemon.LOOK_AGAIN_S = 0.01
     assert running.get(uuid) == b"data"
 
 
+def test_a_device_that_is_refused_for_a_moment_is_taken_back_later(
+    make_daemon: MakeDaemon, disks: Disks, pair: list[Path]
+) -> None:
+    """The index may have no room for what has to be in there before, say."""
+    patch = """
+from rustord import hotplug
+from rustord.errors import NoSpace
+attach_device, full = hotplug.attach_device, [True]
+def late(*arguments):
+    if full:
+        full.clear()
+        raise NoSpace("the index is full")
+    return attach_device(*arguments)
+hotplug.attach_device = late
+daemon.REFUSED_S = 0.01
+"""
+    running = make_daemon(*pair, config=MIRRORED, patch=patch).start()
+    uuid = running.put(b"data")
+    plug = Plug(pair[1])
+    plug.pull()
+    until(lambda: states(running) == ["online", "missing"], "the device is let go")
+    plug.push()
+    until(lambda: states(running) == ["online", "online"], "the device is taken back")
+    assert "is not taken in: the index is full" in running.log
+    assert running.get(uuid) == b"data"
+
+
 def test_a_device_that_is_pulled_while_the_pool_is_opened_is_let_go(pair: list[Path], tmp_path: Path) -> None:
     """It is open by then, and not among those that are there when they are listed for the first time."""
     with rustord.open(pair, directory=tmp_path / "index") as store:
