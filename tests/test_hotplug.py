@@ -445,20 +445,28 @@ def test_a_storm_of_events_ends_with_what_is_there(make_daemon: MakeDaemon, pair
     assert "following the devices failed" not in daemon.log
 
 
-def test_a_device_that_cannot_be_let_go_at_once_is_let_go_later(
-    make_daemon: MakeDaemon, disks: Disks, pair: list[Path]
+@pytest.mark.parametrize(
+    ("function", "error", "again", "said"),
+    [
+        # A writer that waits for the very disk that was pulled has no time for that until the kernel gives up on it.
+        ("detach_device", "TimeoutError()", "LOOK_AGAIN_S", "following the devices failed"),
+        # What has to be in the index before may find no room there.
+        ("attach_device", "errors.NoSpace('the index is full')", "REFUSED_S", "is not taken in: the index is full"),
+    ],
+)
+def test_a_device_that_cannot_be_let_go_or_taken_back_at_once_is_so_later(
+    make_daemon: MakeDaemon, disks: Disks, pair: list[Path], function: str, error: str, again: str, said: str
 ) -> None:
-    """A writer that waits for the very disk that was pulled has no time for that until the kernel gives up on it."""
-    patch = """
-from rustord import hotplug
-detach_device, busy = hotplug.detach_device, [True]
+    patch = f"""
+from rustord import errors, hotplug
+function, fails = hotplug.{function}, [True]
 def late(*arguments):
-    if busy:
-        busy.clear()
-        raise TimeoutError
-    detach_device(*arguments)
-hotplug.detach_device = late
-daemon.LOOK_AGAIN_S = 0.01
+    if fails:
+        fails.clear()
+        raise {error}
+    return function(*arguments)
+hotplug.{function} = late
+daemon.{again} = 0.01
 """
     running = make_daemon(*pair, config=MIRRORED, patch=patch).start()
     uuid = running.put(b"data")
@@ -467,33 +475,7 @@ daemon.LOOK_AGAIN_S = 0.01
     until(lambda: states(running) == ["online", "missing"], "the device is let go")
     plug.push()
     until(lambda: states(running) == ["online", "online"], "the device is taken back")
-    assert running.get(uuid) == b"data"
-
-
-def test_a_device_that_is_refused_for_a_moment_is_taken_back_later(
-    make_daemon: MakeDaemon, disks: Disks, pair: list[Path]
-) -> None:
-    """The index may have no room for what has to be in there before, say."""
-    patch = """
-from rustord import hotplug
-from rustord.errors import NoSpace
-attach_device, full = hotplug.attach_device, [True]
-def late(*arguments):
-    if full:
-        full.clear()
-        raise NoSpace("the index is full")
-    return attach_device(*arguments)
-hotplug.attach_device = late
-daemon.REFUSED_S = 0.01
-"""
-    running = make_daemon(*pair, config=MIRRORED, patch=patch).start()
-    uuid = running.put(b"data")
-    plug = Plug(pair[1])
-    plug.pull()
-    until(lambda: states(running) == ["online", "missing"], "the device is let go")
-    plug.push()
-    until(lambda: states(running) == ["online", "online"], "the device is taken back")
-    assert "is not taken in: the index is full" in running.log
+    assert said in running.log
     assert running.get(uuid) == b"data"
 
 
