@@ -366,7 +366,6 @@ def keep(
     Once it ``is_to_end``, the device is detached as soon as nobody uses it.
     """
     backend = backend_of(path, name)
-
     has_said = False
 
     def goes_on() -> bool:

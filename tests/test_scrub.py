@@ -306,13 +306,18 @@ def test_missing_devices_are_counted_and_the_rest_is_read(mirrored: Bench) -> No
     assert (report.state, report.copies, report.unread, report.damaged) == ("done", 2 * len(SIZES), len(SIZES), 0)
 
 
-def test_an_object_that_was_a_volume(single: Bench) -> None:
-    volumes = Volumes(single.store, single.writer)
-    volumes.create("disk", 4 * CHUNK)
+def freeze(bench: Bench, size: int) -> tuple[Volumes, Record]:
+    """An Object that was a volume, with data in its second and third chunk."""
+    volumes = Volumes(bench.store, bench.writer)
+    volumes.create("disk", size)
     with closing(volumes.open("disk")) as volume:
         volume.write(CHUNK, DATA[: 2 * CHUNK])
         volume.flush()
-    record = volumes.freeze("disk", "frozen")
+    return volumes, volumes.freeze("disk", "frozen")
+
+
+def test_an_object_that_was_a_volume(single: Bench) -> None:
+    volumes, record = freeze(single, 4 * CHUNK)
     content = bytes(CHUNK) + DATA[: 2 * CHUNK] + bytes(CHUNK)
     assert (single.run().copies, single.scrub.report.damaged) == (1, 0)
     (footer,) = record.extents
@@ -337,12 +342,7 @@ def test_an_object_that_was_a_volume(single: Bench) -> None:
 
 
 def test_of_an_object_that_was_a_volume_the_medium_counts(single: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    volumes = Volumes(single.store, single.writer)
-    volumes.create("disk", 4 * CHUNK)
-    with closing(volumes.open("disk")) as volume:
-        volume.write(CHUNK, DATA[: 2 * CHUNK])
-        volume.flush()
-    record = volumes.freeze("disk", "frozen")
+    volumes, record = freeze(single, 4 * CHUNK)
     cached = single.simulation.paths[0].read_bytes()
     single.flip(0, cached.index(DATA[CHUNK : 2 * CHUNK]) + 5)
 
@@ -372,12 +372,7 @@ def test_an_object_below_a_snapshot_that_is_damaged_ends_no_scrub(single: Bench)
 
 
 def test_a_snapshot_that_is_deleted_meanwhile_ends_no_scrub(single: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    volumes = Volumes(single.store, single.writer)
-    volumes.create("disk", 40 * CHUNK)
-    with closing(volumes.open("disk")) as volume:
-        volume.write(CHUNK, DATA[: 2 * CHUNK])
-        volume.flush()
-    record = volumes.freeze("disk", "frozen")
+    volumes, record = freeze(single, 40 * CHUNK)
 
     def delete_first(length: int) -> None:
         if single.store.keystore.get(record.uuid):

@@ -89,6 +89,16 @@ def write(volume: Volume, offset: int, data: bytes) -> None:
     volume.write(offset, memoryview(data))
 
 
+def make_written(bench: Bench, length: int) -> Volume:
+    """A volume "disk" of `SIZE` that begins with ``length`` bytes "x", durably; it is closed."""
+    bench.volumes.create("disk", SIZE)
+    volume = bench.volumes.open("disk")
+    write(volume, 0, b"x" * length)
+    volume.flush()
+    volume.close()
+    return volume
+
+
 def content(bench: Bench, name: str) -> bytes:
     volume = bench.volumes.open(name)
     try:
@@ -942,11 +952,7 @@ def test_nobody_else_gets_the_slots_of_a_layer_that_only_some_journals_have(
     bench: Bench, failing: int, change: Callable[[Volumes], object]
 ) -> None:
     """The power is cut before the index knows better."""
-    bench.volumes.create("disk", SIZE)
-    volume = bench.volumes.open("disk")
-    write(volume, 0, b"x" * CHUNK_BYTES)
-    volume.flush()
-    volume.close()
+    make_written(bench, CHUNK_BYTES)
     bench.simulation.devices[failing].fail_flushes = 1
     with pytest.raises(DeviceError):
         change(bench.volumes)
@@ -1183,11 +1189,7 @@ def test_room_that_was_given_back_is_there_for_what_has_to_be_said_of_zeros(benc
 def test_who_deletes_a_volume_is_told_what_becomes_of_it_whoever_else_erases(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench.volumes.create("disk", SIZE)
-    volume = bench.volumes.open("disk")
-    write(volume, 0, b"x" * CHUNK_BYTES)
-    volume.flush()
-    volume.close()
+    volume = make_written(bench, CHUNK_BYTES)
     forget = bench.volumes._forget
 
     def forget_and_sweep(*args: Any) -> None:

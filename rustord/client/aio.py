@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from rustord.client.blocking import Client
-from rustord.client.connection import DEFAULT_SOCKET, EXPECT_BYTES, HEAD_BYTES_MAX, LONG_S, Connection, SourceFailed
+from rustord.client.connection import DEFAULT_SOCKET, EXPECT_BYTES, HEAD_BYTES_MAX, Connection, SourceFailed
 from rustord.errors import Unavailable
 from rustord.manifest import Data
 from rustord.wire import request as ask
@@ -148,7 +148,7 @@ class AsyncClient(Connection):
     async def _ask(self, request: Request, data: Data | AsyncIterable[Data] | None) -> ReplyHead:
         try:
             await self._connect()
-            self._silent_s = max(self._timeout_s, LONG_S) if request.takes_long else self._timeout_s
+            self._silent_s = self._silence_s(request)
             if data is None:
                 await self._send(request.head())
             elif isinstance(data, (bytes, bytearray, memoryview)):

@@ -18,7 +18,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from rustord.client.connection import EXPECT_BYTES, HEAD_BYTES_MAX, LONG_S, Connection, SourceFailed
+from rustord.client.connection import EXPECT_BYTES, HEAD_BYTES_MAX, Connection, SourceFailed
 from rustord.errors import InvalidRequest, Unavailable
 from rustord.manifest import Data
 from rustord.wire.http1 import ReplyHead, read_reply_head
@@ -266,7 +266,7 @@ class Client(Connection):
             self._download = None
         try:
             sock = self._connected()
-            sock.settimeout(max(self._timeout_s, LONG_S) if request.takes_long else self._timeout_s)
+            sock.settimeout(self._silence_s(request))
             if data is None:
                 sock.sendall(request.head())
                 return self._reply_head(sock)

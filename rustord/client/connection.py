@@ -7,12 +7,13 @@ import select
 import socket
 
 from rustord.errors import Unreachable
+from rustord.wire.request import Request
 
 DEFAULT_SOCKET = "/run/rustord/rustord.sock"
 EXPECT_BYTES = 1 << 20
 """A longer body is announced first: the daemon may refuse it before it is sent."""
 HEAD_BYTES_MAX = 64 << 10
-LONG_S = 86_400.0
+_LONG_S = 86_400.0
 """How long the daemon may stay silent when it is asked for what takes long."""
 _STATUS = "'systemctl status rustord' says how the daemon is, and 'systemctl start rustord' starts it"
 _STATUS_BY_HAND = f"start the daemon whose socket that is ('rustord --socket'), or name another ({DEFAULT_SOCKET})"
@@ -42,6 +43,10 @@ class Connection:
             self._sock.close()
             self._sock = None
         self._received = b""
+
+    def _silence_s(self, request: Request) -> float:
+        """How long the answer may take to begin, or to go on."""
+        return max(self._timeout_s, _LONG_S) if request.takes_long else self._timeout_s
 
     def _close_unless_fresh(self) -> None:
         """Go on only if the daemon has sent nothing unasked: neither the rest of a reply nor the end."""
